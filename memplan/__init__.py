@@ -1,0 +1,50 @@
+"""Train within the memory that you have: same bits, a hard budget in bytes.
+
+>>> import memplan
+>>> memplan.parse_bytes("1.5KiB")
+1536
+"""
+
+from memplan.api import optimize, plan
+from memplan.errors import (
+    CaptureError,
+    InfeasibleBudget,
+    MemplanError,
+    NotPlannedYet,
+    PlanMismatch,
+    UnitsError,
+)
+from memplan.module import PlannedModule
+from memplan.options import Options
+from memplan.passing import Effect, Pass
+from memplan.plan import Plan
+from memplan.profiler import Comparison, Profile, compare, profile
+from memplan.program import Costs
+from memplan.sample import Sample
+from memplan.units import format_bytes, parse_bytes
+from memplan.with_loss import WithLoss
+
+__all__ = [
+    "CaptureError",
+    "Comparison",
+    "Costs",
+    "Effect",
+    "InfeasibleBudget",
+    "MemplanError",
+    "NotPlannedYet",
+    "Options",
+    "Pass",
+    "Plan",
+    "PlanMismatch",
+    "PlannedModule",
+    "Profile",
+    "Sample",
+    "UnitsError",
+    "WithLoss",
+    "compare",
+    "format_bytes",
+    "optimize",
+    "parse_bytes",
+    "plan",
+    "profile",
+]

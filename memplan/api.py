@@ -1,0 +1,280 @@
+"""``optimize``, ``plan``, ``profile``, ``compare``: each reads as the main path.
+
+capture -> Program + Costs -> passes offer recoveries -> planner chooses a Schedule -> emit ->
+PlannedModule -> measure.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+
+from memplan.capture import Captured, capture
+from memplan.collector import paused_collector
+from memplan.costs import analytic_costs, measured_costs
+from memplan.emit import emit
+from memplan.errors import CaptureError, InfeasibleBudget, MemplanError, PlanMismatch
+from memplan.module import PlannedModule
+from memplan.options import Options, Request
+from memplan.passing import Pass, RecoveryContext
+from memplan.plan import PassRecord, Plan, describe_plan, fingerprint
+from memplan.planner import MAX_SLOWDOWN, keep_all, solve
+from memplan.program import Costs
+from memplan.runtime import PlannedStep, check_emitted
+from memplan.sample import Sample
+from memplan.schedule import Recovery, Schedule, check_schedule
+from memplan.torch_internals import is_fake, warn_of_untested_torch
+from memplan.units import format_bytes, parse_budget
+
+_LOG = logging.getLogger("memplan")
+
+
+def optimize(
+    model: nn.Module,
+    sample: object = None,
+    *,
+    budget: int | str | None = None,
+    max_slowdown: float | None = None,
+    passes: Iterable[Pass] = (),
+    default_passes: bool = True,
+    optimizer: object = None,
+    plan: Plan | None = None,
+    options: Options | None = None,
+) -> PlannedModule:
+    """Make a module that trains as ``model`` does, within a budget of memory.
+
+    Args:
+        model: the module; its output must hold the loss for the logits to be inside the plan
+            (see ``WithLoss``). It stays usable, and shares its parameters with the result.
+        sample: one batch. A mapping is keyword arguments, a tuple or list positional ones,
+            anything else the one argument. Left out, planning happens at the first call.
+        budget: hard bound on the peak of the whole step: "6GiB", 6_000_000_000, or "50%" of what
+            the step needs above its resident bytes.
+        max_slowdown: bound on predicted time over the unplanned step's; without a budget, the
+            least memory within it. Neither: all savings that are free.
+        passes: techniques to add to the EXACT defaults.
+        default_passes: False leaves the defaults out.
+        optimizer: not supported yet; must be None.
+        plan: a saved plan to apply; excludes budget, max_slowdown and passes.
+        options: the rest.
+
+    Raises:
+        UnitsError, CaptureError, InfeasibleBudget, PlanMismatch: each says what to do.
+    """
+    request = _request(
+        budget=budget,
+        max_slowdown=max_slowdown,
+        passes=passes,
+        default_passes=default_passes,
+        optimizer=optimizer,
+        plan=plan,
+        options=options,
+    )
+    planned = PlannedModule(model, partial(build_step, request=request), request.options.cache_size)
+    if sample is not None:
+        planned.prepare(Sample.of(sample))
+    return planned
+
+
+def plan(
+    model: nn.Module,
+    sample: object,
+    *,
+    budget: int | str | None = None,
+    max_slowdown: float | None = None,
+    passes: Iterable[Pass] = (),
+    default_passes: bool = True,
+    optimizer: object = None,
+    options: Options | None = None,
+) -> Plan:
+    """The plan that ``optimize`` would run, with the same arguments. Never runs the model."""
+    request = _request(
+        budget=budget,
+        max_slowdown=max_slowdown,
+        passes=passes,
+        default_passes=default_passes,
+        optimizer=optimizer,
+        plan=None,
+        options=options,
+    )
+    return make_plan(model, Sample.of(sample), request)[1]
+
+
+def build_step(model: nn.Module, sample: Sample, request: Request) -> PlannedStep:
+    """Capture, plan and emit one step."""
+    captured, chosen, recoveries = make_plan(model, sample, request)
+    step = PlannedStep(captured, emit(captured, recoveries, chosen.schedule), chosen)
+    check_emitted(step)
+    _LOG.info("%s", chosen)
+    return step
+
+
+@paused_collector()
+def make_plan(
+    model: nn.Module, sample: Sample, request: Request
+) -> tuple[Captured, Plan, tuple[Recovery, ...]]:
+    """Capture a step and choose how it runs."""
+    _LOG.debug("capturing %s", type(model).__name__)
+    captured = capture(model, sample, request.options.differentiable_outputs)
+    recoveries = _offers(captured, request.passes)
+    costs = _costs(captured, recoveries, request.options, _has_data(model, sample))
+    captured = replace(captured, program=captured.program.with_real_sizes(costs))
+    original = keep_all(captured.program, costs)
+    records = tuple(PassRecord(p.name, p.arguments, p.effect) for p in request.passes)
+    describe = partial(
+        describe_plan, captured.program, recoveries, costs, original=original, passes=records
+    )
+    if request.plan is not None:
+        schedule, budget_bytes = _saved(request.plan, captured, recoveries)
+    else:
+        unplanned_bytes = describe(original, budget_bytes=None).peak_bytes
+        budget_bytes = None
+        if request.budget is not None:
+            resident_bytes = captured.program.resident_bytes
+            budget_bytes = request.budget.resolve(resident_bytes, unplanned_bytes)
+        _LOG.debug("planning %d ops", len(captured.program.ops))
+        solution = solve(
+            captured.program,
+            costs,
+            recoveries,
+            budget_bytes=budget_bytes,
+            max_slowdown=request.max_slowdown,
+        )
+        schedule = solution.schedule
+        if not solution.is_feasible:
+            smallest = describe(schedule, budget_bytes=solution.peak_bytes)
+            if request.options.on_infeasible == "raise":
+                raise _infeasible(budget_bytes or 0, smallest, request.max_slowdown)
+            budget_bytes = solution.peak_bytes
+    check_schedule(captured.program, recoveries, schedule)
+    return captured, describe(schedule, budget_bytes=budget_bytes), recoveries
+
+
+def _offers(captured: Captured, passes: Iterable[Pass]) -> tuple[Recovery, ...]:
+    """What all passes offer, with ids that do not collide."""
+    offered: tuple[Recovery, ...] = ()
+    first_op, first_value = len(captured.program.ops), len(captured.program.values)
+    for one in passes:
+        if one.recoveries is None:
+            continue
+        new = one.recoveries(captured, RecoveryContext(first_op, first_value))
+        for recovery in new:
+            ids = [recovery.restore.id, -1 if recovery.prepare is None else recovery.prepare.id]
+            first_op = max(first_op, *(id + 1 for id in ids))
+            first_value = max([first_value, *(value.id + 1 for value in recovery.keeps)])
+        offered += new
+    return offered
+
+
+def _costs(
+    captured: Captured, recoveries: Iterable[Recovery], options: Options, has_data: bool
+) -> Costs:
+    """Measured where the tensors have data, unless told otherwise."""
+    if isinstance(options.costs, Costs):
+        return options.costs
+    ops = {op.id: op for op in captured.program.ops}
+    for recovery in recoveries:
+        new = (recovery.restore, recovery.prepare)
+        ops.update({op.id: op for op in new if op is not None})
+    if options.costs == "analytic" or (options.costs == "auto" and not has_data):
+        return analytic_costs(captured, ops.values())
+    if not has_data:
+        raise CaptureError(
+            'Options(costs="measured") needs a model and a sample with data; use "analytic"'
+        )
+    return measured_costs(captured, ops.values())
+
+
+def _has_data(model: nn.Module, sample: Sample) -> bool:
+    tensors = (*model.parameters(), *model.buffers(), *sample.tensors())
+    return not any(is_fake(tensor) or tensor.is_meta for tensor in tensors)
+
+
+def _saved(
+    saved: Plan, captured: Captured, recoveries: tuple[Recovery, ...]
+) -> tuple[Schedule, int | None]:
+    """The schedule of a saved plan, if it was made for this step."""
+    if saved.fingerprint != fingerprint(captured.program, recoveries):
+        raise PlanMismatch(
+            "the saved plan was made for another step: another model, other shapes or modes, "
+            "other passes, or another release of torch. Plan this one with memplan.plan."
+        )
+    return saved.schedule, saved.budget_bytes
+
+
+def _infeasible(budget_bytes: int, smallest: Plan, max_slowdown: float | None) -> InfeasibleBudget:
+    slowdown = MAX_SLOWDOWN if max_slowdown is None else max_slowdown
+    largest = ", ".join(
+        f"{format_bytes(value.nbytes)} {value.category} of {value.module or 'the root module'}"
+        for value in smallest.live[:4]
+    )
+    return InfeasibleBudget(
+        f"budget {format_bytes(budget_bytes)} ({budget_bytes} bytes) is too small for this step: "
+        f"the smallest that memplan can keep, at no more than {slowdown:g}x the time, is "
+        f"{smallest.peak_bytes} bytes ({format_bytes(smallest.peak_bytes)}, of which "
+        f"{format_bytes(smallest.resident_bytes)} are resident). Its peak is at "
+        f"{smallest.peak_op}, where {largest} are alive. Raise the budget, make the batch "
+        'smaller, or pass Options(on_infeasible="smallest").',
+        smallest.peak_bytes,
+    )
+
+
+def _request(
+    *,
+    budget: int | str | None,
+    max_slowdown: float | None,
+    passes: Iterable[Pass],
+    default_passes: bool,
+    optimizer: object,
+    plan: Plan | None,
+    options: Options | None,
+) -> Request:
+    """Check what was asked for."""
+    warn_of_untested_torch()
+    options = Options() if options is None else options
+    if optimizer is not None:
+        raise MemplanError(
+            "optimizer= is not supported yet: the budget covers forward and backward. Leave it "
+            "out, and leave room for the optimizer's state and update."
+        )
+    if options.device is not None:
+        raise MemplanError(
+            f"Options(device={options.device!r}) is not supported yet; a plan is for the device "
+            "that the model is on"
+        )
+    if max_slowdown is not None and not max_slowdown >= 1:
+        raise MemplanError(f"max_slowdown is a factor of at least 1, got {max_slowdown!r}")
+    named = tuple(passes)
+    for one in named:
+        if not isinstance(one, Pass):
+            raise MemplanError(
+                f"passes holds {one!r}; a pass is made by calling its factory, such as "
+                "memplan.passes.checkpoint_activations()"
+            )
+    if plan is not None:
+        if budget is not None or max_slowdown is not None or named:
+            raise MemplanError("plan= excludes budget, max_slowdown and passes: it has its own")
+        recorded = tuple(_factory(record)(**record.arguments) for record in plan.passes)
+        return Request(passes=recorded, plan=plan, options=options)
+    chosen = (*_defaults(), *named) if default_passes else named
+    parsed = None if budget is None else parse_budget(budget)
+    return Request(parsed, max_slowdown, chosen, None, options)
+
+
+def _defaults() -> tuple[Pass, ...]:
+    # The kernel does not import passes while it is imported itself: they import the kernel.
+    from memplan.passes import DEFAULT_PASSES, PASSES  # noqa: PLC0415
+
+    return tuple(PASSES[name]() for name in DEFAULT_PASSES)
+
+
+def _factory(record: PassRecord) -> Callable[..., Pass]:
+    from memplan.passes import PASSES  # noqa: PLC0415
+
+    if record.name not in PASSES:
+        raise PlanMismatch(f"the plan uses the pass {record.name!r}; there is {sorted(PASSES)}")
+    return PASSES[record.name]

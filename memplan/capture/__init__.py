@@ -1,0 +1,17 @@
+"""From a module and a sample to a program: forward graph, joint graph, ``Captured``."""
+
+from memplan.capture.call import OpCall, call_of
+from memplan.capture.captured import Captured, Primal
+from memplan.capture.forward import Differentiable, OutputLeaf, unchanged_randomness
+from memplan.capture.step import capture
+
+__all__ = [
+    "Captured",
+    "Differentiable",
+    "OpCall",
+    "OutputLeaf",
+    "Primal",
+    "call_of",
+    "capture",
+    "unchanged_randomness",
+]

@@ -1,0 +1,49 @@
+"""How an op is called: its target and arguments, for emission and for measurement alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from memplan.capture.captured import Captured
+from memplan.program import Op
+from memplan.rng import redraw, save_rng_state
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """A target and arguments, in which tensors are nodes of the joint graph."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def call_of(captured: Captured, op: Op, kept: Any = None) -> OpCall:
+    """The call of a captured op, or of a new op of a recovery.
+
+    Args:
+        captured: what the op belongs to.
+        op: the op.
+        kept: what stands for the value that a recovery kept, where the op reads one.
+    """
+    source = captured.calls[op.id if op.variant_of is None else op.variant_of]
+    assert callable(source.target)
+    if op.variant_of is None:
+        return OpCall(source.target, tuple(source.args), dict(source.kwargs))
+    device = str(first_tensor(source).device)
+    if op.target == "memplan.save_rng_state":
+        return OpCall(save_rng_state, (device,), {})
+    assert op.target == "memplan.redraw", f"no code for {op.target}"
+    return OpCall(redraw, (kept, device, source.target, *source.args), dict(source.kwargs))
+
+
+def first_tensor(node: fx.Node) -> torch.Tensor:
+    """The first tensor among an op's results, as recorded."""
+    value = node.meta["val"]
+    items = value if isinstance(value, list | tuple) else (value,)
+    return next(item for item in items if isinstance(item, torch.Tensor))

@@ -1,0 +1,68 @@
+"""Text about nodes: the signature of an op, the module and the line that it comes from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from memplan.capture.forward import own_name
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def signature(node: fx.Node) -> str:
+    """Target, shapes, strides, dtypes and scalars: ops with equal signatures cost the same."""
+    parts = [_argument(argument) for argument in node.args]
+    parts += [f"{name}={_argument(argument)}" for name, argument in node.kwargs.items()]
+    return f"{node.target}({', '.join(parts)})"
+
+
+def _argument(argument: object) -> str:
+    if isinstance(argument, fx.Node):
+        return tensor_text(argument.meta["val"])
+    if isinstance(argument, list | tuple):
+        return f"[{', '.join(_argument(item) for item in argument)}]"
+    return repr(argument)
+
+
+def tensor_text(value: object) -> str:
+    """Such as ``float32[2, 3]{3, 1}@cpu``; an offset into the storage follows a plus sign."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    dtype = str(value.dtype).removeprefix("torch.")
+    offset = f"+{value.storage_offset()}" if value.storage_offset() else ""
+    return f"{dtype}{list(value.shape)}{_braces(value.stride())}{offset}@{value.device}"
+
+
+def _braces(numbers: Iterable[int]) -> str:
+    """Numbers in braces."""
+    return "{" + ", ".join(str(number) for number in numbers) + "}"
+
+
+def module_of(node: fx.Node) -> str:
+    """FQN of the module whose code made a node; "" for the root or where unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return "" if path == "wrapped" else own_name(path)
+
+
+def source_of(node: fx.Node) -> str:
+    """``file.py:line`` of the innermost frame outside of torch, or ""."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    outside = [frame for frame in frames if "/torch/" not in frame[0]] or frames
+    return f"{outside[-1][0]}:{outside[-1][1]}" if outside else ""
+
+
+def forward_origins(nodes: Iterable[fx.Node]) -> dict[int, fx.Node]:
+    """Autograd's sequence number to the first forward node with it: where a backward op is from."""
+    origins: dict[int, fx.Node] = {}
+    for node in nodes:
+        number = node.meta.get("seq_nr")
+        if number is not None and node.meta.get("nn_module_stack"):
+            origins.setdefault(number, node)
+    return origins

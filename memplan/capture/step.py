@@ -1,0 +1,336 @@
+"""From the joint graph to a program: storages become values, kernels become ops, views vanish."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+
+from memplan.capture.captured import Captured, Primal
+from memplan.capture.describe import forward_origins, module_of, signature, source_of
+from memplan.capture.forward import Differentiable, Forward, own_name, trace_forward
+from memplan.errors import CaptureError
+from memplan.program import Op, Phase, Program, Role, Value
+from memplan.sample import Sample
+from memplan.torch_internals import (
+    Joint,
+    JointInput,
+    OpOverload,
+    UnsupportedJointError,
+    is_backward,
+    storage_key,
+    trace_joint,
+)
+
+_FREE_TARGETS = frozenset({torch.ops.aten._assert_tensor_metadata.default})
+"""Checks of the capture itself."""
+
+
+def capture(module: nn.Module, sample: Sample, differentiable: Differentiable = None) -> Captured:
+    """Capture one training step of a module, in its present mode, for this sample.
+
+    Raises:
+        CaptureError: naming what cannot be captured, and where in the user's code it is.
+    """
+    forward = trace_forward(module, sample, differentiable)
+    return capture_joint(forward, module, sample)
+
+
+def capture_joint(forward: Forward, module: nn.Module, sample: Sample) -> Captured:
+    """Trace forward and backward of an exported forward, and read them as a program."""
+    try:
+        joint = trace_joint(forward.graph_module, sample.tensors())
+    except UnsupportedJointError as error:
+        raise CaptureError(f"{type(module).__name__}'s step has {error}; unsupported") from error
+    joint = _own_gradients(_copy_back(joint))
+    return _Reader(joint, forward, module).read()
+
+
+def _copy_back(joint: Joint) -> Joint:
+    """Write new contents of buffers and inputs back at the end of the forward."""
+    graph = joint.graph
+    last_forward = [n for n in graph.nodes if n.op == "call_function" and not is_backward(n)][-1:]
+    anchor = last_forward[0] if last_forward else [i.node for i in joint.inputs][-1]
+    for output in joint.outputs:
+        if output.kind != "mutation":
+            continue
+        assert isinstance(output.of, fx.Node) and isinstance(output.value, fx.Node)
+        with graph.inserting_after(anchor):
+            copy = graph.call_function(torch.ops.aten.copy_.default, (output.of, output.value))
+        copy.meta = {**output.value.meta, "val": output.of.meta["val"]}
+        anchor = copy
+    return replace(joint, outputs=tuple(o for o in joint.outputs if o.kind != "mutation"))
+
+
+def _own_gradients(joint: Joint) -> Joint:
+    """Give each gradient a storage of its own, in its parameter's layout.
+
+    Autograd takes over a gradient that comes so, and copies any other; done here, the copy is
+    part of the program.
+    """
+    seen = {_storage_key(given.node) for given in joint.inputs}
+    outputs = []
+    for output in joint.outputs:
+        node = output.value
+        if output.kind == "gradient" and isinstance(node, fx.Node):
+            assert isinstance(output.of, fx.Node)
+            of = output.of.meta["val"]
+            if _storage_key(node) in seen or not _same_layout(node.meta["val"], of):
+                node = _clone_like(joint.graph, node, of)
+            seen.add(_storage_key(node))
+        outputs.append(replace(output, value=node))
+    return replace(joint, outputs=tuple(outputs))
+
+
+def _same_layout(gradient: torch.Tensor, of: torch.Tensor) -> bool:
+    pairs = zip(gradient.shape, gradient.stride(), of.stride(), strict=True)
+    return all(size == 1 or mine == theirs for size, mine, theirs in pairs)
+
+
+def _clone_like(graph: fx.Graph, gradient: fx.Node, of: torch.Tensor) -> fx.Node:
+    layout = torch.contiguous_format
+    if not of.is_contiguous() and of.dim() == 4:
+        layout = torch.channels_last
+    anchor = gradient
+    if gradient.op == "placeholder":
+        anchor = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(anchor):
+        clone = graph.call_function(
+            torch.ops.aten.clone.default, (gradient,), {"memory_format": layout}
+        )
+    value = gradient.meta["val"].clone(memory_format=layout)
+    clone.meta = {**gradient.meta, "val": value, "partitioner_tag": "is_backward"}
+    return clone
+
+
+def _storage_key(node: fx.Node) -> int:
+    return storage_key(node.meta["val"])
+
+
+class _Reader:
+    """Reads a joint graph once, front to back."""
+
+    def __init__(self, joint: Joint, forward: Forward, module: nn.Module) -> None:
+        self.joint = joint
+        self.forward = forward
+        self.module = module
+        self.origins = forward_origins(joint.graph.nodes)
+        self.values: list[Value] = []
+        self.ops: list[Op] = []
+        self.calls: dict[int, fx.Node] = {}
+        self.storage: dict[fx.Node, int] = {}
+        self.bases: dict[int, fx.Node] = {}
+        self.by_key: dict[int, int] = {}
+
+    def read(self) -> Captured:
+        primals = tuple(
+            self.primal(given) for given in self.joint.inputs if given.kind != "tangent"
+        )
+        tangents = tuple(
+            (given.index, given.node) for given in self.joint.inputs if given.kind == "tangent"
+        )
+        for _, node in tangents:
+            self.add_value(node, Role.TANGENT)
+        self.add_existing_gradients()
+        for node in self.in_order():
+            self.call(node)
+        outputs = self.output_nodes()
+        gradients = self.gradient_nodes(primals)
+        return Captured(
+            program=self.program(outputs, [node for _, node in gradients]),
+            graph=self.joint.graph,
+            calls=self.calls,
+            storage=self.storage,
+            bases=self.bases,
+            primals=primals,
+            constants=self.forward.constants,
+            outputs=outputs,
+            requires_grad=self.forward.requires_grad,
+            gradients=gradients,
+            tangents=tangents,
+            spec=self.forward.spec,
+            leaves=self.forward.leaves,
+            is_loss=self.forward.is_loss,
+        )
+
+    def primal(self, given: JointInput) -> Primal:
+        node = given.node
+        assert given.kind != "tangent"
+        name = own_name(given.name)
+        if given.kind == "input":
+            self.add_value(node, Role.INPUT)
+            return Primal(node, "input", index=given.index)
+        if name in self.forward.constants:
+            self.add_value(node, Role.CONSTANT, name)
+            return Primal(node, "constant", name)
+        self.add_value(node, Role.PARAMETER if given.kind == "parameter" else Role.BUFFER, name)
+        return Primal(node, given.kind, name)
+
+    def add_value(self, node: fx.Node, role: Role, name: str = "") -> None:
+        key = _storage_key(node)
+        if key not in self.by_key:
+            nbytes = node.meta["val"].untyped_storage().nbytes()
+            self.by_key[key] = len(self.values)
+            self.bases[len(self.values)] = node
+            self.values.append(Value(len(self.values), nbytes, role, name=name))
+        self.storage[node] = self.by_key[key]
+
+    def add_existing_gradients(self) -> None:
+        nbytes = sum(
+            parameter.grad.untyped_storage().nbytes()
+            for parameter in self.module.parameters()
+            if parameter.grad is not None
+        )
+        if nbytes:
+            self.values.append(Value(len(self.values), nbytes, Role.EXISTING_GRADIENT))
+
+    def in_order(self) -> Iterable[fx.Node]:
+        """The calls that matter, forward first."""
+        needed: set[fx.Node] = set()
+        stack = [out.value for out in self.joint.outputs if isinstance(out.value, fx.Node)]
+        calls = [node for node in self.joint.graph.nodes if node.op == "call_function"]
+        stack += [node for node in calls if _is_random(node) or _mutated(node)]
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+        kept = [node for node in calls if node in needed and node.target not in _FREE_TARGETS]
+        return sorted(kept, key=is_backward)
+
+    def call(self, node: fx.Node) -> None:
+        """Read one call: an op, or a view of what is there already."""
+        tensors = _tensors(node.meta.get("val"))
+        if tensors is None:
+            raise CaptureError(
+                f"{type(self.module).__name__}'s step computes something other than tensors by "
+                f"{node.target} (at {source_of(node) or 'an unknown line'}); unsupported"
+            )
+        mutated = _mutated(node)
+        new = {storage_key(tensor) for tensor in tensors} - self.by_key.keys()
+        if node.target is operator.getitem or (not new and not mutated):
+            self.storage[node] = self.by_key[storage_key(tensors[0])] if tensors else -1
+            if node.target is operator.getitem and self.values[self.storage[node]].role in (
+                Role.ACTIVATION,
+                Role.GRADIENT,
+            ):
+                self.bases.setdefault(self.storage[node], node)
+            return
+        if mutated:
+            tensors = []
+        elif len(new) < len(tensors):
+            raise CaptureError(f"{node.target} returns tensors that share memory; unsupported")
+        self.add_op(node, tensors, mutated)
+
+    def add_op(self, node: fx.Node, results: list[torch.Tensor], mutated: list[fx.Node]) -> None:
+        id = len(self.ops)
+        origin = node if node.meta.get("nn_module_stack") else None
+        origin = origin or self.origins.get(node.meta.get("seq_nr", -1), node)
+        module, source = module_of(origin), source_of(origin)
+        operands = dict.fromkeys(self.storage[source] for source in node.all_input_nodes)
+        made = []
+        for tensor in results:
+            value = Value(
+                id=len(self.values),
+                nbytes=tensor.untyped_storage().nbytes(),
+                role=Role.ACTIVATION,
+                producer=id,
+                module=module,
+                source=source,
+            )
+            self.by_key[storage_key(tensor)] = value.id
+            self.values.append(value)
+            made.append(value.id)
+        if isinstance(node.meta["val"], torch.Tensor):
+            self.storage[node] = made[0] if made else self.storage[mutated[0]]
+            if made:
+                self.bases[made[0]] = node
+        self.calls[id] = node
+        self.ops.append(
+            Op(
+                id=id,
+                target=str(node.target),
+                operands=tuple(operands),
+                results=tuple(made),
+                phase=Phase.BACKWARD if is_backward(node) else Phase.FORWARD,
+                is_random=_is_random(node),
+                mutates=tuple(self.storage[target] for target in mutated),
+                module=module,
+                source=source,
+                signature=signature(node),
+            )
+        )
+
+    def output_nodes(self) -> tuple[fx.Node, ...]:
+        outputs = sorted(
+            (output for output in self.joint.outputs if output.kind == "output"),
+            key=lambda output: int(str(output.of)),
+        )
+        assert all(isinstance(output.value, fx.Node) for output in outputs)
+        return tuple(output.value for output in outputs if isinstance(output.value, fx.Node))
+
+    def gradient_nodes(self, primals: tuple[Primal, ...]) -> tuple[tuple[int, fx.Node], ...]:
+        position = {primal.node: index for index, primal in enumerate(primals)}
+        return tuple(
+            (position[output.of], output.value)
+            for output in self.joint.outputs
+            if output.kind == "gradient"
+            and isinstance(output.value, fx.Node)
+            and isinstance(output.of, fx.Node)
+        )
+
+    def program(self, outputs: Iterable[fx.Node], gradients: Iterable[fx.Node]) -> Program:
+        roles: dict[int, Role] = {self.storage[node]: Role.OUTPUT for node in outputs}
+        roles |= {self.storage[node]: Role.GRADIENT for node in gradients}
+        held = {id: role for id, role in roles.items() if self.values[id].role is Role.ACTIVATION}
+        values = tuple(replace(value, role=held.get(value.id, value.role)) for value in self.values)
+        return Program(tuple(self.ops), values, tuple(sorted(held)))
+
+
+def _tensors(value: object) -> list[torch.Tensor] | None:
+    """The tensors that an op returns, or None if it returns something else."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        if not all(item is None or isinstance(item, torch.Tensor) for item in value):
+            return None
+        return [item for item in value if item is not None]
+    return None
+
+
+def _schema_arguments(node: fx.Node) -> Mapping[str, object]:
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return {}
+    names = [argument.name for argument in target._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether a call draws numbers: its op may, and its dropout probability is not zero."""
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    arguments = _schema_arguments(node)
+    if any(argument.name == "dropout_p" for argument in target._schema.arguments):
+        return arguments.get("dropout_p", 0.0) != 0.0
+    return True
+
+
+def _mutated(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose memory a call writes."""
+    target = node.target
+    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
+        return []
+    arguments = _schema_arguments(node)
+    written = [
+        arguments.get(argument.name)
+        for argument in target._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [node for node in written if isinstance(node, fx.Node)]

@@ -1,0 +1,79 @@
+"""``memplan compare``: the proof, on the user's own model."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+
+from memplan import api, profiler
+from memplan.cli.progress import progress
+from memplan.cli.target import load_target
+from memplan.errors import InfeasibleBudget, MemplanError, UnitsError
+from memplan.plan import Plan
+from memplan.profiler import Comparison
+from memplan.report import comparison_table
+from memplan.schedule import Effect
+
+BROKEN_PROMISE = 4
+
+
+class InfeasibleError(click.ClickException):
+    """No plan fits."""
+
+    exit_code = 3
+
+
+@click.command()
+@click.argument("target")
+@click.option("--budget", metavar="BYTES", help='Bound on the peak: "6GiB", 6000000000, "50%".')
+@click.option(
+    "--max-slowdown", type=float, metavar="X", help="Bound on predicted time: 1.2 is 20% more."
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds to time."
+)
+def compare(target: str, budget: str | None, max_slowdown: float | None, steps: int) -> None:
+    r"""Plan a training step and measure it beside the untouched one.
+
+    TARGET is file.py:factory or package.module:factory; the factory takes no arguments and
+    returns (model, batch).
+
+    \b
+    Exit codes: 0 the plan holds what it promises; 1 the factory or the capture failed;
+    2 wrong usage; 3 no plan fits the budget; 4 the plan breaks a promise.
+    """
+    model, batch = load_target(target)
+    try:
+        with progress():
+            planned = api.optimize(model, batch, budget=budget, max_slowdown=max_slowdown)
+            comparison = profiler.compare(model, planned, batch, steps=steps)
+    except UnitsError as error:
+        raise click.BadParameter(str(error), param_hint="--budget") from error
+    except InfeasibleBudget as error:
+        raise InfeasibleError(str(error)) from error
+    except MemplanError as error:
+        raise click.ClickException(str(error)) from error
+    console = Console()
+    console.print(comparison_table(comparison, planned.plan))
+    broken = _broken_promises(comparison, planned.plan)
+    for promise in broken:
+        click.echo(f"broken promise: {promise}", err=True)
+    if broken:
+        raise SystemExit(BROKEN_PROMISE)
+    click.echo(f"{planned.plan.num_restores} ops run again. To train so: {_next(budget)}")
+
+
+def _broken_promises(comparison: Comparison, plan: Plan) -> list[str]:
+    broken = []
+    if all(effect is Effect.EXACT for effect in plan.effects) and not comparison.is_exact:
+        broken.append("the plan is exact, but the results differ")
+    if comparison.planned.peak_bytes > plan.peak_bytes:
+        broken.append("the measured peak is above the predicted peak")
+    if plan.budget_bytes is not None and comparison.planned.peak_bytes > plan.budget_bytes:
+        broken.append("the measured peak is above the budget")
+    return broken
+
+
+def _next(budget: str | None) -> str:
+    argument = "" if budget is None else f', budget="{budget}"'
+    return f"model = memplan.optimize(model, batch{argument})"

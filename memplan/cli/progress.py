@@ -1,0 +1,40 @@
+"""What a long command is doing, on stderr and only on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.status import Status
+
+
+class _ToStatus(logging.Handler):
+    def __init__(self, status: Status) -> None:
+        super().__init__(logging.DEBUG)
+        self.status = status
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.INFO:
+            self.status.update(record.getMessage())
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[None]:
+    """Show what memplan logs as it works, in one line that goes away."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    logger = logging.getLogger("memplan")
+    level = logger.level
+    with console.status("starting") as status:
+        handler = _ToStatus(status)
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)

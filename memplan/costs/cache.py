@@ -1,0 +1,123 @@
+"""Measured costs on disk: one JSON file for each machine and setting."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from memplan.program import OpCost
+
+_SCHEMA = 2
+_LOG = logging.getLogger("memplan")
+
+
+def cache_folder() -> Path:
+    """Where memplan keeps files: ``$MEMPLAN_CACHE_DIR``, or "memplan" in the user's cache."""
+    chosen = os.environ.get("MEMPLAN_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "memplan"
+
+
+def describe_machine() -> str:
+    """What measured costs depend on, apart from the op."""
+    return ", ".join(
+        [
+            _processor(),
+            f"{torch.get_num_threads()} threads",
+            f"torch {torch.__version__}",
+            f"mkldnn {torch.backends.mkldnn.enabled}",
+            f"matmul {torch.get_float32_matmul_precision()}",
+            f"deterministic {torch.are_deterministic_algorithms_enabled()}",
+        ]
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class CostCache:
+    """Costs by op signature.
+
+    Attributes:
+        machine: what they were measured on.
+        path: the file.
+        entries: signature to cost.
+    """
+
+    machine: str
+    path: Path
+    entries: Mapping[str, OpCost]
+
+    @classmethod
+    def load(cls) -> CostCache:
+        """Read the file for this machine and setting; one that is damaged counts as empty."""
+        machine = describe_machine()
+        name = hashlib.sha256(machine.encode()).hexdigest()[:16]
+        path = cache_folder() / f"costs-{name}.json"
+        return cls(machine, path, _read(path, machine))
+
+    def updated(self, new: Mapping[str, OpCost]) -> CostCache:
+        """Add entries and write the file, whole or not at all."""
+        if not new:
+            return self
+        merged = CostCache(
+            self.machine, self.path, {**_read(self.path, self.machine), **self.entries, **new}
+        )
+        merged._write()
+        return merged
+
+    def _write(self) -> None:
+        data = {
+            "schema_version": _SCHEMA,
+            "machine": self.machine,
+            "entries": {
+                signature: [cost.seconds, cost.flops, cost.workspace_bytes, *cost.result_bytes]
+                for signature, cost in self.entries.items()
+            },
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self.path.parent, suffix=".tmp", delete=False
+            ) as file:
+                json.dump(data, file)
+            Path(file.name).replace(self.path)
+        except OSError as error:
+            _LOG.warning("measured costs are not kept: %s: %s", self.path, error)
+
+
+def _read(path: Path, machine: str) -> dict[str, OpCost]:
+    try:
+        data = json.loads(path.read_text())
+        if data["schema_version"] != _SCHEMA or data["machine"] != machine:
+            return {}
+        return {
+            str(signature): OpCost(
+                float(seconds), int(flops), int(workspace), tuple(map(int, sizes))
+            )
+            for signature, (seconds, flops, workspace, *sizes) in data["entries"].items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _LOG.warning("ignoring damaged cost cache %s: %s", path, error)
+        return {}

@@ -1,0 +1,128 @@
+"""Costs by running each distinct op once or a few times, on its own. The model is not run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+from torch import fx
+from torch.profiler import record_function
+
+from memplan.capture import Captured, call_of, unchanged_randomness
+from memplan.costs.cache import CostCache
+from memplan.program import Costs, Op, OpCost
+from memplan.torch_internals import allocations, recording, spans, storage_key
+
+_RUNS = 5
+_ENOUGH_S = 0.25
+"""An op that took this long altogether is not run again."""
+
+_LOG = logging.getLogger("memplan")
+
+
+def measured_costs(captured: Captured, ops: Iterable[Op]) -> Costs:
+    """Run every distinct op that is not in the cache; keep the result there.
+
+    Workspace is the exact peak of the allocator's events inside the op, results apart, after one
+    run to warm up. Time is the median of up to five runs.
+    """
+    ops = list(ops)
+    cache = CostCache.load()
+    distinct = {op.signature: op for op in ops if op.signature not in cache.entries}
+    new = _measure(captured, distinct) if distinct else {}
+    cache = cache.updated(new)
+    return Costs({op.id: cache.entries[op.signature] for op in ops}, f"measured, {cache.machine}")
+
+
+def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost]:
+    result_bytes: dict[str, tuple[int, ...]] = {}
+    seconds: dict[str, float] = {}
+    with unchanged_randomness(), torch.no_grad(), recording() as profile:
+        for number, (signature, op) in enumerate(distinct.items()):
+            _LOG.debug("measuring op %d of %d", number + 1, len(distinct))
+            run, operands = _runnable(captured, op)
+            run()
+            with record_function(f"memplan#{number}"):
+                result = run()
+            result_bytes[signature] = _storage_bytes(result, operands)
+            del result
+    for number, (signature, op) in enumerate(distinct.items()):
+        _LOG.debug("timing op %d of %d", number + 1, len(distinct))
+        with unchanged_randomness(), torch.no_grad():
+            seconds[signature] = _seconds(_runnable(captured, op)[0])
+    peaks = _span_peaks(profile, len(distinct))
+    return {
+        signature: OpCost(
+            seconds=seconds[signature],
+            workspace_bytes=max(0, peaks[number] - sum(result_bytes[signature])),
+            result_bytes=result_bytes[signature],
+        )
+        for number, signature in enumerate(distinct)
+    }
+
+
+def _storage_bytes(result: object, operands: Iterable[object]) -> tuple[int, ...]:
+    """What each tensor of a result takes; nothing where it is an operand's memory."""
+    operand_keys = {storage_key(tensor) for tensor in operands if isinstance(tensor, torch.Tensor)}
+    results = result if isinstance(result, list | tuple) else (result,)
+    return tuple(
+        0 if storage_key(tensor) in operand_keys else tensor.untyped_storage().nbytes()
+        for tensor in results
+        if isinstance(tensor, torch.Tensor)
+    )
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    times: list[float] = []
+    while len(times) < _RUNS and sum(times) < _ENOUGH_S:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def _span_peaks(profile: torch.profiler.profile, num_spans: int) -> list[int]:
+    """The most bytes allocated, net, inside each span."""
+    events = allocations(profile)
+    times = [when for when, _ in events]
+    named = spans(profile, "memplan#")
+    peaks = []
+    for number in range(num_spans):
+        start, stop = named[f"memplan#{number}"]
+        current = peak = 0
+        for _, nbytes in events[bisect_left(times, start) : bisect_left(times, stop)]:
+            current += nbytes
+            peak = max(peak, current)
+        peaks.append(peak)
+    return peaks
+
+
+def _runnable(captured: Captured, op: Op) -> tuple[Callable[[], object], Iterable[object]]:
+    """The op on made-up operands of the recorded layout (floats 0.5, integers 0); the operands."""
+    call = call_of(captured, op, torch.get_rng_state())
+    made: dict[fx.Node, Any] = {}
+
+    def operand(node: fx.Node) -> Any:
+        if node not in made:
+            made[node] = _like(node.meta["val"])
+        return made[node]
+
+    args = fx.map_arg(call.args, operand)
+    kwargs = fx.map_arg(call.kwargs, operand)
+    return lambda: call.target(*args, **kwargs), made.values()
+
+
+def _like(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_like(item) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    count = value.untyped_storage().nbytes() // value.element_size()
+    fill = 0.5 if value.is_floating_point() or value.is_complex() else 0
+    flat = torch.full((count,), fill, dtype=value.dtype, device=value.device)
+    return flat.as_strided(value.shape, value.stride(), value.storage_offset())

@@ -1,0 +1,225 @@
+"""From a captured step and a schedule to two functions: the forward and the backward.
+
+Each copy of a value becomes a node of its own, and generated code lets go of a node right after
+its last use: so a schedule's frees need no code. Views are made anew on each copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import Argument
+
+from memplan.capture import Captured
+from memplan.capture.call import call_of
+from memplan.program import Op
+from memplan.schedule import Catalog, Free, Recovery, Schedule, Step
+from memplan.torch_internals import boxed
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The two functions, and what goes in and out of them.
+
+    Attributes:
+        forward: takes the list of ``forward_primals``; returns outputs, then saved tensors.
+        backward: takes saved tensors, ``backward_primals`` and tangents; returns gradients.
+        forward_primals: positions of primals.
+        backward_primals: positions of primals.
+        output_slots: for each output of the module, its position in what ``forward`` returns, or
+            ``~p`` for the primal at position ``p``.
+        num_outputs: how many of what ``forward`` returns are outputs.
+        tangents: positions, among the module's outputs, whose incoming gradients are passed on.
+        gradient_primals: positions of the primals that the gradients are for, in order.
+    """
+
+    forward: Callable[[list[Any]], list[torch.Tensor]]
+    backward: Callable[[list[Any]], list[torch.Tensor]]
+    forward_primals: tuple[int, ...]
+    backward_primals: tuple[int, ...]
+    output_slots: tuple[int, ...]
+    num_outputs: int
+    tangents: tuple[int, ...]
+    gradient_primals: tuple[int, ...]
+
+
+def emit(captured: Captured, recoveries: Iterable[Recovery], schedule: Schedule) -> Emitted:
+    """Write a schedule as code."""
+    catalog = Catalog.of(captured.program, recoveries)
+    saved = saved_for_backward(captured, catalog, schedule)
+    forward = _Segment(captured, catalog)
+    forward_primals = forward.take_primals(_read(catalog, schedule.forward))
+    forward.run(schedule.forward)
+    slots, results = _outputs(captured, forward)
+    forward.graph.output([*results, *forward.save(saved, results)])
+    backward = _Segment(captured, catalog)
+    backward.take(saved)
+    backward_primals = backward.take_primals(_read(catalog, schedule.backward))
+    backward.take_tangents()
+    backward.run(schedule.backward)
+    backward.graph.output([backward.resolve(node) for _, node in captured.gradients])
+    return Emitted(
+        forward=boxed(forward.graph),
+        backward=boxed(backward.graph),
+        forward_primals=forward_primals,
+        backward_primals=backward_primals,
+        output_slots=slots,
+        num_outputs=len(results),
+        tangents=tuple(position for position, _ in captured.tangents),
+        gradient_primals=tuple(position for position, _ in captured.gradients),
+    )
+
+
+def saved_for_backward(captured: Captured, catalog: Catalog, schedule: Schedule) -> tuple[int, ...]:
+    """Values that the backward reads in the copy that the forward made, in order of id."""
+    made: set[int] = set()
+    for step in schedule.forward:
+        if isinstance(step, Free):
+            made.discard(step.value)
+        else:
+            made.update(step.binds)
+    saved: set[int] = set()
+    for step in schedule.backward:
+        if isinstance(step, Free):
+            made.discard(step.value)
+        else:
+            saved.update(made.intersection(catalog.ops[step.op].operands))
+            made.difference_update(step.binds)
+    gradients = {captured.storage[node] for _, node in captured.gradients}
+    return tuple(sorted(saved | (gradients & made)))
+
+
+def _read(catalog: Catalog, steps: Iterable[Step]) -> set[int]:
+    return {
+        value
+        for step in steps
+        if not isinstance(step, Free)
+        for value in (*catalog.ops[step.op].operands, *catalog.ops[step.op].mutates)
+    }
+
+
+def _outputs(captured: Captured, forward: _Segment) -> tuple[tuple[int, ...], list[fx.Node]]:
+    """Each output once, and where each of the module's outputs finds itself."""
+    positions = {primal.node: index for index, primal in enumerate(captured.primals)}
+    results: list[fx.Node] = []
+    slots: list[int] = []
+    for node in captured.outputs:
+        if node in positions:
+            slots.append(~positions[node])
+            continue
+        emitted = forward.resolve(node)
+        if emitted not in results:
+            results.append(emitted)
+        slots.append(results.index(emitted))
+    return tuple(slots), results
+
+
+class _Segment:
+    """Writes one segment's graph."""
+
+    def __init__(self, captured: Captured, catalog: Catalog) -> None:
+        self.captured = captured
+        self.catalog = catalog
+        self.graph = fx.Graph()
+        self.given: dict[fx.Node, fx.Node] = {}
+        self.copies: dict[int, fx.Node] = {}
+        self.views: dict[int, dict[fx.Node, fx.Node]] = {}
+        self.kernels = frozenset(captured.calls.values())
+
+    def take_primals(self, read: set[int]) -> tuple[int, ...]:
+        """Placeholders for the primals whose storages are read; their positions.
+
+        Outputs that are views of a primal need it in the forward as well.
+        """
+        storage = self.captured.storage
+        read = read | {storage[node] for node in self.captured.outputs}
+        positions = [
+            position
+            for position, primal in enumerate(self.captured.primals)
+            if storage[primal.node] in read
+        ]
+        for position in positions:
+            node = self.captured.primals[position].node
+            self.given[node] = self.graph.placeholder(f"primal_{position}")
+        return tuple(positions)
+
+    def take(self, values: Iterable[int]) -> None:
+        """Placeholders for saved values."""
+        for value in values:
+            self.copies[value] = self.graph.placeholder(f"saved_{value}")
+
+    def take_tangents(self) -> None:
+        """Placeholders for incoming gradients."""
+        for position, node in self.captured.tangents:
+            self.given[node] = self.graph.placeholder(f"tangent_{position}")
+
+    def save(self, values: Iterable[int], results: list[fx.Node]) -> list[fx.Node]:
+        """What the forward hands to the backward.
+
+        What is returned to the caller as well becomes part of autograd's graph there; the backward
+        gets an alias, or the two would keep each other alive.
+        """
+        detach = torch.ops.aten.detach.default
+        return [
+            self.graph.call_function(detach, (copy,)) if copy in results else copy
+            for copy in (self.copies[value] for value in values)
+        ]
+
+    def run(self, steps: Iterable[Step]) -> None:
+        """Write the calls of the steps."""
+        for step in steps:
+            if isinstance(step, Free):
+                self.copies.pop(step.value)
+                self.views.pop(step.value, None)
+            else:
+                op = self.catalog.ops[step.op]
+                self.bind(op, self.call(op), step.binds)
+
+    def call(self, op: Op) -> fx.Node:
+        """Write one call."""
+        kept = self.copies[op.operands[0]] if op.variant_of is not None and op.operands else None
+        call = call_of(self.captured, op, kept)
+
+        def translate(node: fx.Node) -> fx.Node:
+            return node if node.graph is self.graph else self.resolve(node)
+
+        args = fx.map_arg(call.args, translate)
+        kwargs = fx.map_arg(call.kwargs, translate)
+        assert isinstance(args, tuple) and isinstance(kwargs, Mapping)
+        return self.graph.call_function(call.target, args, dict(kwargs))
+
+    def bind(self, op: Op, node: fx.Node, values: Iterable[int]) -> None:
+        """Name the results that are held."""
+        for value in values:
+            base = self.captured.bases.get(value)
+            copy = node
+            if base is not None and base.target is getitem:
+                index: Argument = base.args[1]
+                copy = self.graph.call_function(getitem, (node, index))
+            self.copies[value] = copy
+            self.views.pop(value, None)
+
+    def resolve(self, node: fx.Node) -> fx.Node:
+        """The node of the current copy, or of a view of it."""
+        if node in self.given:
+            return self.given[node]
+        value = self.captured.storage[node]
+        if self.captured.bases.get(value) is node or self.is_result(node):
+            return self.copies[value]
+        views = self.views.setdefault(value, {})
+        if node not in views:
+            args = fx.map_arg(node.args, self.resolve)
+            kwargs = fx.map_arg(node.kwargs, self.resolve)
+            assert isinstance(args, tuple) and isinstance(kwargs, Mapping)
+            assert callable(node.target), f"{node} is neither a result nor a view"
+            views[node] = self.graph.call_function(node.target, args, dict(kwargs))
+        return views[node]
+
+    def is_result(self, node: fx.Node) -> bool:
+        """Whether a node is one item of what a kernel returned."""
+        return node.target is getitem and node.args[0] in self.kernels

@@ -1,0 +1,146 @@
+"""The module that the user trains: it runs a plan that was made for exactly this call."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.errors import NotPlannedYet
+from memplan.plan import Plan
+from memplan.runtime import PlannedStep
+from memplan.sample import Sample
+from memplan.signature import State, signature_of
+
+Build = Callable[[nn.Module, Sample], PlannedStep]
+"""Captures, plans and emits one step."""
+
+
+class PlannedModule(nn.Module):
+    """A module in the place of another: same parameters, same names, same results, less memory.
+
+    It shares the original's parameters, buffers and children, under their own names, so that an
+    optimizer, ``state_dict``, ``to`` and ``train`` act on both. With gradients enabled each call
+    runs a plan made for its signature (shapes, modes, flags, ...); a new signature is captured
+    and planned first. Without gradients the original runs.
+
+    What a signature cannot see (Python attributes changed by hand) needs ``recapture()``.
+    """
+
+    original: nn.Module
+
+    def __init__(self, original: nn.Module, build: Build, cache_size: int) -> None:
+        super().__init__()
+        self.__dict__["original"] = original
+        self._build = build
+        self._cache_size = cache_size
+        self.training = original.training
+        self._share()
+        self._reset()
+
+    def _share(self) -> None:
+        """Use the original's own dictionaries: what is added, moved or replaced is so in both."""
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = self.original.__dict__[name]
+
+    def _reset(self) -> None:
+        self._steps: OrderedDict[Hashable, PlannedStep] = OrderedDict()
+        self._last: PlannedStep | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last call with gradients enabled, or else of the sample.
+
+        Raises:
+            NotPlannedYet: before there is one.
+        """
+        if self._last is None:
+            raise NotPlannedYet(
+                "there is no plan yet: call the module with gradients enabled, or pass a sample "
+                "to memplan.optimize"
+            )
+        return self._last.plan
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans in the cache, the one used last at the end."""
+        return tuple(step.plan for step in self._steps.values())
+
+    def recapture(self) -> None:
+        """Forget every capture and plan; the next call makes them anew."""
+        self._reset()
+
+    def prepare(self, sample: Sample) -> PlannedStep:
+        """The step for a call with these inputs, from the cache or made now."""
+        state = State.of(self.original)
+        return self._step(signature_of(self.original, state, sample), sample)
+
+    def _step(self, signature: Hashable, sample: Sample) -> PlannedStep:
+        with self._lock:
+            step = self._steps.get(signature)
+            if step is None:
+                step = self._build(self.original, sample)
+                self._steps[signature] = step
+                if len(self._steps) > self._cache_size:
+                    self._steps.popitem(last=False)
+                    warnings.warn(
+                        f"more than {self._cache_size} signatures (shapes, modes, ...) are in use; "
+                        "each that comes back is captured again. Pad the batches to fewer shapes, "
+                        "or raise Options.cache_size.",
+                        stacklevel=4,
+                    )
+            self._steps.move_to_end(signature)
+            self._last = step
+            return step
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original returns for these inputs."""
+        if not torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        sample = Sample(args, kwargs)
+        state = State.of(self.original)
+        if not any(
+            tensor.requires_grad for tensor in (*state.parameters.values(), *sample.tensors())
+        ):
+            return self.original(*args, **kwargs)
+        return self._step(signature_of(self.original, state, sample), sample).run(state, sample)
+
+    def train(self, mode: bool = True) -> PlannedModule:
+        """Set the mode here and in the original."""
+        super().train(mode)
+        self.original.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's."""
+        return self.original.state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Into the original, whose parameters are this module's."""
+        return self.original.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("original")
+            if original is None:
+                raise
+            return getattr(original, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = ("_steps", "_last", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._share()
+        self._reset()

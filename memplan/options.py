@@ -1,0 +1,54 @@
+"""Settings of ``optimize`` and ``plan`` that most users leave alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from memplan.capture import Differentiable
+from memplan.passing import Pass
+from memplan.plan import Plan
+from memplan.program import Costs
+from memplan.units import Budget
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings.
+
+    Attributes:
+        device: the device to plan for; None is the one that the model is on. Others are not
+            supported yet.
+        costs: "measured" runs each distinct op on its own, "auto" is measured where the tensors
+            have data. "analytic" runs nothing, and knows no workspace: the budget then bounds all
+            but what kernels allocate inside. Or ``Costs`` of one's own.
+        on_infeasible: "raise" ``InfeasibleBudget``, or plan for the "smallest" feasible budget.
+        cache_size: how many signatures a planned module remembers.
+        differentiable_outputs: "all", or positions among the leaves of the output; None is the
+            loss alone where there is exactly one.
+    """
+
+    device: str | None = None
+    costs: Literal["auto", "measured", "analytic"] | Costs = "auto"
+    on_infeasible: Literal["raise", "smallest"] = "raise"
+    cache_size: int = 8
+    differentiable_outputs: Differentiable = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, checked.
+
+    Attributes:
+        budget: bound on the peak, or None.
+        max_slowdown: bound on predicted time over the captured step's, or None.
+        passes: in the order in which they offer.
+        plan: a saved plan to apply, or None.
+        options: the rest.
+    """
+
+    budget: Budget | None = None
+    max_slowdown: float | None = None
+    passes: tuple[Pass, ...] = ()
+    plan: Plan | None = None
+    options: Options = field(default_factory=Options)

@@ -1,0 +1,46 @@
+"""What a pass is: a frozen value, made by a factory in ``memplan.passes``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from memplan.schedule import Effect, Recovery
+
+if TYPE_CHECKING:
+    from memplan.capture import Captured
+
+__all__ = ["Effect", "Pass", "RecoveryContext"]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryContext:
+    """What a pass is told when it offers recoveries.
+
+    Attributes:
+        first_op: the first id that a new op may have.
+        first_value: the first id that a new value may have.
+    """
+
+    first_op: int
+    first_value: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One memory technique.
+
+    A pass only offers; the planner chooses.
+
+    Attributes:
+        name: the name of its factory, a key of ``memplan.passes.PASSES``.
+        effect: what it does to the result of a step.
+        arguments: what the factory was called with, as JSON.
+        recoveries: offers ways to get values back.
+    """
+
+    name: str
+    effect: Effect
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    recoveries: Callable[[Captured, RecoveryContext], tuple[Recovery, ...]] | None = None

@@ -1,0 +1,295 @@
+"""A plan: what was decided for one step, what it costs, and why. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from memplan.errors import PlanMismatch
+from memplan.program import Costs, Program, Role
+from memplan.schedule import Catalog, Effect, Recovery, Schedule
+from memplan.timeline import (
+    categories_at_peak,
+    floor_bytes,
+    live_at,
+    saved_values,
+    seconds,
+    simulate,
+)
+from memplan.units import format_bytes
+
+SCHEMA_VERSION = 1
+
+_MOST_LIVE = 12
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """A pass that took part.
+
+    Attributes:
+        name: the name of its factory.
+        arguments: what the factory was called with.
+        effect: what it does to the result.
+    """
+
+    name: str
+    arguments: Mapping[str, object]
+    effect: Effect
+
+
+@dataclass(frozen=True, slots=True)
+class LiveValue:
+    """A value that is alive at the peak.
+
+    Attributes:
+        nbytes: its size.
+        category: its category, as in ``Plan.categories``.
+        target: the op that made it.
+        module: FQN of the module that it belongs to.
+        source: ``file.py:line``, where known.
+    """
+
+    nbytes: int
+    category: str
+    target: str
+    module: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one training step runs.
+
+    Attributes:
+        peak_bytes: predicted peak of the step, residents included.
+        resident_bytes: parameters, buffers, inputs, constants, and gradients present at the call.
+        original_peak_bytes: predicted peak of the captured step with nothing recomputed.
+        floor_bytes: no schedule of this program in this order has a lower peak.
+        saved_bytes: activations held when the forward ends.
+        seconds: predicted time of the step.
+        original_seconds: predicted time with nothing recomputed.
+        num_ops: ops that the captured step runs.
+        num_restores: runs of ops that restore something.
+        categories: bytes by category at the peak.
+        peak_op: the op at the peak, with its module.
+        live: the largest values that are alive at the peak.
+        budget_bytes: the bound that was asked for, or None.
+        costs_source: where times and workspace come from.
+        passes: the passes that took part.
+        fingerprint: of the program and of what was offered; a plan runs nothing else.
+        schedule: the steps.
+    """
+
+    peak_bytes: int
+    resident_bytes: int
+    original_peak_bytes: int
+    floor_bytes: int
+    saved_bytes: int
+    seconds: float
+    original_seconds: float
+    num_ops: int
+    num_restores: int
+    categories: Mapping[str, int]
+    peak_op: str
+    live: tuple[LiveValue, ...]
+    budget_bytes: int | None
+    costs_source: str
+    passes: tuple[PassRecord, ...]
+    fingerprint: str
+    schedule: Schedule
+
+    @property
+    def slowdown(self) -> float:
+        """Predicted time over that of the captured step."""
+        return self.seconds / self.original_seconds if self.original_seconds else 1.0
+
+    @property
+    def effects(self) -> tuple[Effect, ...]:
+        """The effects of the passes that took part."""
+        return tuple(dict.fromkeys(record.effect for record in self.passes))
+
+    def __str__(self) -> str:
+        above = self.original_peak_bytes - self.resident_bytes
+        share = (self.peak_bytes - self.resident_bytes) / above if above else 1.0
+        budget = (
+            "" if self.budget_bytes is None else f" of {format_bytes(self.budget_bytes)} allowed"
+        )
+        unknown = ", kernels' workspace unknown" if self.costs_source.startswith("analytic") else ""
+        effects = ", ".join(effect.value for effect in self.effects) or "exact"
+        return (
+            f"Plan: peak {format_bytes(self.peak_bytes)}{budget} "
+            f"({format_bytes(self.original_peak_bytes)} unplanned; {share:.0%} of what is above "
+            f"{format_bytes(self.resident_bytes)} resident), {self.slowdown:.3f}x the time, "
+            f"{self.num_restores} of {self.num_ops} ops run again, {effects}{unknown}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+    def explain(self) -> str:
+        """What is at the peak, and how the rest comes back, for people."""
+        lines = [str(self), f"At the peak ({self.peak_op}):"]
+        for category, nbytes in sorted(self.categories.items(), key=lambda item: -item[1]):
+            lines.append(f"  {format_bytes(nbytes):>12}  {category}")
+        lines.append("Largest values alive there:")
+        for value in self.live:
+            where = value.module or "the root module"
+            lines.append(
+                f"  {format_bytes(value.nbytes):>12}  {value.category}: {value.target} in {where}"
+            )
+        lines.append(
+            f"Floor of this step, whatever is recomputed: {format_bytes(self.floor_bytes)}. "
+            f"Costs: {self.costs_source}."
+        )
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Data only; ``from_json`` gives an equal plan back."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["categories"] = dict(self.categories)
+        data["live"] = [asdict(value) for value in self.live]
+        data["passes"] = [
+            {"name": p.name, "arguments": dict(p.arguments), "effect": p.effect.value}
+            for p in self.passes
+        ]
+        data["schedule"] = self.schedule.to_json()
+        return json.dumps({"schema_version": SCHEMA_VERSION, **data})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            PlanMismatch: if the text is not a plan of this schema version.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanMismatch(f"not a plan: {error}") from error
+        if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
+            found = data.get("schema_version") if isinstance(data, dict) else None
+            raise PlanMismatch(
+                f"not a plan of schema version {SCHEMA_VERSION} (found {found!r}); make it again "
+                "with memplan.plan"
+            )
+        del data["schema_version"]
+        return cls(**_checked(data))
+
+
+_INTS = (
+    "peak_bytes",
+    "resident_bytes",
+    "original_peak_bytes",
+    "floor_bytes",
+    "saved_bytes",
+    "num_ops",
+    "num_restores",
+)
+
+
+def _checked(data: dict[str, Any]) -> dict[str, Any]:
+    """A plan's fields from JSON, each of the right type."""
+    expected = {f.name for f in fields(Plan)}
+    if set(data) != expected:
+        raise PlanMismatch(f"a plan has other fields: {sorted(set(data) ^ expected)}")
+    try:
+        for name in _INTS:
+            _require(type(data[name]) is int, name)
+        for name in ("seconds", "original_seconds"):
+            _require(type(data[name]) in (int, float), name)
+        for name in ("peak_op", "costs_source", "fingerprint"):
+            _require(type(data[name]) is str, name)
+        _require(data["budget_bytes"] is None or type(data["budget_bytes"]) is int, "budget_bytes")
+        _require(
+            all(type(k) is str and type(v) is int for k, v in data["categories"].items()),
+            "categories",
+        )
+        live = tuple(LiveValue(**value) for value in data["live"])
+        for value in live:
+            _require(type(value.nbytes) is int, "live")
+            texts = (value.category, value.target, value.module, value.source)
+            _require(all(type(text) is str for text in texts), "live")
+        passes = tuple(
+            PassRecord(str(p["name"]), dict(p["arguments"]), Effect(p["effect"]))
+            for p in data["passes"]
+        )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise PlanMismatch(f"a plan's fields cannot be read: {error}") from error
+    schedule = Schedule.from_json(data["schedule"])
+    return {**data, "live": live, "passes": passes, "schedule": schedule}
+
+
+def _require(condition: bool, name: str) -> None:
+    if not condition:
+        raise PlanMismatch(f"a plan's {name!r} is of the wrong type")
+
+
+def describe_plan(
+    program: Program,
+    recoveries: Sequence[Recovery],
+    costs: Costs,
+    schedule: Schedule,
+    original: Schedule,
+    *,
+    budget_bytes: int | None,
+    passes: Sequence[PassRecord],
+) -> Plan:
+    """Account for a schedule, and for the captured step beside it."""
+    catalog = Catalog.of(program, recoveries)
+    timeline = simulate(program, catalog, schedule, costs)
+    op = catalog.ops[timeline.peak.op]
+    held = {Role.TANGENT, Role.OUTPUT, Role.GRADIENT}
+    saved = [
+        value for value in saved_values(program, schedule) if catalog.values[value].role not in held
+    ]
+    return Plan(
+        peak_bytes=timeline.peak_bytes,
+        resident_bytes=program.resident_bytes,
+        original_peak_bytes=simulate(program, catalog, original, costs).peak_bytes,
+        floor_bytes=floor_bytes(program, recoveries, costs),
+        saved_bytes=sum(catalog.values[value].nbytes for value in saved),
+        seconds=seconds(schedule, costs),
+        original_seconds=seconds(original, costs),
+        num_ops=len(program.ops),
+        num_restores=len(schedule.restored_ops),
+        categories=categories_at_peak(program, catalog, schedule, costs),
+        peak_op=f"{op.target} in {op.module or 'the root module'}",
+        live=_largest_live(program, catalog, schedule, costs),
+        budget_bytes=budget_bytes,
+        costs_source=costs.source,
+        passes=tuple(passes),
+        fingerprint=fingerprint(program, recoveries),
+        schedule=schedule,
+    )
+
+
+def fingerprint(program: Program, recoveries: Sequence[Recovery]) -> str:
+    """Digest of a program and of the recoveries that a schedule may name."""
+    rows = [
+        [r.restores, r.restore.id, r.restore.target, r.restore.operands, len(r.keeps)]
+        for r in recoveries
+    ]
+    text = program.fingerprint + json.dumps(rows)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _largest_live(
+    program: Program, catalog: Catalog, schedule: Schedule, costs: Costs
+) -> tuple[LiveValue, ...]:
+    peak = simulate(program, catalog, schedule, costs).peak
+    saved = saved_values(program, schedule)
+    ids = [*live_at(program, schedule, peak.step), *catalog.ops[peak.op].results]
+    largest = sorted(ids, key=lambda id: (-catalog.values[id].nbytes, id))[:_MOST_LIVE]
+    live = []
+    for id in largest:
+        value = catalog.values[id]
+        category = value.role.value
+        if value.role is Role.ACTIVATION:
+            category = "saved activation" if id in saved else "temporary"
+        target = "the caller" if value.producer is None else catalog.ops[value.producer].target
+        live.append(LiveValue(value.nbytes, category, target, value.module, value.source))
+    return tuple(live)

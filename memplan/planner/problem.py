@@ -1,0 +1,94 @@
+"""What the search looks at: a program's ops, recoveries and costs as flat tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memplan.program import Costs, Program, Role
+from memplan.schedule import Catalog, Recovery
+from memplan.timeline import tangent_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A program with the one recovery chosen for each value. Residents do not appear.
+
+    Attributes:
+        program: the step to schedule.
+        recoveries: all that was offered.
+        catalog: ops and values of program and recoveries.
+        operands: op id to the non-resident values that it reads.
+        results: op id to the values that it allocates.
+        call_bytes: op id to the bytes of its results and workspace.
+        op_seconds: op id to its time.
+        nbytes: value id to its size.
+        recovery: value id to its recovery, for values that have one.
+        producer: kept value to the captured op before whose run it is prepared.
+        tangent_bytes: bytes that the caller allocates when the backward starts.
+    """
+
+    program: Program
+    recoveries: tuple[Recovery, ...]
+    catalog: Catalog
+    operands: dict[int, tuple[int, ...]]
+    results: dict[int, tuple[int, ...]]
+    call_bytes: dict[int, int]
+    op_seconds: dict[int, float]
+    nbytes: dict[int, int]
+    recovery: dict[int, Recovery]
+    producer: dict[int, int]
+    tangent_bytes: int
+
+    @property
+    def num_ops(self) -> int:
+        """Number of captured ops."""
+        return len(self.program.ops)
+
+    @property
+    def num_forward(self) -> int:
+        """Number of captured ops of the forward."""
+        return self.program.num_forward
+
+
+def make_problem(program: Program, recoveries: Sequence[Recovery], costs: Costs) -> Problem:
+    """Tabulate, and choose each value's cheapest recovery (ties: the first offered)."""
+    catalog = Catalog.of(program, recoveries)
+    never = {v.id for v in program.values if v.role.is_resident or v.role is Role.TANGENT}
+    nbytes = {value.id: value.nbytes for value in catalog.values.values()}
+    chosen: dict[int, Recovery] = {}
+    producer: dict[int, int] = {}
+    for recovery in recoveries:
+        for id in recovery.restores:
+            current = chosen.get(id)
+            if id in program.held:
+                continue
+            if current is None or _cost(recovery, costs) < _cost(current, costs):
+                chosen[id] = recovery
+        for kept in recovery.keeps:
+            made_by = program.values[recovery.restores[0]].producer
+            assert made_by is not None, "a recovery restores what an op produced"
+            producer[kept.id] = made_by
+    return Problem(
+        program=program,
+        recoveries=tuple(recoveries),
+        catalog=catalog,
+        operands={
+            op.id: tuple(id for id in op.operands if id not in never) for op in catalog.ops.values()
+        },
+        results={op.id: op.results for op in catalog.ops.values()},
+        call_bytes={
+            op.id: sum(nbytes[id] for id in op.results) + costs.by_op[op.id].workspace_bytes
+            for op in catalog.ops.values()
+        },
+        op_seconds={op.id: costs.by_op[op.id].seconds for op in catalog.ops.values()},
+        nbytes=nbytes,
+        recovery=chosen,
+        producer=producer,
+        tangent_bytes=tangent_bytes(program),
+    )
+
+
+def _cost(recovery: Recovery, costs: Costs) -> float:
+    prepare = 0.0 if recovery.prepare is None else costs.by_op[recovery.prepare.id].seconds
+    return prepare + costs.by_op[recovery.restore.id].seconds

@@ -1,0 +1,257 @@
+"""Measure a training step, and two modules side by side."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import nn
+
+from memplan.module import PlannedModule
+from memplan.profiler.devices import Reading, read_cpu, read_cuda
+from memplan.profiler.step import clear_gradients, preserved, resident_bytes, run_step
+from memplan.sample import Sample
+from memplan.units import format_bytes
+
+_LOG = logging.getLogger("memplan")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A measured training step: forward and backward, gradients None at its start.
+
+    Attributes:
+        peak_bytes: the most bytes at any time, residents included.
+        resident_bytes: parameters, buffers and inputs.
+        step_s: time of a step; the median of several.
+        timeline: (seconds, bytes with residents) at each event of the allocator; CPU only.
+        device: where it ran.
+        reserved_bytes: what torch's CUDA allocator held at most, or None.
+        process_bytes: GPU memory of the process by NVML, or None.
+        host_bytes: resident set of the process; shown, never relied on.
+    """
+
+    peak_bytes: int
+    resident_bytes: int
+    step_s: float
+    timeline: tuple[tuple[float, int], ...]
+    device: str
+    reserved_bytes: int | None
+    process_bytes: int | None
+    host_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"Profile: peak {format_bytes(self.peak_bytes)}, of which "
+            f"{format_bytes(self.resident_bytes)} resident; {self.step_s * 1e3:.1f} ms a step "
+            f"on {self.device}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two modules on one sample under one random state.
+
+    Attributes:
+        original: the untouched module's profile.
+        planned: the other's.
+        time_ratio: planned over original; the median over interleaved rounds.
+        loss_equal: whether the losses have the same bits.
+        gradients_equal: whether all gradients have, those that are None included.
+        buffers_equal: whether all buffers have, after the step.
+        rng_equal: whether torch's random state is the same after the step.
+        max_gradient_error: the largest difference of any entry over the largest gradient entry
+            of the original.
+        losses: the two losses.
+    """
+
+    original: Profile
+    planned: Profile
+    time_ratio: float
+    loss_equal: bool
+    gradients_equal: bool
+    buffers_equal: bool
+    rng_equal: bool
+    max_gradient_error: float
+    losses: tuple[float, float]
+
+    @property
+    def peak_ratio(self) -> float:
+        """Planned peak over the original's, both above resident bytes."""
+        above = self.original.peak_bytes - self.original.resident_bytes
+        return (self.planned.peak_bytes - self.planned.resident_bytes) / above if above else 1.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether loss, gradients, buffers and random state all have the same bits."""
+        return self.loss_equal and self.gradients_equal and self.buffers_equal and self.rng_equal
+
+    def __str__(self) -> str:
+        same = "same bits" if self.is_exact else f"error {self.max_gradient_error:.1e}"
+        return (
+            f"Comparison: peak {format_bytes(self.original.peak_bytes)} -> "
+            f"{format_bytes(self.planned.peak_bytes)} ({self.peak_ratio:.0%} of what is above "
+            f"resident), time x{self.time_ratio:.3f}, {same}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor | None]
+    buffers: dict[str, torch.Tensor]
+    rng: torch.Tensor
+
+
+def profile(module: nn.Module, sample: object, *, steps: int = 3) -> Profile:
+    """Measure a training step of a module.
+
+    Args:
+        module: returns its loss, alone or among other outputs.
+        sample: one batch, as in ``memplan.optimize``.
+        steps: how many steps to time, after one to warm up and one to read memory.
+
+    Parameters, buffers, gradients and random states are as before afterwards.
+    """
+    batch = Sample.of(sample)
+    with preserved(module):
+        reading = _read(module, batch)
+        step_s = median(_time(module, batch) for _ in range(max(1, steps)))
+        return _profile(module, batch, reading, step_s)
+
+
+def compare(
+    original: nn.Module, planned: nn.Module, sample: object, *, steps: int = 3
+) -> Comparison:
+    """Run two modules on one sample: their bits, their memory, their time.
+
+    Args:
+        original: the untouched module.
+        planned: the module in its place, usually from ``memplan.optimize(original, ...)``.
+        sample: one batch.
+        steps: how many interleaved rounds to time.
+    """
+    batch = Sample.of(sample)
+    with preserved(original), preserved(planned):
+        _LOG.debug("comparing loss and gradients")
+        rng = torch.get_rng_state()
+        mine = _outcome(original, batch, rng)
+        theirs = _outcome(planned, batch, rng)
+        readings = []
+        for module, name in ((original, "original"), (planned, "planned")):
+            _LOG.debug("measuring the %s step's memory", name)
+            readings.append(_read(module, batch))
+        times: list[tuple[float, float]] = []
+        for number in range(max(1, steps)):
+            _LOG.debug("timing, round %d of %d", number + 1, max(1, steps))
+            times.append((_time(original, batch), _time(planned, batch)))
+        return Comparison(
+            original=_profile(original, batch, readings[0], median(a for a, _ in times)),
+            planned=_profile(planned, batch, readings[1], median(b for _, b in times)),
+            time_ratio=median(b / a for a, b in times),
+            loss_equal=torch.equal(mine.loss, theirs.loss),
+            gradients_equal=_all_equal(mine.gradients, theirs.gradients),
+            buffers_equal=_all_equal(mine.buffers, theirs.buffers),
+            rng_equal=torch.equal(mine.rng, theirs.rng),
+            max_gradient_error=_error(mine.gradients, theirs.gradients),
+            losses=(mine.loss.item(), theirs.loss.item()),
+        )
+
+
+def _profile(module: nn.Module, sample: Sample, reading: Reading, step_s: float) -> Profile:
+    resident = resident_bytes(module, sample)
+    if isinstance(module, PlannedModule):
+        resident = module.plan.resident_bytes
+    return Profile(
+        peak_bytes=resident + reading.peak_bytes,
+        resident_bytes=resident,
+        step_s=step_s,
+        timeline=tuple((when, resident + nbytes) for when, nbytes in reading.timeline),
+        device=str(_device(module)),
+        reserved_bytes=reading.reserved_bytes,
+        process_bytes=reading.process_bytes,
+        host_bytes=reading.host_bytes,
+    )
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def _read(module: nn.Module, sample: Sample) -> Reading:
+    """Memory of one step, after one to warm up."""
+    run_step(module, sample)
+    clear_gradients(module)
+    device = _device(module)
+    if device.type == "cuda":
+        reading = read_cuda(lambda: run_step(module, sample), device)
+    else:
+        reading = read_cpu(lambda: run_step(module, sample))
+    clear_gradients(module)
+    return reading
+
+
+def _time(module: nn.Module, sample: Sample) -> float:
+    is_cuda = _device(module).type == "cuda"
+    if is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run_step(module, sample)
+    if is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    clear_gradients(module)
+    return seconds
+
+
+def _outcome(module: nn.Module, sample: Sample, rng: torch.Tensor) -> _Outcome:
+    """One step under a random state; buffers are put back."""
+    before = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    torch.set_rng_state(rng)
+    result = run_step(module, sample)
+    outcome = _Outcome(
+        loss=result.loss.detach().clone(),
+        gradients={name: p.grad for name, p in module.named_parameters()},
+        buffers={name: buffer.detach().clone() for name, buffer in module.named_buffers()},
+        rng=torch.get_rng_state(),
+    )
+    clear_gradients(module)
+    with torch.no_grad():
+        for buffer, content in before:
+            buffer.copy_(content)
+    return outcome
+
+
+def _all_equal(
+    mine: dict[str, torch.Tensor] | dict[str, torch.Tensor | None],
+    theirs: dict[str, torch.Tensor] | dict[str, torch.Tensor | None],
+) -> bool:
+    if mine.keys() != theirs.keys():
+        return False
+    pairs = [(mine[name], theirs[name]) for name in mine]
+    return all(
+        a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+    )
+
+
+def _error(mine: dict[str, torch.Tensor | None], theirs: dict[str, torch.Tensor | None]) -> float:
+    """Largest difference over the largest entry; a gradient that is missing counts as zeros."""
+    scale = max((float(g.abs().max()) for g in mine.values() if g is not None), default=0.0)
+    worst = 0.0
+    for name in mine.keys() | theirs.keys():
+        a, b = mine.get(name), theirs.get(name)
+        if a is None and b is None:
+            continue
+        difference = b if a is None else a if b is None else a - b
+        assert difference is not None
+        worst = max(worst, float(difference.abs().max()))
+    return worst / scale if scale else worst

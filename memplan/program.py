@@ -1,0 +1,205 @@
+"""A training step as immutable data: values, ops, and what each op costs. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import cached_property
+
+
+class Role(str, Enum):
+    """What a value is for."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    INPUT = "input"
+    CONSTANT = "constant"
+    TANGENT = "tangent"
+    """An incoming gradient: the caller allocates it when the backward starts."""
+    ACTIVATION = "activation"
+    OUTPUT = "output"
+    GRADIENT = "gradient"
+    EXISTING_GRADIENT = "existing gradient"
+    """A gradient that is there when the step starts and is added to."""
+    OPTIMIZER_STATE = "optimizer state"
+    KEPT = "kept"
+    """Held by a recovery instead of the value that it restores (an RNG state, a packed mask)."""
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether such a value is there before the step and stays after it."""
+        return self in _RESIDENT
+
+
+_RESIDENT = frozenset(
+    {
+        Role.PARAMETER,
+        Role.BUFFER,
+        Role.INPUT,
+        Role.CONSTANT,
+        Role.EXISTING_GRADIENT,
+        Role.OPTIMIZER_STATE,
+    }
+)
+
+
+class Phase(str, Enum):
+    """Which part of the step an op belongs to."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One storage. Views of it are free and are not values of their own.
+
+    Attributes:
+        id: position in ``Program.values``; ids past its end belong to recoveries.
+        nbytes: size of the storage.
+        role: what it is for.
+        producer: the op that makes it, or None for residents and tangents.
+        module: FQN of the module whose code made it, "" for the root.
+        source: ``file.py:line`` of the user's code, where known.
+        name: a parameter's, buffer's or constant's FQN, else "".
+    """
+
+    id: int
+    nbytes: int
+    role: Role
+    producer: int | None = None
+    module: str = ""
+    source: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One kernel call.
+
+    Attributes:
+        id: position in ``Program.ops``; ids past its end belong to recoveries.
+        target: overload name, such as ``aten.mm.default``.
+        operands: values that it reads, each once.
+        results: values that it allocates.
+        phase: forward, backward or optimizer.
+        is_random: whether it draws from a random generator.
+        mutates: values that it writes in place.
+        module: FQN of the module whose code ran it.
+        source: ``file.py:line`` of the user's code, where known.
+        signature: target, shapes, strides, dtypes and scalars: equal signatures cost the same.
+        variant_of: for an op of a recovery, the captured op whose arguments it takes.
+    """
+
+    id: int
+    target: str
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    phase: Phase = Phase.FORWARD
+    is_random: bool = False
+    mutates: tuple[int, ...] = ()
+    module: str = ""
+    source: str = ""
+    signature: str = ""
+    variant_of: int | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A training step: ops in captured order, forward before backward.
+
+    Attributes:
+        ops: in captured order; ``ops[i].id == i``.
+        values: ``values[i].id == i``.
+        outputs: values that the caller holds from their production to the end of the step
+            (the forward's outputs and the gradients).
+    """
+
+    ops: tuple[Op, ...]
+    values: tuple[Value, ...]
+    outputs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for index, op in enumerate(self.ops):
+            assert op.id == index, f"op {op.id} stands at {index}"
+        for index, value in enumerate(self.values):
+            assert value.id == index, f"value {value.id} stands at {index}"
+        phases = [op.phase for op in self.ops]
+        assert phases == sorted(phases, key=list(Phase).index), "phases are out of order"
+
+    @cached_property
+    def num_forward(self) -> int:
+        """Number of ops in the forward."""
+        return sum(op.phase is Phase.FORWARD for op in self.ops)
+
+    @cached_property
+    def resident_bytes(self) -> int:
+        """Bytes that are there before the step and after it."""
+        return sum(value.nbytes for value in self.values if value.role.is_resident)
+
+    @cached_property
+    def held(self) -> frozenset[int]:
+        """Values that the caller holds to the end of the step."""
+        return frozenset(self.outputs)
+
+    def with_real_sizes(self, costs: Costs) -> Program:
+        """The program with each result as large as it was seen to be."""
+        seen = {
+            id: nbytes
+            for op in self.ops
+            for id, nbytes in zip(op.results, costs.by_op[op.id].result_bytes, strict=False)
+        }
+        values = [replace(value, nbytes=seen.get(value.id, value.nbytes)) for value in self.values]
+        return replace(self, values=tuple(values))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the structure: equal for equal steps, whatever the paths and file names."""
+        digest = hashlib.sha256()
+        for op in self.ops:
+            row = (op.signature or op.target, op.operands, op.results, op.mutates)
+            digest.update(json.dumps([*row, op.phase.value, op.is_random]).encode())
+        for value in self.values:
+            resident_bytes = value.nbytes if value.role.is_resident else None
+            digest.update(json.dumps([resident_bytes, value.role.value, value.name]).encode())
+        digest.update(json.dumps(self.outputs).encode())
+        return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """What one run of an op costs.
+
+    Attributes:
+        seconds: wall time.
+        flops: floating-point operations, 0 where unknown.
+        workspace_bytes: what the kernel allocates and frees inside, at its peak, results apart.
+        result_bytes: what each result's storage really takes, where that was seen. It can be more
+            than its elements: a kernel may shrink a result that it allocated in full.
+    """
+
+    seconds: float
+    flops: int = 0
+    workspace_bytes: int = 0
+    result_bytes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cost of every op, recoveries' ops included.
+
+    Attributes:
+        by_op: op id to cost.
+        source: "measured" or "analytic", and on what.
+    """
+
+    by_op: Mapping[int, OpCost]
+    source: str = "unknown"
+    seconds: Mapping[int, float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seconds", {op: cost.seconds for op, cost in self.by_op.items()})

@@ -1,0 +1,31 @@
+"""Keep the state of a random generator, and run an op under a kept state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+RNG_STATE_BYTES = {"cpu": 5056, "cuda": 16}
+"""Size of a generator's state, by device type."""
+
+
+def save_rng_state(device: str) -> torch.Tensor:
+    """The state of a device's default generator, as a tensor of bytes on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
+
+
+def redraw(
+    state: torch.Tensor, device: str, op: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Run a random op as it ran under ``state``; the generator is left as it was found."""
+    is_cuda = torch.device(device).type == "cuda"
+    now = save_rng_state(device)
+    try:
+        torch.cuda.set_rng_state(state, device) if is_cuda else torch.set_rng_state(state)
+        return op(*args, **kwargs)
+    finally:
+        torch.cuda.set_rng_state(now, device) if is_cuda else torch.set_rng_state(now)

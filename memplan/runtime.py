@@ -1,0 +1,156 @@
+"""Runs one emitted step as a node of autograd's graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memplan.capture import Captured
+from memplan.emit import Emitted
+from memplan.errors import CaptureError, PlanMismatch
+from memplan.plan import Plan
+from memplan.sample import Sample
+from memplan.signature import State
+from memplan.torch_internals import backward_keeps_graph, unflatten
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step that was captured, planned and emitted for one signature.
+
+    Attributes:
+        captured: the program and the joint graph.
+        emitted: the two functions.
+        plan: what was decided.
+    """
+
+    captured: Captured
+    emitted: Emitted
+    plan: Plan
+
+    def run(self, state: State, sample: Sample) -> Any:
+        """Run the forward; what it returns has the structure that the module's output has."""
+        primals = self._primals(state, sample)
+        differentiable = [primal for primal in primals if primal.requires_grad]
+        results = _PlannedFunction.apply(self, primals, *differentiable)  # type: ignore[no-untyped-call]
+        outputs = [
+            results[slot] if slot >= 0 else primals[~slot] for slot in self.emitted.output_slots
+        ]
+        leaves = [
+            leaf.constant if leaf.position is None else outputs[leaf.position]
+            for leaf in self.captured.leaves
+        ]
+        return unflatten(leaves, self.captured.spec)
+
+    def _primals(self, state: State, sample: Sample) -> list[torch.Tensor]:
+        tensors = sample.tensors()
+        by_kind = {
+            "parameter": state.parameters,
+            "buffer": state.buffers,
+            "constant": self.captured.constants,
+        }
+        return [
+            tensors[primal.index] if primal.kind == "input" else by_kind[primal.kind][primal.name]
+            for primal in self.captured.primals
+        ]
+
+    def incoming(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """The tangents that the backward takes, from what autograd hands to the outputs.
+
+        Raises:
+            PlanMismatch: if a gradient arrives at an output that the plan is not for.
+        """
+        expected = {self.emitted.output_slots[output] for output in self.emitted.tangents}
+        for slot, gradient in enumerate(gradients):
+            if gradient is not None and slot not in expected:
+                raise PlanMismatch(
+                    "a gradient arrives at an output other than the loss, which this plan "
+                    "computes nothing for. Backpropagate from the loss that the module returns, "
+                    'or plan with Options(differentiable_outputs="all").'
+                )
+        tangents = []
+        for output, placeholder in self.captured.tangents:
+            like = placeholder.meta["val"]
+            gradient = gradients[self.emitted.output_slots[output]]
+            if gradient is None:
+                gradient = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            if gradient.stride() != like.stride():
+                layout = torch.empty_strided(
+                    like.shape, like.stride(), dtype=like.dtype, device=like.device
+                )
+                gradient = layout.copy_(gradient)
+            tangents.append(gradient)
+        return tangents
+
+
+def check_emitted(step: PlannedStep) -> None:
+    """Refuse a step whose outputs autograd cannot tell apart.
+
+    Raises:
+        CaptureError: if two outputs that take gradients are one tensor.
+    """
+    slots = [step.emitted.output_slots[output] for output in step.emitted.tangents]
+    if len(set(slots)) < len(slots) or any(slot < 0 for slot in slots):
+        raise CaptureError(
+            "the module returns one tensor in two places, or an input, and gradients arrive "
+            "there; return it once, or return the loss"
+        )
+
+
+class _PlannedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, step: PlannedStep, primals: list[torch.Tensor], *differentiable: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        del differentiable  # these are primals, listed so that autograd sees them
+        emitted = step.emitted
+        results = emitted.forward([primals[position] for position in emitted.forward_primals])
+        outputs = results[: emitted.num_outputs]
+        ctx.step = step
+        ctx.kept = results[emitted.num_outputs :]
+        ctx.positions = [i for i, primal in enumerate(primals) if primal.requires_grad]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(primals[position] for position in emitted.backward_primals))
+        needs = {
+            slot
+            for slot, required in zip(
+                emitted.output_slots, step.captured.requires_grad, strict=True
+            )
+            if required
+        }
+        ctx.mark_non_differentiable(
+            *(output for slot, output in enumerate(outputs) if slot not in needs)
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        step: PlannedStep = ctx.step
+        if torch.is_grad_enabled():
+            raise PlanMismatch(
+                "create_graph=True asks for a backward that can be differentiated, which a "
+                "planned step does not have. Use the untouched module: planned.original."
+            )
+        primals = ctx.saved_tensors
+        if ctx.kept is None:
+            raise RuntimeError(
+                "trying to backward through a planned step a second time; what it saved is freed. "
+                "Call backward(retain_graph=True) the first time."
+            )
+        tangents = step.incoming(gradients)
+        arguments = [*ctx.kept, *primals, *tangents]
+        if backward_keeps_graph():
+            warnings.warn(
+                "retain_graph=True keeps what a planned step saved to the end of its backward; "
+                "its peak may be above the plan's",
+                stacklevel=2,
+            )
+        else:
+            ctx.kept = None
+        results = step.emitted.backward(arguments)
+        made = dict(zip(step.emitted.gradient_primals, results, strict=True))
+        return (None, None, *(made.get(position) for position in ctx.positions))

@@ -1,0 +1,105 @@
+"""What a captured step depends on. A call with another signature is captured anew."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from memplan.errors import PlanMismatch
+from memplan.sample import Sample
+from memplan.torch_internals import enabled_attention, flatten, has_hooks, storage_key
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A module's tensors at one call.
+
+    Attributes:
+        parameters: by FQN, tied ones under each of their names.
+        buffers: by FQN.
+    """
+
+    parameters: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> State:
+        """The tensors that the module has now."""
+        return cls(
+            dict(module.named_parameters(remove_duplicate=False)),
+            dict(module.named_buffers(remove_duplicate=False)),
+        )
+
+
+def signature_of(module: nn.Module, state: State, sample: Sample) -> Hashable:
+    """Everything that a capture bakes in: inputs, modes, tensors, hooks and numeric flags.
+
+    Raises:
+        PlanMismatch: for an input that is neither a tensor nor a plain value.
+    """
+    leaves, spec = flatten((sample.args, dict(sample.kwargs)))
+    owners: dict[int, int] = {}
+    return (
+        str(spec),
+        tuple(_leaf(leaf) for leaf in leaves),
+        _sharing(leaves),
+        tuple((child.training, has_hooks(child)) for child in module.modules()),
+        tuple(
+            (name, _tensor(tensor), tensor.grad is not None, owners.setdefault(id(tensor), number))
+            for number, (name, tensor) in enumerate(state.parameters.items())
+        ),
+        tuple((name, _tensor(tensor)) for name, tensor in state.buffers.items()),
+        _flags(),
+    )
+
+
+def _tensor(tensor: torch.Tensor) -> Hashable:
+    return (
+        type(tensor),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+        tensor.requires_grad,
+    )
+
+
+def _leaf(leaf: object) -> Hashable:
+    if isinstance(leaf, torch.Tensor):
+        return _tensor(leaf)
+    if isinstance(leaf, _PLAIN):
+        return (type(leaf), leaf)
+    raise PlanMismatch(
+        f"an input is a {type(leaf).__name__}; a planned module takes tensors and plain values "
+        "(numbers, strings, None) in tuples, lists and dicts"
+    )
+
+
+def _sharing(leaves: list[object]) -> tuple[int, ...]:
+    """Which input tensors share memory: for each, the first with the same storage."""
+    first: dict[int, int] = {}
+    return tuple(
+        first.setdefault(storage_key(leaf), number)
+        for number, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor)
+    )
+
+
+def _flags() -> Hashable:
+    return (
+        *(
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
+        ),
+        torch.is_autocast_cache_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        enabled_attention(),
+    )

@@ -1,0 +1,108 @@
+"""Hand-built and random programs, and a brute-force planner. No torch."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from hypothesis import strategies as st
+
+from memplan.program import Costs, Op, OpCost, Phase, Program, Role, Value
+from memplan.schedule import Recovery
+
+
+class Builder:
+    """Appends values and ops; the tests read like the program."""
+
+    def __init__(self) -> None:
+        self.values: list[Value] = []
+        self.ops: list[Op] = []
+
+    def value(self, nbytes: int, role: Role, producer: int | None = None) -> int:
+        self.values.append(Value(len(self.values), nbytes, role, producer))
+        return len(self.values) - 1
+
+    def op(self, target: str, operands, nbytes, phase=Phase.FORWARD, **more) -> tuple[int, ...]:
+        id = len(self.ops)
+        results = tuple(self.value(size, Role.ACTIVATION, id) for size in nbytes)
+        self.ops.append(Op(id, target, tuple(dict.fromkeys(operands)), results, phase, **more))
+        return results
+
+    def program(self, outputs: dict[int, Role]) -> Program:
+        values = tuple(
+            Value(v.id, v.nbytes, outputs.get(v.id, v.role), v.producer) for v in self.values
+        )
+        return Program(tuple(self.ops), values, tuple(sorted(outputs)))
+
+
+def chain(length: int, nbytes: int = 100) -> Program:
+    """A chain of ops, each backward op reading the input of its forward op."""
+    b = Builder()
+    states = [b.value(nbytes, Role.INPUT)]
+    for i in range(length):
+        states += b.op(f"f{i}", [states[-1]], [nbytes])
+    gradient = b.value(nbytes, Role.TANGENT)
+    for i in reversed(range(length)):
+        (gradient,) = b.op(f"b{i}", [states[i], gradient], [nbytes], Phase.BACKWARD)
+    return b.program({states[-1]: Role.OUTPUT, gradient: Role.GRADIENT})
+
+
+STATE_BYTES = 3
+
+
+def recompute_all(program: Program) -> tuple[Recovery, ...]:
+    """Every deterministic forward op may run again, every random one under its kept state."""
+    recoveries = []
+    next_op, next_value = len(program.ops), len(program.values)
+    for op in program.ops[: program.num_forward]:
+        if not op.is_random:
+            recoveries.append(Recovery("test", op.results, op))
+            continue
+        save = Op(next_op, "save", (), (next_value,))
+        draw = Op(next_op + 1, "redraw", (next_value, *op.operands), op.results)
+        state = Value(next_value, STATE_BYTES, Role.KEPT, next_op)
+        recoveries.append(Recovery("test", op.results, draw, save, (state,)))
+        next_op, next_value = next_op + 2, next_value + 1
+    return tuple(recoveries)
+
+
+def unit_costs(program: Program) -> Costs:
+    """One second an op, no workspace."""
+    return Costs({op.id: OpCost(1.0) for op in program.ops}, "test")
+
+
+@st.composite
+def programs(draw, max_forward: int = 12) -> tuple[Program, Costs]:
+    """A random training step: fan-out, several results, random ops, uneven sizes and costs."""
+    b = Builder()
+    known = [b.value(draw(st.integers(1, 50)), Role.INPUT) for _ in range(2)]
+    num_forward = draw(st.integers(2, max_forward))
+    for i in range(num_forward):
+        operands = draw(st.lists(st.sampled_from(known[-6:]), min_size=1, max_size=3))
+        sizes = draw(st.lists(st.integers(0, 50), min_size=1, max_size=2))
+        known += b.op(f"f{i}", operands, sizes, is_random=draw(st.integers(0, 5)) == 0)
+    made = [id for id in known if b.values[id].producer is not None]
+    output = made[-1]
+    backward = [b.value(draw(st.integers(1, 50)), Role.TANGENT)]
+    gradients: dict[int, Role] = {}
+    for i in range(draw(st.integers(1, num_forward))):
+        reads = draw(st.lists(st.sampled_from(known), min_size=0, max_size=3))
+        reads.append(draw(st.sampled_from(backward[-3:])))
+        results = b.op(f"b{i}", reads, [draw(st.integers(0, 50))], Phase.BACKWARD)
+        backward += results
+        if draw(st.booleans()):
+            gradients[results[0]] = Role.GRADIENT
+    program = b.program({output: Role.OUTPUT, **gradients})
+    num_ops = len(program.ops) + 2 * sum(op.is_random for op in program.ops)
+    costs = Costs(
+        {
+            id: OpCost(draw(st.integers(1, 9)), workspace_bytes=draw(st.integers(0, 20)))
+            for id in range(num_ops)
+        }
+    )
+    return program, costs
+
+
+def subsets(items: list[int]):
+    """All subsets, small ones first."""
+    for size in range(len(items) + 1):
+        yield from combinations(items, size)

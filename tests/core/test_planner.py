@@ -1,0 +1,127 @@
+"""The search on hand-built and random programs; brute force and an independent replay judge it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hypothesis import given, settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+from programs import chain, programs, recompute_all, subsets, unit_costs
+
+from memplan.planner import MAX_SLOWDOWN, keep_all, solve
+from memplan.planner.lowering import Decisions, keep_everything, lower
+from memplan.planner.problem import make_problem
+from memplan.program import Role
+from memplan.schedule import Catalog, Free, Restore, check_schedule
+from memplan.timeline import floor_bytes, simulate
+
+
+def replay(program, recoveries, costs, schedule) -> int:
+    """The peak, slow and obvious: a dictionary of what is alive."""
+    catalog = Catalog.of(program, recoveries)
+    alive = {v.id: v.nbytes for v in program.values if v.role.is_resident}
+    peak = sum(alive.values())
+    for position, step in enumerate(schedule.steps):
+        if position == len(schedule.forward):
+            alive |= {v.id: v.nbytes for v in program.values if v.role is Role.TANGENT}
+        if isinstance(step, Free):
+            del alive[step.value]
+            continue
+        op = catalog.ops[step.op]
+        assert all(value in alive for value in op.operands)
+        results = {value: catalog.values[value].nbytes for value in op.results}
+        inside = sum(results.values()) + costs.by_op[op.id].workspace_bytes
+        peak = max(peak, sum(alive.values()) + inside)
+        alive |= {value: results[value] for value in step.binds}
+    return peak
+
+
+def test_a_chain_within_a_tenth_of_its_memory_takes_less_than_twice_the_time():
+    program = chain(64)
+    costs, recoveries = unit_costs(program), recompute_all(program)
+    solution = solve(program, costs, recoveries, budget_bytes=1000)
+    assert solution.is_feasible and solution.peak_bytes <= 1000
+    assert solution.seconds <= MAX_SLOWDOWN * len(program.ops)
+    check_schedule(program, recoveries, solution.schedule)
+
+
+def test_a_budget_of_the_whole_recomputes_nothing():
+    program = chain(8)
+    costs = unit_costs(program)
+    whole = keep_all(program, costs)
+    peak = simulate(program, Catalog.of(program, ()), whole, costs).peak_bytes
+    solution = solve(program, costs, recompute_all(program), budget_bytes=peak)
+    assert solution.schedule == whole
+
+
+def test_an_infeasible_budget_names_one_that_is_feasible():
+    program = chain(16)
+    costs, recoveries = unit_costs(program), recompute_all(program)
+    refused = solve(program, costs, recoveries, budget_bytes=150)
+    assert not refused.is_feasible
+    found = solve(program, costs, recoveries, budget_bytes=refused.peak_bytes)
+    assert found.is_feasible and found.peak_bytes <= refused.peak_bytes
+
+
+def test_without_a_budget_the_least_memory_within_the_slowdown():
+    program = chain(32)
+    costs, recoveries = unit_costs(program), recompute_all(program)
+    free = solve(program, costs, recoveries)
+    assert free.seconds <= 1.01 * len(program.ops)
+    slower = solve(program, costs, recoveries, max_slowdown=1.3)
+    assert slower.seconds <= 1.3 * len(program.ops)
+    assert slower.peak_bytes < free.peak_bytes
+
+
+def test_budget_and_slowdown_both_hold():
+    program = chain(32)
+    costs, recoveries = unit_costs(program), recompute_all(program)
+    solution = solve(program, costs, recoveries, budget_bytes=1200, max_slowdown=1.5)
+    assert solution.is_feasible
+    assert solution.peak_bytes <= 1200 and solution.seconds <= 1.5 * len(program.ops)
+    assert not solve(program, costs, recoveries, budget_bytes=1200, max_slowdown=1.01).is_feasible
+
+
+@settings(max_examples=200, deadline=None)
+@given(programs())
+def test_random_programs_keep_every_law_of_schedules(made):
+    program, costs = made
+    recoveries = recompute_all(program)
+    catalog = Catalog.of(program, recoveries)
+    whole = simulate(program, catalog, keep_all(program, costs), costs).peak_bytes
+    floor = floor_bytes(program, recoveries, costs)
+    for share in (1.0, 0.8, 0.6, 0.4):
+        budget = int(share * whole)
+        solution = solve(program, costs, recoveries, budget_bytes=budget)
+        check_schedule(program, recoveries, solution.schedule)
+        peak = simulate(program, catalog, solution.schedule, costs).peak_bytes
+        assert peak == solution.peak_bytes == replay(program, recoveries, costs, solution.schedule)
+        assert peak >= floor
+        if solution.is_feasible:
+            assert peak <= budget
+        random_ops = {op.id for op in program.ops if op.is_random}
+        restored = [step.op for step in solution.schedule.steps if isinstance(step, Restore)]
+        assert not random_ops.intersection(restored)
+
+
+@settings(max_examples=60, deadline=None)
+@given(programs(max_forward=6))
+def test_small_programs_are_near_the_best_of_all_saved_sets(made):
+    """Against every choice of what to keep across the boundary, breaks left aside."""
+    program, costs = made
+    recoveries = recompute_all(program)
+    problem = make_problem(program, recoveries, costs)
+    base = lower(problem, keep_everything(problem))
+    choices = sorted(problem.recovery)
+    every = [lower(problem, Decisions(frozenset(s), frozenset())) for s in subsets(choices)]
+    target = int(0.75 * base.peak)
+    feasible = [
+        one for one in every if one.peak <= target and one.seconds <= MAX_SLOWDOWN * base.seconds
+    ]
+    budget = target + program.resident_bytes
+    solution = solve(program, costs, recoveries, budget_bytes=budget)
+    if solution.is_feasible and feasible:
+        best = min(one.seconds for one in feasible)
+        assert solution.seconds <= 1.5 * best

@@ -1,0 +1,79 @@
+"""Legality and JSON of schedules."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+from programs import chain, recompute_all, unit_costs
+
+from memplan.errors import PlanMismatch
+from memplan.planner import keep_all, solve
+from memplan.schedule import Free, Restore, Run, Schedule, check_schedule
+
+PROGRAM = chain(6)
+RECOVERIES = recompute_all(PROGRAM)
+SCHEDULE = solve(PROGRAM, unit_costs(PROGRAM), RECOVERIES, budget_bytes=600).schedule
+
+
+def test_the_solution_is_legal_and_recomputes():
+    check_schedule(PROGRAM, RECOVERIES, SCHEDULE)
+    assert SCHEDULE.restored_ops
+
+
+@pytest.mark.parametrize("segment", ["forward", "backward"])
+def test_any_step_left_out_is_illegal(segment):
+    steps = getattr(SCHEDULE, segment)
+    for index in range(len(steps)):
+        broken = replace(SCHEDULE, **{segment: steps[:index] + steps[index + 1 :]})
+        with pytest.raises(PlanMismatch, match="illegal schedule"):
+            check_schedule(PROGRAM, RECOVERIES, broken)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (Run(0, ()), "runs op 0 where op"),
+        (Restore(9, ()), "nothing offers"),
+        (Free(0), "not the schedule's to free"),
+        (Free(99), "not alive"),
+        (Restore(0, (5,)), "binds what op 0 does not make"),
+    ],
+)
+def test_a_step_put_in_is_illegal(step, message):
+    broken = replace(SCHEDULE, forward=(*SCHEDULE.forward, step))
+    with pytest.raises(PlanMismatch, match=message):
+        check_schedule(PROGRAM, RECOVERIES, broken)
+
+
+def test_nothing_is_restored_that_no_recovery_offers():
+    with pytest.raises(PlanMismatch, match="nothing offers"):
+        check_schedule(PROGRAM, (), SCHEDULE)
+
+
+def test_json_gives_an_equal_schedule_back():
+    assert Schedule.from_json(SCHEDULE.to_json()) == SCHEDULE
+    whole = keep_all(PROGRAM, unit_costs(PROGRAM))
+    assert Schedule.from_json(whole.to_json()) == whole
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=12,
+)
+
+
+@given(st.fixed_dictionaries({"forward": st.lists(json_values), "backward": json_values}))
+def test_other_json_is_refused_or_read(data):
+    try:
+        schedule = Schedule.from_json(data)
+    except PlanMismatch:
+        return
+    assert isinstance(schedule, Schedule)

@@ -1,0 +1,62 @@
+"""The laws, as checks of one planned module against the untouched one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import memplan
+from memplan.profiler.step import preserved, run_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a step leaves behind."""
+
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor | None]
+    buffers: dict[str, torch.Tensor]
+    rng: torch.Tensor
+
+
+def step(module: nn.Module, sample: Any, seed: int = 1) -> Outcome:
+    """One step from a fixed random state; the module is as before afterwards."""
+    with preserved(module):
+        torch.manual_seed(seed)
+        result = run_step(module, memplan.Sample.of(sample))
+        return Outcome(
+            loss=result.loss.detach().clone(),
+            gradients={name: p.grad for name, p in module.named_parameters()},
+            buffers={name: buffer.clone() for name, buffer in module.named_buffers()},
+            rng=torch.get_rng_state(),
+        )
+
+
+def assert_same_bits(mine: Outcome, theirs: Outcome) -> None:
+    """Law 1: loss, every gradient, every buffer and the random state."""
+    assert torch.equal(mine.loss, theirs.loss)
+    assert mine.gradients.keys() == theirs.gradients.keys()
+    for name, gradient in mine.gradients.items():
+        other = theirs.gradients[name]
+        if gradient is None:
+            assert other is None, name
+        else:
+            assert other is not None and torch.equal(gradient, other), name
+    for name, buffer in mine.buffers.items():
+        assert torch.equal(buffer, theirs.buffers[name]), name
+    assert torch.equal(mine.rng, theirs.rng)
+
+
+def assert_within_budget(planned: memplan.PlannedModule, sample: Any) -> None:
+    """Law 2: measured <= predicted <= budget, and predicted within 1 % above resident."""
+    measured = memplan.profile(planned, sample, steps=1)
+    plan = planned.plan
+    assert plan.resident_bytes == measured.resident_bytes
+    assert measured.peak_bytes <= plan.peak_bytes
+    if plan.budget_bytes is not None:
+        assert plan.peak_bytes <= plan.budget_bytes
+    above = plan.peak_bytes - plan.resident_bytes
+    assert plan.peak_bytes - measured.peak_bytes <= 0.01 * above

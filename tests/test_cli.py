@@ -1,0 +1,112 @@
+"""``memplan compare`` as a user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from memplan.cli import main
+
+TARGET = """
+import torch
+from torch import nn
+import memplan
+
+def make():
+    torch.manual_seed(0)
+    layers = [layer for _ in range(12) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+    return model, (torch.randn(256, 64), torch.randn(256, 64))
+
+def fails():
+    raise ValueError("no data here")
+
+def nonsense():
+    return 3
+
+class Cheat(nn.Module):
+    calls = 0
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+    def forward(self, x):
+        Cheat.calls += 1
+        return (self.weight * x).sum() * Cheat.calls
+
+def cheats():
+    return Cheat(), torch.ones(4)
+
+def branches():
+    class Branches(Cheat):
+        def forward(self, x):
+            return self.weight.sum() if x.sum() > 0 else x.sum()
+    return Branches(), torch.ones(4)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "target.py").write_text(TARGET)
+
+    def run(factory, *arguments):
+        target = f"{tmp_path / 'target.py'}:{factory}"
+        return CliRunner().invoke(main, ["compare", target, *arguments])
+
+    return run
+
+
+def test_the_proof(run):
+    result = run("make", "--budget", "60%", "--steps", "2")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("same bits") == 4
+    assert "predicted peak" in result.stdout and "memplan.optimize" in result.stdout
+    assert result.stderr == ""
+
+
+def test_an_infeasible_budget_is_3(run):
+    result = run("make", "--budget", "1%")
+    assert result.exit_code == 3
+    assert "the smallest that memplan can keep" in result.stderr
+
+
+def test_a_plan_that_breaks_its_promise_is_4(run):
+    result = run("cheats")
+    assert result.exit_code == 4
+    assert "broken promise: the plan is exact, but the results differ" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "code", "message"),
+    [
+        ("missing", (), 2, "has no function 'missing'"),
+        ("make", ("--budget", "much"), 2, "accepted forms"),
+        ("make", ("--steps", "0"), 2, "--steps"),
+        ("fails", (), 1, "raised ValueError: no data here"),
+        ("nonsense", (), 1, "must return (model, batch)"),
+        ("branches", (), 1, "cannot be captured"),
+        ("make", ("--max-slowdown", "0.5"), 1, "at least 1"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run, factory, arguments, code, message):
+    result = run(factory, *arguments)
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "target", ["nowhere.py:make", "no.such.module:make", "target.py", ":make", "target:"]
+)
+def test_a_missing_target_is_2(target):
+    result = CliRunner().invoke(main, ["compare", target])
+    assert result.exit_code == 2
+    assert "Error:" in result.stderr
+
+
+def test_the_console_script_answers():
+    command = [sys.executable, "-m", "memplan", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "memplan" in result.stdout

@@ -1,0 +1,40 @@
+"""Rules of the house that no linter knows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import memplan
+
+KERNEL = Path(memplan.__file__).parent
+PRIVATE = re.compile(
+    r"\btorch(?!\.ops\.)(\.\w+)*\._(?!_)|\._cdata\b|\._version\b|\._(forward|backward)_(pre_)?hooks"
+)
+
+
+def sources() -> list[Path]:
+    found = sorted(path for path in KERNEL.rglob("*.py") if "__pycache__" not in path.parts)
+    assert len(found) > 30
+    return found
+
+
+def test_private_names_of_torch_are_in_one_file():
+    assert PRIVATE.search((KERNEL / "torch_internals.py").read_text())
+    for path in sources():
+        if path.name == "torch_internals.py":
+            continue
+        lines = [line for line in path.read_text().splitlines() if '"' not in line]
+        used = [line for line in lines if PRIVATE.search(line)]
+        assert not used, f"{path.name}: {used}"
+
+
+def test_files_are_short():
+    long = {path.name: len(path.read_text().splitlines()) for path in sources()}
+    assert not {name: lines for name, lines in long.items() if lines > 400}
+
+
+def test_only_the_command_line_prints():
+    for path in sources():
+        if "cli" not in path.parts and "report" not in path.parts:
+            assert not re.search(r"^\s*print\(", path.read_text(), re.MULTILINE), path
