@@ -24,6 +24,11 @@ the loss alone if there is exactly one, else all."""
 
 _PREFIX = "wrapped."
 
+_DATA_DEPENDENT = frozenset(
+    {"GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException"}
+)
+"""Names of torch's errors that mean: this needs the values of tensors."""
+
 
 @dataclass(frozen=True)
 class OutputLeaf:
@@ -261,7 +266,10 @@ def _explain(error: Exception, module: nn.Module, notes: _Notes) -> str:
     ]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"{type(module).__name__} cannot be captured{where}: {cause}. A forward must not branch "
-        "on the values of tensors; rewrite that line, or plan a part of the model."
-    )
+    advice = "Does the untouched module run on this sample?"
+    if any(kind.__name__ in _DATA_DEPENDENT for kind in type(error).__mro__):
+        advice = (
+            "A captured forward must not branch on the values of tensors; rewrite that line, or "
+            "plan a part of the model."
+        )
+    return f"{type(module).__name__} cannot be captured{where}: {cause}. {advice}"
