@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import nn
 
-from memplan.capture import Captured, capture
+from memplan.capture import Captured, read, rewrite, trace
 from memplan.collector import paused_collector
 from memplan.costs import analytic_costs, measured_costs
 from memplan.emit import emit
@@ -21,8 +21,8 @@ from memplan.errors import CaptureError, InfeasibleBudget, MemplanError, PlanMis
 from memplan.module import PlannedModule
 from memplan.options import Options, Request
 from memplan.passing import Pass, RecoveryContext
-from memplan.plan import PassRecord, Plan, describe_plan, fingerprint
-from memplan.planner import MAX_SLOWDOWN, keep_all, solve
+from memplan.plan import PassRecord, Plan, describe_original, describe_plan, fingerprint
+from memplan.planner import MAX_SLOWDOWN, solve
 from memplan.program import Costs
 from memplan.runtime import PlannedStep, check_emitted
 from memplan.sample import Sample
@@ -119,23 +119,25 @@ def make_plan(
 ) -> tuple[Captured, Plan, tuple[Recovery, ...]]:
     """Capture a step and choose how it runs."""
     _LOG.debug("capturing %s", type(model).__name__)
-    captured = capture(model, sample, request.options.differentiable_outputs)
-    recoveries = _offers(captured, request.passes)
-    costs = _costs(captured, recoveries, request.options, _has_data(model, sample))
-    captured = replace(captured, program=captured.program.with_real_sizes(costs))
-    original = keep_all(captured.program, costs)
+    has_data = _has_data(model, sample)
+    traced = trace(model, sample, request.options.differentiable_outputs)
+    original, original_costs = _sized(read(traced), (), request.options, has_data)
+    rewrites = [p.rewrite_joint for p in request.passes if p.rewrite_joint is not None]
+    rewritten = read(rewrite(traced, rewrites)) if rewrites else original
+    recoveries = _offers(rewritten, request.passes)
+    captured, costs = _sized(rewritten, recoveries, request.options, has_data)
+    unplanned = describe_original(original.program, original_costs)
     records = tuple(PassRecord(p.name, p.arguments, p.effect) for p in request.passes)
     describe = partial(
-        describe_plan, captured.program, recoveries, costs, original=original, passes=records
+        describe_plan, captured.program, recoveries, costs, original=unplanned, passes=records
     )
     if request.plan is not None:
         schedule, budget_bytes = _saved(request.plan, captured, recoveries)
     else:
-        unplanned_bytes = describe(original, budget_bytes=None).peak_bytes
         budget_bytes = None
         if request.budget is not None:
             resident_bytes = captured.program.resident_bytes
-            budget_bytes = request.budget.resolve(resident_bytes, unplanned_bytes)
+            budget_bytes = request.budget.resolve(resident_bytes, unplanned.peak_bytes)
         _LOG.debug("planning %d ops", len(captured.program.ops))
         solution = solve(
             captured.program,
@@ -143,6 +145,7 @@ def make_plan(
             recoveries,
             budget_bytes=budget_bytes,
             max_slowdown=request.max_slowdown,
+            original_seconds=unplanned.seconds,
         )
         schedule = solution.schedule
         if not solution.is_feasible:
@@ -168,6 +171,14 @@ def _offers(captured: Captured, passes: Iterable[Pass]) -> tuple[Recovery, ...]:
             first_value = max([first_value, *(value.id + 1 for value in recovery.keeps)])
         offered += new
     return offered
+
+
+def _sized(
+    captured: Captured, recoveries: tuple[Recovery, ...], options: Options, has_data: bool
+) -> tuple[Captured, Costs]:
+    """Costs of all ops, and the program with its values as large as they were seen to be."""
+    costs = _costs(captured, recoveries, options, has_data)
+    return replace(captured, program=captured.program.with_real_sizes(costs)), costs
 
 
 def _costs(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from memplan.schedule import Effect, Recovery
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from memplan.capture import Captured
 
 __all__ = ["Effect", "Pass", "RecoveryContext"]
@@ -37,10 +39,13 @@ class Pass:
         name: the name of its factory, a key of ``memplan.passes.PASSES``.
         effect: what it does to the result of a step.
         arguments: what the factory was called with, as JSON.
+        rewrite_joint: changes the joint forward-backward graph in place. New nodes carry ``val``
+            and ``partitioner_tag`` in their ``meta``.
         recoveries: offers ways to get values back.
     """
 
     name: str
     effect: Effect
     arguments: Mapping[str, object] = field(default_factory=dict)
+    rewrite_joint: Callable[[fx.Graph], None] | None = None
     recoveries: Callable[[Captured, RecoveryContext], tuple[Recovery, ...]] | None = None

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from memplan.errors import PlanMismatch
+from memplan.planner import keep_all
 from memplan.program import Costs, Program, Role
 from memplan.schedule import Catalog, Effect, Recovery, Schedule
 from memplan.timeline import (
@@ -228,13 +229,33 @@ def _require(condition: bool, name: str) -> None:
         raise PlanMismatch(f"a plan's {name!r} is of the wrong type")
 
 
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The captured step as it is: no pass took part, everything is kept.
+
+    Attributes:
+        peak_bytes: its predicted peak, residents included.
+        seconds: its predicted time.
+    """
+
+    peak_bytes: int
+    seconds: float
+
+
+def describe_original(program: Program, costs: Costs) -> Original:
+    """Account for the captured step with everything kept that autograd keeps."""
+    schedule = keep_all(program, costs)
+    timeline = simulate(program, Catalog.of(program, ()), schedule, costs)
+    return Original(timeline.peak_bytes, seconds(schedule, costs))
+
+
 def describe_plan(
     program: Program,
     recoveries: Sequence[Recovery],
     costs: Costs,
     schedule: Schedule,
-    original: Schedule,
     *,
+    original: Original,
     budget_bytes: int | None,
     passes: Sequence[PassRecord],
 ) -> Plan:
@@ -249,11 +270,11 @@ def describe_plan(
     return Plan(
         peak_bytes=timeline.peak_bytes,
         resident_bytes=program.resident_bytes,
-        original_peak_bytes=simulate(program, catalog, original, costs).peak_bytes,
+        original_peak_bytes=original.peak_bytes,
         floor_bytes=floor_bytes(program, recoveries, costs),
         saved_bytes=sum(catalog.values[value].nbytes for value in saved),
         seconds=seconds(schedule, costs),
-        original_seconds=seconds(original, costs),
+        original_seconds=original.seconds,
         num_ops=len(program.ops),
         num_restores=len(schedule.restored_ops),
         categories=categories_at_peak(program, catalog, schedule, costs),

@@ -10,7 +10,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -92,6 +92,22 @@ def warn_of_untested_torch() -> None:
             f"{torch.__version__}. Check with memplan.compare that results are the same.",
             stacklevel=4,
         )
+
+
+def copy_joint(joint: Joint) -> Joint:
+    """The same with a graph of its own."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(joint.graph, copies))
+
+    def copied(value: object) -> Any:
+        return copies[value] if isinstance(value, fx.Node) else value
+
+    return Joint(
+        graph,
+        tuple(replace(given, node=copies[given.node]) for given in joint.inputs),
+        tuple(replace(out, value=copied(out.value), of=copied(out.of)) for out in joint.outputs),
+    )
 
 
 class UnsupportedJointError(Exception):

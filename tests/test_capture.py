@@ -11,14 +11,18 @@ import torch
 from torch import nn
 
 import memplan
-from memplan.capture import capture
+from memplan.capture import read, trace
 from memplan.program import Phase, Role
 from memplan.sample import Sample
 
 
+def read_step(step, sample):
+    return read(trace(step, sample))
+
+
 def test_a_linear_layer_as_a_program():
     step = memplan.WithLoss(nn.Linear(4, 2), lambda output, target: (output - target).sum())
-    captured = capture(step, Sample.of((torch.zeros(3, 4), torch.zeros(3, 2))))
+    captured = read_step(step, Sample.of((torch.zeros(3, 4), torch.zeros(3, 2))))
     program = captured.program
     targets = [op.target for op in program.ops]
     assert targets[:3] == ["aten.addmm.default", "aten.sub.Tensor", "aten.sum.default"]

@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 import memplan
-from memplan.capture import capture
+from memplan.capture import read, trace
 from memplan.costs import analytic_costs, cache_folder, measured_costs
 from memplan.costs.cache import CostCache
 from memplan.sample import Sample
+
+
+def read_step(step, sample):
+    return read(trace(step, sample))
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def captured(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMPLAN_CACHE_DIR", str(tmp_path / "new" / "folder"))
     conv = nn.Conv2d(3, 8, 3, padding=1)
     step = memplan.WithLoss(conv, lambda output, target: (output * target).mean())
-    return capture(step, Sample.of((torch.randn(2, 3, 16, 16), torch.randn(2, 8, 16, 16))))
+    return read_step(step, Sample.of((torch.randn(2, 3, 16, 16), torch.randn(2, 8, 16, 16))))
 
 
 def test_workspace_of_a_convolution_is_found(captured):
@@ -36,8 +40,8 @@ def test_a_result_that_holds_more_than_its_elements():
     """The scalar that mse_loss returns sits in a storage as large as its operand."""
     step = memplan.WithLoss(nn.Linear(8, 8), nn.functional.mse_loss)
     sample = (torch.randn(64, 8), torch.randn(64, 8))
-    ops = capture(step, Sample.of(sample)).program.ops
-    costs = measured_costs(capture(step, Sample.of(sample)), ops)
+    ops = read_step(step, Sample.of(sample)).program.ops
+    costs = measured_costs(read_step(step, Sample.of(sample)), ops)
     loss = next(op for op in ops if op.target == "aten.mse_loss.default")
     assert costs.by_op[loss.id].result_bytes == (64 * 8 * 4,)
     planned = memplan.optimize(step, sample, budget="100%")

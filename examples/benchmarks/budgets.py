@@ -5,8 +5,8 @@
 
 Beside memplan stands what a user would pick instead: the untouched module, and
 ``torch.utils.checkpoint`` around every block. Times are medians of ratios to the untouched module
-over interleaved rounds; peaks are exact. ``--json`` writes the numbers, ``--markdown`` prints the
-table of the README from them.
+over interleaved rounds; peaks are exact. ``--json`` writes the numbers, and with ``--readme`` the
+README's table is made from them.
 """
 
 from __future__ import annotations
@@ -199,6 +199,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def update(readme: Path, markdown: str) -> None:
+    """Replace the table between the two marks."""
+    before, mark, rest = readme.read_text().partition("<!-- table: ")
+    comment, _, after = rest.partition("-->\n")
+    _, end, tail = after.partition("<!-- end -->")
+    assert mark and end, f"{readme} has no marks for the table"
+    readme.write_text(f"{before}{mark}{comment}-->\n{markdown}\n{end}{tail}")
+
+
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -207,10 +216,10 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="the untouched module alone")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="only print the table of these numbers")
+    parser.add_argument("--readme", type=Path, help="measure nothing: put --json's table in there")
     arguments = parser.parse_args()
-    if arguments.markdown is not None:
-        print(table(json.loads(arguments.markdown.read_text())["rows"]))
+    if arguments.readme is not None:
+        update(arguments.readme, table(json.loads(arguments.json.read_text())["rows"]))
         return
     rows = [
         row

@@ -3,7 +3,8 @@
 from memplan.capture.call import OpCall, call_of
 from memplan.capture.captured import Captured, Primal
 from memplan.capture.forward import Differentiable, OutputLeaf, unchanged_randomness
-from memplan.capture.step import capture
+from memplan.capture.joint import Traced, rewrite, trace
+from memplan.capture.reader import read
 
 __all__ = [
     "Captured",
@@ -11,7 +12,10 @@ __all__ = [
     "OpCall",
     "OutputLeaf",
     "Primal",
+    "Traced",
     "call_of",
-    "capture",
+    "read",
+    "rewrite",
+    "trace",
     "unchanged_randomness",
 ]

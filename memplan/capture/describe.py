@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from types import FunctionType
 
 import torch
 from torch import fx
@@ -17,7 +18,15 @@ def signature(node: fx.Node) -> str:
     """Target, shapes, strides, dtypes and scalars: ops with equal signatures cost the same."""
     parts = [_argument(argument) for argument in node.args]
     parts += [f"{name}={_argument(argument)}" for name, argument in node.kwargs.items()]
-    return f"{node.target}({', '.join(parts)})"
+    return f"{target_name(node)}({', '.join(parts)})"
+
+
+def target_name(node: fx.Node) -> str:
+    """Such as ``aten.mm.default``, or the full name of a Python function."""
+    target = node.target
+    if isinstance(target, FunctionType):
+        return f"{target.__module__}.{target.__qualname__}"
+    return str(target)
 
 
 def _argument(argument: object) -> str:

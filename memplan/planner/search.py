@@ -66,6 +66,7 @@ def solve(
     *,
     budget_bytes: int | None = None,
     max_slowdown: float | None = None,
+    original_seconds: float | None = None,
 ) -> Solution:
     """Choose a schedule.
 
@@ -77,13 +78,15 @@ def solve(
             sought.
         max_slowdown: bound on predicted time over the captured step's; without a budget, the
             schedule of least peak within it is sought. Neither: ``FREE_SLOWDOWN``.
+        original_seconds: what slowdowns refer to; by default the program with everything kept.
     """
     problem = make_problem(program, recoveries, costs)
     base = _account(problem, keep_everything(problem))
+    reference = base.seconds if original_seconds is None else original_seconds
     if budget_bytes is None:
         slowdown = FREE_SLOWDOWN if max_slowdown is None else max_slowdown
-        return _solution(problem, _least_peak(problem, base, base.seconds * slowdown))
-    limit = base.seconds * (MAX_SLOWDOWN if max_slowdown is None else max_slowdown)
+        return _solution(problem, _least_peak(problem, base, reference * slowdown))
+    limit = reference * (MAX_SLOWDOWN if max_slowdown is None else max_slowdown)
     target = budget_bytes - program.resident_bytes
     found = _within(problem, base, target, limit)
     if found is not None:

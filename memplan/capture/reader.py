@@ -7,117 +7,43 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from memplan.capture.captured import Captured, Primal
-from memplan.capture.describe import forward_origins, module_of, signature, source_of
-from memplan.capture.forward import Differentiable, Forward, own_name, trace_forward
+from memplan.capture.describe import (
+    forward_origins,
+    module_of,
+    signature,
+    source_of,
+    target_name,
+)
+from memplan.capture.forward import own_name
+from memplan.capture.joint import Traced
 from memplan.errors import CaptureError
 from memplan.program import Op, Phase, Program, Role, Value
-from memplan.sample import Sample
-from memplan.torch_internals import (
-    Joint,
-    JointInput,
-    OpOverload,
-    UnsupportedJointError,
-    is_backward,
-    storage_key,
-    trace_joint,
-)
+from memplan.torch_internals import JointInput, OpOverload, is_backward, storage_key
 
 _FREE_TARGETS = frozenset({torch.ops.aten._assert_tensor_metadata.default})
 """Checks of the capture itself."""
 
 
-def capture(module: nn.Module, sample: Sample, differentiable: Differentiable = None) -> Captured:
-    """Capture one training step of a module, in its present mode, for this sample.
+def read(traced: Traced) -> Captured:
+    """Read a joint graph as a program.
 
     Raises:
-        CaptureError: naming what cannot be captured, and where in the user's code it is.
+        CaptureError: naming an op that memplan cannot account for, and where it comes from.
     """
-    forward = trace_forward(module, sample, differentiable)
-    return capture_joint(forward, module, sample)
-
-
-def capture_joint(forward: Forward, module: nn.Module, sample: Sample) -> Captured:
-    """Trace forward and backward of an exported forward, and read them as a program."""
-    try:
-        joint = trace_joint(forward.graph_module, sample.tensors())
-    except UnsupportedJointError as error:
-        raise CaptureError(f"{type(module).__name__}'s step has {error}; unsupported") from error
-    joint = _own_gradients(_copy_back(joint))
-    return _Reader(joint, forward, module).read()
-
-
-def _copy_back(joint: Joint) -> Joint:
-    """Write new contents of buffers and inputs back at the end of the forward."""
-    graph = joint.graph
-    last_forward = [n for n in graph.nodes if n.op == "call_function" and not is_backward(n)][-1:]
-    anchor = last_forward[0] if last_forward else [i.node for i in joint.inputs][-1]
-    for output in joint.outputs:
-        if output.kind != "mutation":
-            continue
-        assert isinstance(output.of, fx.Node) and isinstance(output.value, fx.Node)
-        with graph.inserting_after(anchor):
-            copy = graph.call_function(torch.ops.aten.copy_.default, (output.of, output.value))
-        copy.meta = {**output.value.meta, "val": output.of.meta["val"]}
-        anchor = copy
-    return replace(joint, outputs=tuple(o for o in joint.outputs if o.kind != "mutation"))
-
-
-def _own_gradients(joint: Joint) -> Joint:
-    """Give each gradient a storage of its own, in its parameter's layout.
-
-    Autograd takes over a gradient that comes so, and copies any other; done here, the copy is
-    part of the program.
-    """
-    seen = {_storage_key(given.node) for given in joint.inputs}
-    outputs = []
-    for output in joint.outputs:
-        node = output.value
-        if output.kind == "gradient" and isinstance(node, fx.Node):
-            assert isinstance(output.of, fx.Node)
-            of = output.of.meta["val"]
-            if _storage_key(node) in seen or not _same_layout(node.meta["val"], of):
-                node = _clone_like(joint.graph, node, of)
-            seen.add(_storage_key(node))
-        outputs.append(replace(output, value=node))
-    return replace(joint, outputs=tuple(outputs))
-
-
-def _same_layout(gradient: torch.Tensor, of: torch.Tensor) -> bool:
-    pairs = zip(gradient.shape, gradient.stride(), of.stride(), strict=True)
-    return all(size == 1 or mine == theirs for size, mine, theirs in pairs)
-
-
-def _clone_like(graph: fx.Graph, gradient: fx.Node, of: torch.Tensor) -> fx.Node:
-    layout = torch.contiguous_format
-    if not of.is_contiguous() and of.dim() == 4:
-        layout = torch.channels_last
-    anchor = gradient
-    if gradient.op == "placeholder":
-        anchor = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    with graph.inserting_after(anchor):
-        clone = graph.call_function(
-            torch.ops.aten.clone.default, (gradient,), {"memory_format": layout}
-        )
-    value = gradient.meta["val"].clone(memory_format=layout)
-    clone.meta = {**gradient.meta, "val": value, "partitioner_tag": "is_backward"}
-    return clone
-
-
-def _storage_key(node: fx.Node) -> int:
-    return storage_key(node.meta["val"])
+    return _Reader(traced).read()
 
 
 class _Reader:
     """Reads a joint graph once, front to back."""
 
-    def __init__(self, joint: Joint, forward: Forward, module: nn.Module) -> None:
-        self.joint = joint
-        self.forward = forward
-        self.module = module
-        self.origins = forward_origins(joint.graph.nodes)
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.joint = traced.joint
+        self.forward = traced.forward
+        self.origins = forward_origins(self.joint.graph.nodes)
         self.values: list[Value] = []
         self.ops: list[Op] = []
         self.calls: dict[int, fx.Node] = {}
@@ -170,7 +96,7 @@ class _Reader:
         return Primal(node, given.kind, name)
 
     def add_value(self, node: fx.Node, role: Role, name: str = "") -> None:
-        key = _storage_key(node)
+        key = storage_key(node.meta["val"])
         if key not in self.by_key:
             nbytes = node.meta["val"].untyped_storage().nbytes()
             self.by_key[key] = len(self.values)
@@ -179,11 +105,7 @@ class _Reader:
         self.storage[node] = self.by_key[key]
 
     def add_existing_gradients(self) -> None:
-        nbytes = sum(
-            parameter.grad.untyped_storage().nbytes()
-            for parameter in self.module.parameters()
-            if parameter.grad is not None
-        )
+        nbytes = self.traced.existing_gradient_bytes
         if nbytes:
             self.values.append(Value(len(self.values), nbytes, Role.EXISTING_GRADIENT))
 
@@ -206,7 +128,7 @@ class _Reader:
         tensors = _tensors(node.meta.get("val"))
         if tensors is None:
             raise CaptureError(
-                f"{type(self.module).__name__}'s step computes something other than tensors by "
+                f"{self.traced.module_name}'s step computes something other than tensors by "
                 f"{node.target} (at {source_of(node) or 'an unknown line'}); unsupported"
             )
         mutated = _mutated(node)
@@ -252,7 +174,7 @@ class _Reader:
         self.ops.append(
             Op(
                 id=id,
-                target=str(node.target),
+                target=target_name(node),
                 operands=tuple(operands),
                 results=tuple(made),
                 phase=Phase.BACKWARD if is_backward(node) else Phase.FORWARD,

@@ -1,0 +1,62 @@
+"""What belongs to one pass alone; the laws are in test_laws.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import laws
+import pytest
+import torch
+from torch import nn
+
+import memplan
+from memplan.passes import DEFAULT_PASSES, PASSES, checkpoint_activations, speed_up_dropout
+from memplan.passes.dropout import dropout_backward
+
+
+def test_every_pass_is_named_as_its_factory_and_has_a_card():
+    cards = {card.stem for card in Path(memplan.passes.__file__).parent.glob("*.md")}
+    for name, factory in PASSES.items():
+        assert factory().name == name == factory.__name__
+        assert factory.__module__.rpartition(".")[2] in cards
+    assert all(PASSES[name]().effect is memplan.Effect.EXACT for name in DEFAULT_PASSES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dropouts_backward_has_the_bits_of_torchs(dtype):
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-310, torch.inf, -torch.inf, torch.nan])
+    gradient = torch.cat([special, torch.randn(1001) * 1e30, torch.randn(1001)]).to(dtype)
+    mask = torch.rand(gradient.shape) < 0.7
+    for scale in (1 / 0.9, 1 / 0.3, 2.0, 0.0):
+        torchs = torch.ops.aten.native_dropout_backward(gradient, mask, scale)
+        ours = dropout_backward(gradient, mask, scale)
+        same = (torchs == ours) & (torch.signbit(torchs) == torch.signbit(ours))
+        assert (same | (torchs.isnan() & ours.isnan())).all()
+
+
+def test_dropouts_kernel_is_replaced_where_it_is_exact():
+    step = memplan.WithLoss(
+        nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.2)), nn.functional.mse_loss
+    )
+    for dtype, replaced in ((torch.float32, True), (torch.bfloat16, False)):
+        step.to(dtype)
+        sample = (torch.randn(32, 64, dtype=dtype), torch.randn(32, 64, dtype=dtype))
+        planned = memplan.optimize(step, sample, budget="100%")
+        targets = {op.target for op in planned.prepare(memplan.Sample(sample)).captured.program.ops}
+        assert ("memplan.passes.dropout.dropout_backward" in targets) is replaced
+        laws.assert_same_bits(laws.step(step, sample), laws.step(planned, sample))
+
+
+def test_passes_that_commute_give_the_same_plan():
+    layers = [layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.Dropout(0.1))]
+    step = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+    sample = (torch.randn(256, 64), torch.randn(256, 64))
+    plans = [
+        memplan.plan(step, sample, budget="70%", default_passes=False, passes=passes)
+        for passes in (
+            [speed_up_dropout(), checkpoint_activations()],
+            [checkpoint_activations(), speed_up_dropout()],
+        )
+    ]
+    assert plans[0].schedule == plans[1].schedule
+    assert plans[0].peak_bytes == plans[1].peak_bytes
