@@ -26,7 +26,7 @@ from memplan.planner import MAX_SLOWDOWN, solve
 from memplan.program import Costs
 from memplan.runtime import PlannedStep, check_emitted
 from memplan.sample import Sample
-from memplan.schedule import Recovery, Schedule, check_schedule
+from memplan.schedule import Effect, Recovery, Schedule, check_schedule
 from memplan.torch_internals import is_fake, warn_of_untested_torch
 from memplan.units import format_bytes, parse_budget
 
@@ -107,7 +107,8 @@ def plan(
 def build_step(model: nn.Module, sample: Sample, request: Request) -> PlannedStep:
     """Capture, plan and emit one step."""
     captured, chosen, recoveries = make_plan(model, sample, request)
-    step = PlannedStep(captured, emit(captured, recoveries, chosen.schedule), chosen)
+    emitted = emit(captured, recoveries, chosen.schedule)
+    step = PlannedStep(captured, recoveries, emitted, chosen)
     check_emitted(step)
     _LOG.info("%s", chosen)
     return step
@@ -128,8 +129,16 @@ def make_plan(
     captured, costs = _sized(rewritten, recoveries, request.options, has_data)
     unplanned = describe_original(original.program, original_costs)
     records = tuple(PassRecord(p.name, p.arguments, p.effect) for p in request.passes)
+    is_rounded = any(difference.is_certain for difference in captured.differences)
     describe = partial(
-        describe_plan, captured.program, recoveries, costs, original=unplanned, passes=records
+        describe_plan,
+        captured.program,
+        recoveries,
+        costs,
+        original=unplanned,
+        passes=records,
+        captured_effect=Effect.ROUNDING if is_rounded else Effect.EXACT,
+        notes=[difference.reason for difference in captured.differences],
     )
     if request.plan is not None:
         schedule, budget_bytes = _saved(request.plan, captured, recoveries)

@@ -81,6 +81,9 @@ class Plan:
         budget_bytes: the bound that was asked for, or None.
         costs_source: where times and workspace come from.
         passes: the passes that took part.
+        captured_effect: EXACT if the captured step has the untouched module's bits, ROUNDING if it
+            is known to differ by float rounding.
+        notes: what else there is to know about that.
         fingerprint: of the program and of what was offered; a plan runs nothing else.
         schedule: the steps.
     """
@@ -100,6 +103,8 @@ class Plan:
     budget_bytes: int | None
     costs_source: str
     passes: tuple[PassRecord, ...]
+    captured_effect: Effect
+    notes: tuple[str, ...]
     fingerprint: str
     schedule: Schedule
 
@@ -110,8 +115,10 @@ class Plan:
 
     @property
     def effects(self) -> tuple[Effect, ...]:
-        """The effects of the passes that took part."""
-        return tuple(dict.fromkeys(record.effect for record in self.passes))
+        """The effects of the capture and of the passes that took part, each once."""
+        effects = (self.captured_effect, *(record.effect for record in self.passes))
+        distinct = dict.fromkeys(effects)
+        return tuple(e for e in distinct if e is not Effect.EXACT) or (Effect.EXACT,)
 
     def __str__(self) -> str:
         above = self.original_peak_bytes - self.resident_bytes
@@ -120,7 +127,7 @@ class Plan:
             "" if self.budget_bytes is None else f" of {format_bytes(self.budget_bytes)} allowed"
         )
         unknown = ", kernels' workspace unknown" if self.costs_source.startswith("analytic") else ""
-        effects = ", ".join(effect.value for effect in self.effects) or "exact"
+        effects = ", ".join(effect.value for effect in self.effects)
         return (
             f"Plan: peak {format_bytes(self.peak_bytes)}{budget} "
             f"({format_bytes(self.original_peak_bytes)} unplanned; {share:.0%} of what is above "
@@ -146,6 +153,7 @@ class Plan:
             f"Floor of this step, whatever is recomputed: {format_bytes(self.floor_bytes)}. "
             f"Costs: {self.costs_source}."
         )
+        lines += [f"Note: {note}." for note in self.notes]
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -157,6 +165,7 @@ class Plan:
             {"name": p.name, "arguments": dict(p.arguments), "effect": p.effect.value}
             for p in self.passes
         ]
+        data["captured_effect"] = self.captured_effect.value
         data["schedule"] = self.schedule.to_json()
         return json.dumps({"schema_version": SCHEMA_VERSION, **data})
 
@@ -214,6 +223,9 @@ def _checked(data: dict[str, Any]) -> dict[str, Any]:
             _require(type(value.nbytes) is int, "live")
             texts = (value.category, value.target, value.module, value.source)
             _require(all(type(text) is str for text in texts), "live")
+        effect = Effect(data["captured_effect"])
+        _require(isinstance(data["notes"], list), "notes")
+        notes = tuple(str(note) for note in data["notes"])
         passes = tuple(
             PassRecord(str(p["name"]), dict(p["arguments"]), Effect(p["effect"]))
             for p in data["passes"]
@@ -221,7 +233,8 @@ def _checked(data: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise PlanMismatch(f"a plan's fields cannot be read: {error}") from error
     schedule = Schedule.from_json(data["schedule"])
-    return {**data, "live": live, "passes": passes, "schedule": schedule}
+    read = {"live": live, "passes": passes, "captured_effect": effect, "notes": notes}
+    return {**data, **read, "schedule": schedule}
 
 
 def _require(condition: bool, name: str) -> None:
@@ -258,6 +271,8 @@ def describe_plan(
     original: Original,
     budget_bytes: int | None,
     passes: Sequence[PassRecord],
+    captured_effect: Effect,
+    notes: Sequence[str],
 ) -> Plan:
     """Account for a schedule, and for the captured step beside it."""
     catalog = Catalog.of(program, recoveries)
@@ -283,6 +298,8 @@ def describe_plan(
         budget_bytes=budget_bytes,
         costs_source=costs.source,
         passes=tuple(passes),
+        captured_effect=captured_effect,
+        notes=tuple(notes),
         fingerprint=fingerprint(program, recoveries),
         schedule=schedule,
     )

@@ -14,6 +14,7 @@ from memplan.emit import Emitted
 from memplan.errors import CaptureError, PlanMismatch
 from memplan.plan import Plan
 from memplan.sample import Sample
+from memplan.schedule import Recovery
 from memplan.signature import State
 from memplan.torch_internals import backward_keeps_graph, unflatten
 
@@ -24,11 +25,13 @@ class PlannedStep:
 
     Attributes:
         captured: the program and the joint graph.
+        recoveries: what the passes offered.
         emitted: the two functions.
         plan: what was decided.
     """
 
     captured: Captured
+    recoveries: tuple[Recovery, ...]
     emitted: Emitted
     plan: Plan
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -206,6 +208,17 @@ def boxed(graph: fx.Graph) -> Callable[[list[Any]], Any]:
     return function
 
 
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """No kernels of oneDNN inside; the public switch also sets flags of other devices (2.13.0)."""
+    was_enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(was_enabled)
+
+
 def enabled_attention() -> tuple[bool, ...]:
     """Which kernels scaled_dot_product_attention may choose from (torch 2.13.0)."""
     return (
@@ -221,9 +234,71 @@ def backward_keeps_graph() -> bool:
     return bool(_get_current_graph_task_keep_graph())
 
 
+class _Record:
+    """An instance of a dataclass that torch does not know, as a container of its fields."""
+
+    def __init__(self, instance: object) -> None:
+        self.kind = type(instance)
+        self.fields = {f.name: _as_tree(getattr(instance, f.name)) for f in fields(instance)}  # type: ignore[arg-type]
+
+
+def _is_record(value: object) -> bool:
+    is_instance = is_dataclass(value) and not isinstance(value, type)
+    return is_instance and type(value) not in pytree.SUPPORTED_NODES
+
+
+def _as_tree(tree: object) -> object:
+    return pytree.tree_map(
+        lambda leaf: _Record(leaf) if _is_record(leaf) else leaf, tree, is_leaf=_is_record
+    )
+
+
+def _rebuild(values: Iterable[Any], context: tuple[type, tuple[str, ...]]) -> object:
+    kind, names = context
+    instance: Any = object.__new__(kind)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(instance, name, value)
+    return instance
+
+
+pytree.register_pytree_node(
+    _Record,
+    lambda record: (list(record.fields.values()), (record.kind, tuple(record.fields))),
+    _rebuild,
+    serialized_type_name="memplan.record",
+)
+
+
+@contextlib.contextmanager
+def questions_about_tracing() -> Iterator[set[str]]:
+    """Inside, note which files outside of torch ask whether they are traced (torch 2.13.0).
+
+    Yields the set of ``file.py:line``, still growing.
+    """
+    asked: set[str] = set()
+    originals = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting")}
+
+    def listening(original: Callable[[], bool]) -> Callable[[], bool]:
+        def answer() -> bool:
+            caller = sys._getframe(1)
+            if not caller.f_globals.get("__name__", "").startswith("torch."):
+                asked.add(f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}")
+            return original()
+
+        return answer
+
+    try:
+        for name, original in originals.items():
+            setattr(torch.compiler, name, listening(original))
+        yield asked
+    finally:
+        for name, original in originals.items():
+            setattr(torch.compiler, name, original)
+
+
 def flatten(tree: object) -> tuple[list[Any], TreeSpec]:
-    """Leaves of nested containers, and their structure (torch 2.13.0)."""
-    return pytree.tree_flatten(tree)
+    """Leaves of nested containers, dataclasses included, and their structure (torch 2.13.0)."""
+    return pytree.tree_flatten(_as_tree(tree))
 
 
 def unflatten(leaves: Sequence[object], spec: TreeSpec) -> Any:

@@ -4,7 +4,8 @@ Deterministic ops are recomputed from their inputs (Griewank and Walther, "Algor
 2000; Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
 https://arxiv.org/abs/1604.06174). Here the unit is one op, not a block: which values are dropped,
 and when, is the planner's choice. Random ops are redrawn: the generator's state before the op is
-kept (5 KB on the CPU), and the op runs again under it. Both give the bits of the first run.
+kept (5 KB on the CPU), and the op runs again under it. Batch norm in training runs again without
+its running statistics, which are made once. All give the bits of the first run.
 
 Not offered: ops that write in place, and ops that read what the step overwrites.
 """
@@ -15,6 +16,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 
 from memplan.passing import Effect, Pass, RecoveryContext
 from memplan.program import Op, Phase, Role, Value
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from memplan.capture import Captured
 
 _NAME = "checkpoint_activations"
+_BATCH_NORM = "aten._native_batch_norm_legit_functional.default"
 
 
 def checkpoint_activations() -> Pass:
@@ -43,6 +46,9 @@ def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery,
     for op in program.ops:
         if op.phase is not Phase.FORWARD or not op.results or op.mutates:
             continue
+        if op.target == _BATCH_NORM:
+            offered.append(_batch_norm(captured, op, next(op_ids)))
+            continue
         if overwritten.intersection(op.operands):
             continue
         if op.is_random:
@@ -50,6 +56,27 @@ def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery,
         else:
             offered.append(Recovery(_NAME, op.results, op))
     return tuple(offered)
+
+
+def _batch_norm(captured: Captured, op: Op, id: int) -> Recovery:
+    """Normalise again, without reading or making running statistics: those are made once."""
+    node = captured.calls[op.id]
+    read = [captured.storage[arg] for arg in node.args[:3] if isinstance(arg, fx.Node)]
+    return Recovery(
+        pass_name=_NAME,
+        restores=op.results[:3],
+        restore=Op(
+            id=id,
+            target="memplan.batch_norm_without_statistics",
+            operands=tuple(dict.fromkeys(read)),
+            results=op.results[:3],
+            phase=Phase.BACKWARD,
+            module=op.module,
+            source=op.source,
+            signature=f"memplan.batch_norm_without_statistics({op.signature})",
+            variant_of=op.id,
+        ),
+    )
 
 
 def _redraw(op: Op, save: int, draw: int, state: int) -> Recovery:

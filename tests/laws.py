@@ -60,3 +60,15 @@ def assert_within_budget(planned: memplan.PlannedModule, sample: Any) -> None:
         assert plan.peak_bytes <= plan.budget_bytes
     above = plan.peak_bytes - plan.resident_bytes
     assert plan.peak_bytes - measured.peak_bytes <= 0.01 * above
+
+
+def assert_close(mine: Outcome, theirs: Outcome, tolerance: float = 1e-5) -> None:
+    """Equal up to rounding: relative to the largest entry of any gradient; same random state."""
+    scale = max(float(g.abs().max()) for g in mine.gradients.values() if g is not None)
+    torch.testing.assert_close(mine.loss, theirs.loss, rtol=tolerance, atol=0.0)
+    for name, gradient in mine.gradients.items():
+        other = theirs.gradients[name]
+        assert (gradient is None) == (other is None), name
+        if gradient is not None and other is not None:
+            assert float((gradient - other).abs().max()) <= tolerance * scale, name
+    assert torch.equal(mine.rng, theirs.rng)

@@ -202,3 +202,14 @@ def test_the_loss_alone_is_a_bare_tensor(step, sample):
     planned = memplan.optimize(step, sample, budget="100%")
     assert isinstance(planned(*sample), torch.Tensor)
     laws.assert_same_bits(laws.step(step, sample), laws.step(planned, sample))
+
+
+def test_a_release_of_torch_that_was_not_tested_is_warned_about_once(step, monkeypatch):
+    from memplan.torch_internals import warn_of_untested_torch
+
+    monkeypatch.setattr(torch, "__version__", "9.9.0")
+    warn_of_untested_torch.cache_clear()
+    with pytest.warns(UserWarning, match=r"this is 9\.9\.0"):
+        memplan.optimize(step)
+    memplan.optimize(step)
+    warn_of_untested_torch.cache_clear()

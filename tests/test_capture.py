@@ -14,6 +14,7 @@ import memplan
 from memplan.capture import read, trace
 from memplan.program import Phase, Role
 from memplan.sample import Sample
+from memplan.schedule import Catalog
 
 
 def read_step(step, sample):
@@ -138,3 +139,46 @@ def test_a_random_op_whose_result_is_not_used_moves_the_stream():
     model = Model(forward)
     planned = memplan.optimize(model, torch.ones(4), budget="100%")
     laws.assert_same_bits(laws.step(model, torch.ones(4)), laws.step(planned, torch.ones(4)))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_dropout_between_recurrent_layers_is_drawn(kind, batch_first, bidirectional):
+    """torch's own trace of these modules has none."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = kind(
+                6, 5, 3, dropout=0.4, batch_first=batch_first, bidirectional=bidirectional
+            )
+
+        def forward(self, x):
+            output, final = self.layers(x)
+            return output.square().mean() + sum(state.sum() for state in final)
+
+    model, sample = Recurrent(), torch.randn(4, 7, 6)
+    planned = memplan.optimize(model, sample, budget="100%")
+    assert planned.plan.effects == (memplan.Effect.ROUNDING,) and planned.plan.notes
+    laws.assert_close(laws.step(model, sample), laws.step(planned, sample))
+
+
+def test_batch_norm_is_recomputed_and_its_statistics_written_once():
+    """As in pytorch#96136, where checkpointing a block writes them twice."""
+    layers = [nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU()] * 8
+    model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+    sample = (torch.randn(256, 32), torch.randn(256, 32))
+    planned = memplan.optimize(model, sample, budget="50%")
+    assert any("batch_norm" in op.target for op in restored_ops(planned, sample))
+    laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))
+    laws.assert_within_budget(planned, sample)
+    with torch.random.fork_rng():
+        planned(*sample).backward()
+    assert model.model[1].num_batches_tracked.item() == 8
+
+
+def restored_ops(planned, sample):
+    step = planned.prepare(memplan.Sample.of(sample))
+    catalog = Catalog.of(step.captured.program, step.recoveries)
+    return [catalog.ops[op] for op in step.plan.schedule.restored_ops]

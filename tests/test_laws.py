@@ -1,101 +1,143 @@
-"""One table, all laws: models x budgets under the default passes."""
+"""One table, all laws: models x budgets under the default passes.
+
+Every model runs at 100 % and 50 % here; the budgets marked slow run in ``.ci/full``.
+"""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
+from typing import Any
 
 import laws
 import pytest
 import torch
-from models import MODELS
+from rows import MODELS
+from torch import nn
 
 import memplan
 from memplan.schedule import Schedule
 
-BUDGETS = ("100%", "80%", "50%", "35%")
+ALL = ("100%", "80%", "50%", "35%")
+BUDGETS = (
+    "100%",
+    pytest.param("80%", marks=pytest.mark.slow),
+    "50%",
+    pytest.param("35%", marks=pytest.mark.slow),
+)
+
 LOWEST_SHARE = {"gpt2": 0.45}
 """How low a share of what is above resident must be feasible at least."""
+
+OTHER_DECOMPOSITION = {
+    "llama": "the model's own code asks whether it is traced, and then takes attention with a mask",
+    "gru": "torch traces the recurrent layers as other ops than those that eager runs",
+    "lstm": "torch traces the recurrent layers as other ops than those that eager runs",
+}
+"""Rows whose captured program is not eager's: equal to the program, and close to eager."""
+
+
+@dataclass
+class Row:
+    """A model, its batch, and its planned modules by budget."""
+
+    name: str
+    model: nn.Module
+    sample: Any
+    made: dict[str, memplan.PlannedModule] = field(default_factory=dict)
+
+    def planned(self, budget: str) -> memplan.PlannedModule:
+        if budget not in self.made:
+            options = memplan.Options(on_infeasible="smallest")
+            self.made[budget] = memplan.optimize(
+                self.model, self.sample, budget=budget, options=options
+            )
+        return self.made[budget]
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def row(request):
     torch.manual_seed(0)
-    model, sample = MODELS[request.param]()
-    planned = {}
-    for budget in BUDGETS:
-        options = memplan.Options(on_infeasible="smallest")
-        planned[budget] = memplan.optimize(model, sample, budget=budget, options=options)
-    return request.param, model, sample, planned
+    return Row(request.param, *MODELS[request.param]())
+
+
+def assert_exact(row: Row, module: nn.Module) -> None:
+    eager = laws.step(row.model, row.sample)
+    mine = laws.step(module, row.sample)
+    if row.name in OTHER_DECOMPOSITION:
+        assert row.planned("100%").plan.notes
+        laws.assert_same_bits(laws.step(row.planned("100%"), row.sample), mine)
+        laws.assert_close(eager, mine)
+    else:
+        laws.assert_same_bits(eager, mine)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_exact_plans_give_the_same_bits(row, budget):
-    _, model, sample, planned = row
-    laws.assert_same_bits(laws.step(model, sample), laws.step(planned[budget], sample))
+    assert_exact(row, row.planned(budget))
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_measured_is_at_most_predicted_is_at_most_the_budget(row, budget):
-    name, _, sample, planned = row
-    laws.assert_within_budget(planned[budget], sample)
-    plan = planned[budget].plan
+    planned = row.planned(budget)
+    laws.assert_within_budget(planned, row.sample)
+    plan = planned.plan
     asked = memplan.units.parse_budget(budget).resolve(
         plan.resident_bytes, plan.original_peak_bytes
     )
-    if name in LOWEST_SHARE:
-        share = max(float(budget.rstrip("%")) / 100, LOWEST_SHARE[name])
+    if row.name in LOWEST_SHARE:
+        share = max(float(budget.rstrip("%")) / 100, LOWEST_SHARE[row.name])
         above = plan.original_peak_bytes - plan.resident_bytes
         assert plan.peak_bytes - plan.resident_bytes <= share * above
     assert plan.budget_bytes is not None and plan.budget_bytes >= asked
     assert plan.floor_bytes <= plan.peak_bytes
 
 
+@pytest.mark.slow
 def test_predicted_slowdown_does_not_grow_with_the_budget(row):
-    _, _, _, planned = row
-    slowdowns = [planned[budget].plan.slowdown for budget in BUDGETS]
+    slowdowns = [row.planned(budget).plan.slowdown for budget in ALL]
     assert slowdowns == sorted(slowdowns)
-    assert planned["100%"].plan.num_restores == 0
+
+
+def test_with_all_its_memory_nothing_is_recomputed(row):
+    assert row.planned("100%").plan.num_restores == 0
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_a_plan_survives_json(row, budget):
-    _, _, _, planned = row
-    plan = planned[budget].plan
+    plan = row.planned(budget).plan
     assert memplan.Plan.from_json(plan.to_json()) == plan
     assert Schedule.from_json(plan.schedule.to_json()) == plan.schedule
 
 
 def test_a_saved_plan_runs(row):
-    _, model, sample, planned = row
-    saved = memplan.Plan.from_json(planned["50%"].plan.to_json())
-    applied = memplan.optimize(model, sample, plan=saved)
+    saved = memplan.Plan.from_json(row.planned("50%").plan.to_json())
+    applied = memplan.optimize(row.model, row.sample, plan=saved)
     assert applied.plan.schedule == saved.schedule
-    laws.assert_same_bits(laws.step(model, sample), laws.step(applied, sample))
+    assert_exact(row, applied)
 
 
 def test_planning_twice_gives_the_same_plan(row):
-    _, model, sample, planned = row
     options = memplan.Options(on_infeasible="smallest")
-    again = memplan.plan(model, sample, budget="50%", options=options)
-    assert again == planned["50%"].plan
+    again = memplan.plan(row.model, row.sample, budget="50%", options=options)
+    assert again == row.planned("50%").plan
 
 
 def test_names_evaluation_and_copies_are_the_originals(row):
-    _, model, sample, planned = row
-    one = planned["50%"]
+    model, one = row.model, row.planned("50%")
     assert list(one.state_dict()) == list(model.state_dict())
     assert [name for name, _ in one.named_parameters()] == [n for n, _ in model.named_parameters()]
-    assert all(
-        mine is theirs for mine, theirs in zip(one.parameters(), model.parameters(), strict=True)
-    )
-    batch = memplan.Sample.of(sample)
-    one.eval()
-    assert not any(module.training for module in model.modules())
-    with torch.no_grad():
-        mine, theirs = (module(*batch.args, **batch.kwargs) for module in (one, model))
-    leaves = [memplan.torch_internals.flatten(output)[0] for output in (mine, theirs)]
-    assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
+    pairs = zip(one.parameters(), model.parameters(), strict=True)
+    assert all(mine is theirs for mine, theirs in pairs)
+    batch = memplan.Sample.of(row.sample)
+    with laws.preserved(model), torch.no_grad():
+        one.eval()
+        assert not any(module.training for module in model.modules())
+        mine = memplan.torch_internals.flatten(one(*batch.args, **batch.kwargs))[0]
+    with laws.preserved(model), torch.no_grad():
+        theirs = memplan.torch_internals.flatten(model(*batch.args, **batch.kwargs))[0]
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     one.train()
     duplicate = copy.deepcopy(one)
     assert next(duplicate.parameters()) is not next(one.parameters())
-    laws.assert_same_bits(laws.step(model, sample), laws.step(duplicate, sample))
+    assert_exact(row, duplicate)

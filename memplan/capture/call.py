@@ -38,6 +38,10 @@ def call_of(captured: Captured, op: Op, kept: Any = None) -> OpCall:
     device = str(first_tensor(source).device)
     if op.target == "memplan.save_rng_state":
         return OpCall(save_rng_state, (device,), {})
+    if op.target == "memplan.batch_norm_without_statistics":
+        x, weight, bias, _, _, training, momentum, eps = source.args
+        target = torch.ops.aten._native_batch_norm_legit.no_stats
+        return OpCall(target, (x, weight, bias, training, momentum, eps), {})
     assert op.target == "memplan.redraw", f"no code for {op.target}"
     return OpCall(redraw, (kept, device, source.target, *source.args), dict(source.kwargs))
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from memplan.capture.forward import OutputLeaf
+from memplan.capture.forward import Difference, OutputLeaf
 from memplan.program import Program
 from memplan.torch_internals import TreeSpec
 
@@ -50,6 +50,7 @@ class Captured:
         spec: structure of what the module returns.
         leaves: its leaves.
         is_loss: whether gradients arrive at the only scalar output alone.
+        differences: where the step is not made of the ops that eager runs.
     """
 
     program: Program
@@ -66,3 +67,4 @@ class Captured:
     spec: TreeSpec
     leaves: tuple[OutputLeaf, ...]
     is_loss: bool
+    differences: tuple[Difference, ...]

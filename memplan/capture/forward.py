@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,16 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from memplan.capture.recurrent import OneLayerAtATime
 from memplan.errors import CaptureError
 from memplan.sample import Sample
-from memplan.torch_internals import TreeSpec, flatten, has_hooks, unflatten
+from memplan.torch_internals import (
+    TreeSpec,
+    flatten,
+    has_hooks,
+    questions_about_tracing,
+    unflatten,
+)
 
 Differentiable = Literal["all"] | tuple[int, ...] | None
 """Outputs that gradients arrive at: all, some by position among the output's leaves, or None:
@@ -43,6 +51,19 @@ class OutputLeaf:
     constant: object = None
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A reason why the captured step may differ from the untouched module's by rounding.
+
+    Attributes:
+        is_certain: whether it does, or only may.
+        reason: in words.
+    """
+
+    is_certain: bool
+    reason: str
+
+
 @dataclass(frozen=True)
 class Forward:
     """The forward as a graph over the tensors among the inputs' leaves.
@@ -55,6 +76,8 @@ class Forward:
         requires_grad: for each graph output, whether it does in the untouched module.
         differentiable: positions of graph outputs that gradients may arrive at.
         is_loss: whether ``differentiable`` was narrowed to the only scalar.
+        is_recurrent: whether it has recurrent kernels.
+        differences: where it is not made of the ops that eager runs.
     """
 
     graph_module: fx.GraphModule
@@ -64,6 +87,8 @@ class Forward:
     requires_grad: tuple[bool, ...]
     differentiable: frozenset[int]
     is_loss: bool
+    is_recurrent: bool
+    differences: tuple[Difference, ...]
 
 
 @dataclass
@@ -123,7 +148,12 @@ def trace_forward(module: nn.Module, sample: Sample, differentiable: Differentia
     notes = _Notes()
     flat = _Flat(module, sample, notes)
     try:
-        with unchanged_randomness():
+        with (
+            unchanged_randomness(),
+            OneLayerAtATime() as recurrent,
+            questions_about_tracing() as questions,
+            _quiet_export(),
+        ):
             exported = torch.export.export(flat, tuple(sample.tensors()), strict=False)
             graph_module = exported.module(check_guards=False)
     except CaptureError:
@@ -143,7 +173,35 @@ def trace_forward(module: nn.Module, sample: Sample, differentiable: Differentia
         requires_grad=notes.requires_grad,
         differentiable=wanted,
         is_loss=is_loss,
+        is_recurrent=bool(recurrent.seen),
+        differences=_differences(recurrent.seen, questions),
     )
+
+
+def _differences(recurrent: set[str], questions: set[str]) -> tuple[Difference, ...]:
+    """Where the captured step is not made of the ops that eager runs."""
+    found = []
+    if recurrent:
+        kinds = ", ".join(sorted(recurrent))
+        reason = f"the recurrent kernels ({kinds}) are captured as other ops than the module runs"
+        found.append(Difference(True, reason))
+    if questions:
+        found.append(
+            Difference(
+                False,
+                f"the model's code asks whether it is traced ({', '.join(sorted(questions))}), and "
+                "may then compute the same in another way; memplan.compare shows whether it does",
+            )
+        )
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Without torch's warning of tensors in plain attributes, which recurrent modules all have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? ", category=UserWarning)
+        yield
 
 
 @contextlib.contextmanager
@@ -190,6 +248,8 @@ def _own_constants(graph_module: fx.GraphModule, module: nn.Module) -> dict[str,
             owner_name, _, name = node.target.rpartition(".")
             owner = graph_module.get_submodule(owner_name)
             tensor = getattr(owner, name)
+            if isinstance(tensor, fx.GraphModule):
+                continue
             if not isinstance(tensor, torch.Tensor):
                 raise CaptureError(f"the graph holds {name!r}, a {type(tensor).__name__}")
             delattr(owner, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from memplan.torch_internals import (
     is_backward,
     storage_key,
     trace_joint,
+    without_onednn,
 )
 
 
@@ -45,13 +47,17 @@ def trace(module: nn.Module, sample: Sample, differentiable: Differentiable = No
         CaptureError: naming what cannot be captured, and where in the user's code it is.
     """
     forward = trace_forward(module, sample, differentiable)
+    # What the recurrent kernels of oneDNN hand to their backward is opaque: it can be neither
+    # measured nor made again.
+    kernels = without_onednn() if forward.is_recurrent else contextlib.nullcontext()
     try:
-        joint = trace_joint(forward.graph_module, sample.tensors())
+        with kernels:
+            joint = trace_joint(forward.graph_module, sample.tensors())
     except UnsupportedJointError as error:
         raise CaptureError(f"{type(module).__name__}'s step has {error}; unsupported") from error
     existing = [parameter.grad for parameter in module.parameters()]
     return Traced(
-        joint=_own_gradients(_copy_back(joint)),
+        joint=_own_gradients(_copy_back(_forget_running_statistics(joint))),
         forward=forward,
         module_name=type(module).__name__,
         existing_gradient_bytes=sum(
@@ -67,6 +73,17 @@ def rewrite(traced: Traced, rewrites: Iterable[Callable[[fx.Graph], None]]) -> T
         one(joint.graph)
     joint.graph.lint()
     return replace(traced, joint=joint)
+
+
+def _forget_running_statistics(joint: Joint) -> Joint:
+    """The backward of batch norm in training is given the running statistics and never reads them.
+
+    Left in, they would be kept, although the forward overwrites them.
+    """
+    for node in joint.graph.nodes:
+        if node.target is torch.ops.aten.native_batch_norm_backward.default and node.args[7]:
+            node.args = (*node.args[:3], None, None, *node.args[5:])
+    return joint
 
 
 def _copy_back(joint: Joint) -> Joint:

@@ -80,6 +80,7 @@ class _Reader:
             spec=self.forward.spec,
             leaves=self.forward.leaves,
             is_loss=self.forward.is_loss,
+            differences=self.forward.differences,
         )
 
     def primal(self, given: JointInput) -> Primal:
@@ -131,6 +132,8 @@ class _Reader:
                 f"{self.traced.module_name}'s step computes something other than tensors by "
                 f"{node.target} (at {source_of(node) or 'an unknown line'}); unsupported"
             )
+        if "mkldnn" in target_name(node):
+            raise CaptureError(f"{node.target} hands on what cannot be measured; unsupported")
         mutated = _mutated(node)
         new = {storage_key(tensor) for tensor in tensors} - self.by_key.keys()
         if node.target is operator.getitem or (not new and not mutated):
@@ -143,9 +146,17 @@ class _Reader:
             return
         if mutated:
             tensors = []
-        elif len(new) < len(tensors):
-            raise CaptureError(f"{node.target} returns tensors that share memory; unsupported")
-        self.add_op(node, tensors, mutated)
+        self.add_op(node, self.distinct(node, tensors), mutated)
+
+    def distinct(self, node: fx.Node, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """An op's results, one for each storage. Only equal tensors may share one."""
+        first: dict[int, torch.Tensor] = {}
+        for tensor in tensors:
+            other = first.setdefault(storage_key(tensor), tensor)
+            same = (tensor.shape, tensor.stride()) == (other.shape, other.stride())
+            if storage_key(tensor) in self.by_key or not same:
+                raise CaptureError(f"{node.target} returns tensors that share memory; unsupported")
+        return list(first.values())
 
     def add_op(self, node: fx.Node, results: list[torch.Tensor], mutated: list[fx.Node]) -> None:
         id = len(self.ops)

@@ -56,6 +56,9 @@ def compare(target: str, budget: str | None, max_slowdown: float | None, steps: 
     console = Console()
     console.print(comparison_table(comparison, planned.plan))
     broken = _broken_promises(comparison, planned.plan)
+    if not comparison.is_exact:
+        for note in planned.plan.notes:
+            click.echo(f"note: {note}", err=True)
     for promise in broken:
         click.echo(f"broken promise: {promise}", err=True)
     if broken:

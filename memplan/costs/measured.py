@@ -67,14 +67,15 @@ def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost
 
 
 def _storage_bytes(result: object, operands: Iterable[object]) -> tuple[int, ...]:
-    """What each tensor of a result takes; nothing where it is an operand's memory."""
+    """What each storage of a result takes; nothing where it is an operand's memory."""
     operand_keys = {storage_key(tensor) for tensor in operands if isinstance(tensor, torch.Tensor)}
     results = result if isinstance(result, list | tuple) else (result,)
-    return tuple(
-        0 if storage_key(tensor) in operand_keys else tensor.untyped_storage().nbytes()
-        for tensor in results
-        if isinstance(tensor, torch.Tensor)
-    )
+    nbytes: dict[int, int] = {}
+    for tensor in results:
+        if isinstance(tensor, torch.Tensor):
+            key = storage_key(tensor)
+            nbytes[key] = 0 if key in operand_keys else tensor.untyped_storage().nbytes()
+    return tuple(nbytes.values())
 
 
 def _seconds(run: Callable[[], object]) -> float:

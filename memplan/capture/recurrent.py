@@ -1,0 +1,74 @@
+"""Recurrent modules with dropout between their layers, captured one layer at a time.
+
+torch 2.13 traces a recurrent module of several layers as if its dropout were zero. Run one layer
+at a time, with the dropout between them, the trace draws what the untouched module draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
+
+class OneLayerAtATime(TorchFunctionMode):
+    """Inside, a recurrent call with dropout between layers becomes one call a layer.
+
+    Attributes:
+        seen: names of the recurrent kernels that were called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        name = getattr(func, "__name__", "")
+        if name in _RECURRENT and len(args) == 9:
+            self.seen.add(name)
+            is_packed = not isinstance(args[2], list | tuple) or isinstance(args[3], list)
+            num_layers, dropout, training = args[5:8] if is_packed else args[4:7]
+            if training and dropout > 0 and num_layers > 1:
+                if is_packed:
+                    raise NotImplementedError("packed sequences with dropout between layers")
+                return _layer_by_layer(func, *args)
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_by_layer(
+    func: Callable[..., Any],
+    inputs: torch.Tensor,
+    states: torch.Tensor | tuple[torch.Tensor, ...],
+    weights: Sequence[torch.Tensor],
+    *settings: Any,
+) -> tuple[torch.Tensor, ...]:
+    """As the kernel does it: time first, dropout on every layer's output but the last."""
+    bias, num_layers, dropout, _, bidirectional, batch_first = settings
+    is_tuple = isinstance(states, tuple)
+    initial: tuple[torch.Tensor, ...] = states if isinstance(states, tuple) else (states,)
+    num_directions = 2 if bidirectional else 1
+    num_weights = len(weights) // num_layers
+    x = inputs.transpose(0, 1) if batch_first else inputs
+    finals: list[tuple[torch.Tensor, ...]] = []
+    for layer in range(num_layers):
+        rows = slice(layer * num_directions, (layer + 1) * num_directions)
+        own = weights[layer * num_weights : (layer + 1) * num_weights]
+        start = tuple(state[rows] for state in initial)
+        given = start if is_tuple else start[0]
+        x, *final = func(x, given, own, bias, 1, 0.0, True, bidirectional, False)
+        finals.append(tuple(final))
+        if layer < num_layers - 1:
+            x = torch.dropout(x, dropout, True)
+    output = x.transpose(0, 1) if batch_first else x
+    return (output, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
