@@ -7,7 +7,7 @@ PlannedModule -> measure.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -19,16 +19,17 @@ from memplan.costs import analytic_costs, measured_costs
 from memplan.emit import emit
 from memplan.errors import CaptureError, InfeasibleBudget, MemplanError, PlanMismatch
 from memplan.module import PlannedModule
-from memplan.options import Options, Request
+from memplan.options import Options
 from memplan.passing import Pass, RecoveryContext
 from memplan.plan import PassRecord, Plan, describe_original, describe_plan, fingerprint
 from memplan.planner import MAX_SLOWDOWN, solve
 from memplan.program import Costs
+from memplan.request import Request, make_request, require_module
 from memplan.runtime import PlannedStep, check_emitted
 from memplan.sample import Sample
 from memplan.schedule import Effect, Recovery, Schedule, check_schedule
-from memplan.torch_internals import is_fake, warn_of_untested_torch
-from memplan.units import format_bytes, parse_budget
+from memplan.torch_internals import is_fake
+from memplan.units import format_bytes
 
 _LOG = logging.getLogger("memplan")
 
@@ -65,7 +66,8 @@ def optimize(
     Raises:
         UnitsError, CaptureError, InfeasibleBudget, PlanMismatch: each says what to do.
     """
-    request = _request(
+    require_module(model)
+    request = make_request(
         budget=budget,
         max_slowdown=max_slowdown,
         passes=passes,
@@ -92,7 +94,8 @@ def plan(
     options: Options | None = None,
 ) -> Plan:
     """The plan that ``optimize`` would run, with the same arguments. Never runs the model."""
-    request = _request(
+    require_module(model)
+    request = make_request(
         budget=budget,
         max_slowdown=max_slowdown,
         passes=passes,
@@ -194,12 +197,18 @@ def _costs(
     captured: Captured, recoveries: Iterable[Recovery], options: Options, has_data: bool
 ) -> Costs:
     """Measured where the tensors have data, unless told otherwise."""
-    if isinstance(options.costs, Costs):
-        return options.costs
     ops = {op.id: op for op in captured.program.ops}
     for recovery in recoveries:
         new = (recovery.restore, recovery.prepare)
         ops.update({op.id: op for op in new if op is not None})
+    if isinstance(options.costs, Costs):
+        missing = sorted(ops.keys() - options.costs.by_op.keys())
+        if missing:
+            raise MemplanError(
+                f"Options(costs=...) has no cost for {len(missing)} of {len(ops)} ops, the first "
+                f"of them op {missing[0]} ({ops[missing[0]].target})"
+            )
+        return options.costs
     if options.costs == "analytic" or (options.costs == "auto" and not has_data):
         return analytic_costs(captured, ops.values())
     if not has_data:
@@ -241,60 +250,3 @@ def _infeasible(budget_bytes: int, smallest: Plan, max_slowdown: float | None) -
         'smaller, or pass Options(on_infeasible="smallest").',
         smallest.peak_bytes,
     )
-
-
-def _request(
-    *,
-    budget: int | str | None,
-    max_slowdown: float | None,
-    passes: Iterable[Pass],
-    default_passes: bool,
-    optimizer: object,
-    plan: Plan | None,
-    options: Options | None,
-) -> Request:
-    """Check what was asked for."""
-    warn_of_untested_torch()
-    options = Options() if options is None else options
-    if optimizer is not None:
-        raise MemplanError(
-            "optimizer= is not supported yet: the budget covers forward and backward. Leave it "
-            "out, and leave room for the optimizer's state and update."
-        )
-    if options.device is not None:
-        raise MemplanError(
-            f"Options(device={options.device!r}) is not supported yet; a plan is for the device "
-            "that the model is on"
-        )
-    if max_slowdown is not None and not max_slowdown >= 1:
-        raise MemplanError(f"max_slowdown is a factor of at least 1, got {max_slowdown!r}")
-    named = tuple(passes)
-    for one in named:
-        if not isinstance(one, Pass):
-            raise MemplanError(
-                f"passes holds {one!r}; a pass is made by calling its factory, such as "
-                "memplan.passes.checkpoint_activations()"
-            )
-    if plan is not None:
-        if budget is not None or max_slowdown is not None or named:
-            raise MemplanError("plan= excludes budget, max_slowdown and passes: it has its own")
-        recorded = tuple(_factory(record)(**record.arguments) for record in plan.passes)
-        return Request(passes=recorded, plan=plan, options=options)
-    chosen = (*_defaults(), *named) if default_passes else named
-    parsed = None if budget is None else parse_budget(budget)
-    return Request(parsed, max_slowdown, chosen, None, options)
-
-
-def _defaults() -> tuple[Pass, ...]:
-    # The kernel does not import passes while it is imported itself: they import the kernel.
-    from memplan.passes import DEFAULT_PASSES, PASSES  # noqa: PLC0415
-
-    return tuple(PASSES[name]() for name in DEFAULT_PASSES)
-
-
-def _factory(record: PassRecord) -> Callable[..., Pass]:
-    from memplan.passes import PASSES  # noqa: PLC0415
-
-    if record.name not in PASSES:
-        raise PlanMismatch(f"the plan uses the pass {record.name!r}; there is {sorted(PASSES)}")
-    return PASSES[record.name]

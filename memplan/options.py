@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from memplan.capture import Differentiable
-from memplan.passing import Pass
-from memplan.plan import Plan
 from memplan.program import Costs
-from memplan.units import Budget
 
 
 @dataclass(frozen=True)
@@ -33,22 +30,3 @@ class Options:
     on_infeasible: Literal["raise", "smallest"] = "raise"
     cache_size: int = 8
     differentiable_outputs: Differentiable = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for, checked.
-
-    Attributes:
-        budget: bound on the peak, or None.
-        max_slowdown: bound on predicted time over the captured step's, or None.
-        passes: in the order in which they offer.
-        plan: a saved plan to apply, or None.
-        options: the rest.
-    """
-
-    budget: Budget | None = None
-    max_slowdown: float | None = None
-    passes: tuple[Pass, ...] = ()
-    plan: Plan | None = None
-    options: Options = field(default_factory=Options)

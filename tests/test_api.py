@@ -11,6 +11,7 @@ from torch import nn
 
 import memplan
 from memplan.passes import checkpoint_activations
+from memplan.program import OpCost
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,19 @@ def test_with_loss_keeps_the_models_keys(step):
     step.load_state_dict(step.model.state_dict())
 
 
+def test_what_is_no_model_is_refused(step, sample):
+    with pytest.raises(memplan.MemplanError, match=r"nn\.Module, got int"):
+        memplan.optimize(3, sample)
+    with pytest.raises(memplan.MemplanError, match=r"planned\.original"):
+        memplan.plan(memplan.optimize(step), sample)
+
+
 def test_costs_of_ones_own(step, sample):
+    own = memplan.Costs({op: OpCost(1.0) for op in range(1000)}, "one second each")
+    plan = memplan.plan(step, sample, budget="60%", options=memplan.Options(costs=own))
+    assert plan.seconds == plan.num_ops + plan.num_restores
+    with pytest.raises(memplan.MemplanError, match="the first of them op 0 "):
+        memplan.plan(step, sample, options=memplan.Options(costs=memplan.Costs({})))
     analytic = memplan.plan(step, sample, options=memplan.Options(costs="analytic"))
     assert analytic.costs_source.startswith("analytic")
     assert "workspace unknown" in str(analytic)

@@ -141,6 +141,20 @@ def test_a_random_op_whose_result_is_not_used_moves_the_stream():
     laws.assert_same_bits(laws.step(model, torch.ones(4)), laws.step(planned, torch.ones(4)))
 
 
+def test_a_buffer_that_is_overwritten_before_the_backward_reads_it():
+    """Eager refuses it in the backward, the capture at once."""
+
+    def forward(self, x):
+        y = (x * self.weight * self.table).sum()
+        self.table.mul_(0.5)
+        return y
+
+    model = Model(forward)
+    model.register_buffer("table", torch.ones(4))
+    with pytest.raises(memplan.CaptureError, match="modified by an inplace operation"):
+        memplan.optimize(model, torch.ones(4))
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -162,6 +176,20 @@ def test_dropout_between_recurrent_layers_is_drawn(kind, batch_first, bidirectio
     planned = memplan.optimize(model, sample, budget="100%")
     assert planned.plan.effects == (memplan.Effect.ROUNDING,) and planned.plan.notes
     laws.assert_close(laws.step(model, sample), laws.step(planned, sample))
+
+
+def test_packed_sequences_are_refused():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.GRU(6, 5, 2, dropout=0.4)
+
+        def forward(self, x):
+            packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([7, 5, 5, 2]))
+            return self.layers(packed)[1].sum()
+
+    with pytest.raises(memplan.CaptureError, match=r"test_capture\.py.*self\.layers"):
+        memplan.plan(Packed(), torch.randn(7, 4, 6))
 
 
 def test_batch_norm_is_recomputed_and_its_statistics_written_once():

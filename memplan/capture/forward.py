@@ -159,7 +159,7 @@ def trace_forward(module: nn.Module, sample: Sample, differentiable: Differentia
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(_explain(error, module, notes)) from error
+        raise CaptureError(explain(error, module, notes.unknown)) from error
     assert isinstance(graph_module, fx.GraphModule)
     constants = _own_constants(graph_module, module)
     wanted, is_loss = _choose_differentiable(notes, differentiable)
@@ -307,11 +307,11 @@ def _detach_others(graph_module: fx.GraphModule, wanted: frozenset[int]) -> None
     graph_module.recompile()
 
 
-def _explain(error: Exception, module: nn.Module, notes: _Notes) -> str:
+def explain(error: Exception, module: nn.Module, unknown_output: str = "") -> str:
     """What failed, where in the user's code, and what to do."""
-    if notes.unknown:
+    if unknown_output:
         return (
-            f"{type(module).__name__} returns a {notes.unknown}, which is no container of tensors "
+            f"{type(module).__name__} returns a {unknown_output}, which is no container of tensors "
             "that torch knows. Return tensors, tuples, lists or dicts (for Hugging Face models: "
             "set config.use_cache = False), or register it with torch.utils._pytree."
         )
@@ -325,7 +325,8 @@ def _explain(error: Exception, module: nn.Module, notes: _Notes) -> str:
         and site not in Path(frame.filename).parents
     ]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
-    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip()
+    cause = text.splitlines()[0].rstrip(".") if text else type(error).__name__
     advice = "Does the untouched module run on this sample?"
     if any(kind.__name__ in _DATA_DEPENDENT for kind in type(error).__mro__):
         advice = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
-from memplan.capture.forward import Differentiable, Forward, trace_forward
+from memplan.capture.forward import Differentiable, Forward, explain, trace_forward
 from memplan.errors import CaptureError
 from memplan.sample import Sample
 from memplan.torch_internals import (
@@ -55,6 +55,8 @@ def trace(module: nn.Module, sample: Sample, differentiable: Differentiable = No
             joint = trace_joint(forward.graph_module, sample.tensors())
     except UnsupportedJointError as error:
         raise CaptureError(f"{type(module).__name__}'s step has {error}; unsupported") from error
+    except Exception as error:
+        raise CaptureError(explain(error, module)) from error
     existing = [parameter.grad for parameter in module.parameters()]
     return Traced(
         joint=_own_gradients(_copy_back(_forget_running_statistics(joint))),

@@ -63,6 +63,9 @@ class _Reader:
         self.add_existing_gradients()
         for node in self.in_order():
             self.call(node)
+        overwritten = {value for op in self.ops for value in op.mutates}
+        backward = [op for op in self.ops if op.phase is Phase.BACKWARD]
+        assert not any(overwritten.intersection(op.operands) for op in backward), "stale read"
         outputs = self.output_nodes()
         gradients = self.gradient_nodes(primals)
         return Captured(

@@ -37,12 +37,11 @@ class OneLayerAtATime(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _RECURRENT and len(args) == 9:
             self.seen.add(name)
-            is_packed = not isinstance(args[2], list | tuple) or isinstance(args[3], list)
-            num_layers, dropout, training = args[5:8] if is_packed else args[4:7]
-            if training and dropout > 0 and num_layers > 1:
-                if is_packed:
-                    raise NotImplementedError("packed sequences with dropout between layers")
-                return _layer_by_layer(func, *args)
+            # A packed sequence has its states there; torch does not trace those at all.
+            if isinstance(args[2], list):
+                num_layers, dropout, training = args[4:7]
+                if training and dropout > 0 and num_layers > 1:
+                    return _layer_by_layer(func, *args)
         return func(*args, **(kwargs or {}))
 
 
