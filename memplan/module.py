@@ -49,7 +49,7 @@ class PlannedModule(nn.Module):
             self.__dict__[name] = self.original.__dict__[name]
 
     def _reset(self) -> None:
-        self._steps: OrderedDict[Hashable, PlannedStep] = OrderedDict()
+        self._steps: OrderedDict[Hashable, tuple[PlannedStep, ...]] = OrderedDict()
         self._last: PlannedStep | None = None
         self._lock = threading.RLock()
 
@@ -70,7 +70,7 @@ class PlannedModule(nn.Module):
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plans in the cache, the one used last at the end."""
-        return tuple(step.plan for step in self._steps.values())
+        return tuple(step.plan for steps in self._steps.values() for step in steps)
 
     def recapture(self) -> None:
         """Forget every capture and plan; the next call makes them anew."""
@@ -83,21 +83,31 @@ class PlannedModule(nn.Module):
 
     def _step(self, signature: Hashable, sample: Sample) -> PlannedStep:
         with self._lock:
-            step = self._steps.get(signature)
+            steps = self._steps.get(signature, ())
+            step = next((step for step in steps if step.holds(sample)), None)
             if step is None:
                 step = self._build(self.original, sample)
-                self._steps[signature] = step
-                if len(self._steps) > self._cache_size:
-                    self._steps.popitem(last=False)
-                    warnings.warn(
-                        f"more than {self._cache_size} signatures (shapes, modes, ...) are in use; "
-                        "each that comes back is captured again. Pad the batches to fewer shapes, "
-                        "or raise Options.cache_size.",
-                        stacklevel=4,
-                    )
+                self._steps[signature] = (*steps, step)
+                self._forget_oldest()
             self._steps.move_to_end(signature)
             self._last = step
             return step
+
+    def _forget_oldest(self) -> None:
+        """Keep to the size of the cache: of all signatures, and of steps for one of them."""
+        newest, steps = next(reversed(self._steps.items()))
+        if len(self._steps) > self._cache_size:
+            self._steps.popitem(last=False)
+        elif len(steps) > self._cache_size:
+            self._steps[newest] = steps[1:]
+        else:
+            return
+        warnings.warn(
+            f"more than {self._cache_size} signatures (shapes, modes, ...) or values that the "
+            "forward branches on are in use; each that comes back is captured again. Pad the "
+            "batches to fewer shapes, or raise Options.cache_size.",
+            stacklevel=5,
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns for these inputs."""

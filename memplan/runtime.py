@@ -35,6 +35,11 @@ class PlannedStep:
     emitted: Emitted
     plan: Plan
 
+    def holds(self, sample: Sample) -> bool:
+        """Whether the values that the captured forward branched on are the same here."""
+        guards = self.captured.guards
+        return not guards or all(guard.holds(sample.tensors()) for guard in guards)
+
     def run(self, state: State, sample: Sample) -> Any:
         """Run the forward; what it returns has the structure that the module's output has."""
         primals = self._primals(state, sample)
@@ -45,9 +50,9 @@ class PlannedStep:
         ]
         leaves = [
             leaf.constant if leaf.position is None else outputs[leaf.position]
-            for leaf in self.captured.leaves
+            for leaf in self.captured.output.leaves
         ]
-        return unflatten(leaves, self.captured.spec)
+        return unflatten(leaves, self.captured.output.spec)
 
     def _primals(self, state: State, sample: Sample) -> list[torch.Tensor]:
         tensors = sample.tensors()
@@ -121,7 +126,7 @@ class _PlannedFunction(torch.autograd.Function):
         needs = {
             slot
             for slot, required in zip(
-                emitted.output_slots, step.captured.requires_grad, strict=True
+                emitted.output_slots, step.captured.output.requires_grad, strict=True
             )
             if required
         }

@@ -42,7 +42,7 @@ def cheats():
 def branches():
     class Branches(Cheat):
         def forward(self, x):
-            return self.weight.sum() if x.sum() > 0 else x.sum()
+            return self.weight.sum() if self.weight.sum() > 0 else x.sum()
     return Branches(), torch.ones(4)
 """
 

@@ -30,7 +30,6 @@ LOWEST_SHARE = {"gpt2": 0.45}
 """How low a share of what is above resident must be feasible at least."""
 
 OTHER_DECOMPOSITION = {
-    "llama": "the model's own code asks whether it is traced, and then takes attention with a mask",
     "gru": "torch traces the recurrent layers as other ops than those that eager runs",
     "lstm": "torch traces the recurrent layers as other ops than those that eager runs",
 }

@@ -2,9 +2,10 @@
 
 from memplan.capture.call import OpCall, call_of
 from memplan.capture.captured import Captured, Primal
-from memplan.capture.forward import Differentiable, OutputLeaf, unchanged_randomness
+from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.reader import read
+from memplan.capture.surroundings import unchanged_randomness
 
 __all__ = [
     "Captured",

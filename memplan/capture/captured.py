@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import fx
 
-from memplan.capture.forward import Difference, OutputLeaf
+from memplan.capture.decisions import Decision
+from memplan.capture.flat import Output
+from memplan.capture.joint import Difference
 from memplan.program import Program
-from memplan.torch_internals import TreeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,11 @@ class Captured:
         primals: in the order in which the joint graph takes them.
         constants: tensors of primals of that kind, by name.
         outputs: nodes that the forward returns, in order.
-        requires_grad: for each output, whether it does in the untouched module.
+        output: what the module makes of them.
         gradients: (position of the primal, node of its gradient).
         tangents: (position of the output, placeholder of its incoming gradient).
-        spec: structure of what the module returns.
-        leaves: its leaves.
-        is_loss: whether gradients arrive at the only scalar output alone.
-        differences: where the step is not made of the ops that eager runs.
+        guards: values that follow from the inputs; the step is for inputs where they hold.
+        differences: where the step may differ from the untouched module's.
     """
 
     program: Program
@@ -61,10 +60,8 @@ class Captured:
     primals: tuple[Primal, ...]
     constants: Mapping[str, torch.Tensor]
     outputs: tuple[fx.Node, ...]
-    requires_grad: tuple[bool, ...]
+    output: Output
     gradients: tuple[tuple[int, fx.Node], ...]
     tangents: tuple[tuple[int, fx.Node], ...]
-    spec: TreeSpec
-    leaves: tuple[OutputLeaf, ...]
-    is_loss: bool
+    guards: tuple[Decision, ...]
     differences: tuple[Difference, ...]

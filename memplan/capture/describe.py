@@ -9,8 +9,6 @@ from types import FunctionType
 import torch
 from torch import fx
 
-from memplan.capture.forward import own_name
-
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -56,8 +54,7 @@ def module_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
-    return "" if path == "wrapped" else own_name(path)
+    return str(list(stack.values())[-1][0])
 
 
 def source_of(node: fx.Node) -> str:

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
 
-from memplan.capture.forward import Differentiable, Forward, explain, trace_forward
+from memplan.capture.decisions import Decision, decide
+from memplan.capture.explain import explain, is_data_dependent
+from memplan.capture.flat import Differentiable, Flat, Output
+from memplan.capture.origins import origins
+from memplan.capture.recurrent import OneLayerAtATime
+from memplan.capture.surroundings import unchanged_attributes, unchanged_randomness
 from memplan.errors import CaptureError
 from memplan.sample import Sample
 from memplan.torch_internals import (
     Joint,
     UnsupportedJointError,
     copy_joint,
+    has_hooks,
     is_backward,
+    questions_about_tracing,
     storage_key,
     trace_joint,
-    without_onednn,
+    without_checkpointing,
+    without_log_of_failures,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A reason why the captured step may differ from the untouched module's.
+
+    Attributes:
+        is_certain: whether it does, by rounding, or only may.
+        reason: in words.
+    """
+
+    is_certain: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -29,13 +50,17 @@ class Traced:
 
     Attributes:
         joint: forward and backward in one graph.
-        forward: where it came from.
+        output: what the module returns.
+        guards: values that follow from the inputs, and that the trace holds for alone.
+        differences: where the step may differ from the untouched module's.
         module_name: the class of the module, for messages.
         existing_gradient_bytes: gradients that were there when it was traced.
     """
 
     joint: Joint
-    forward: Forward
+    output: Output
+    guards: tuple[Decision, ...]
+    differences: tuple[Difference, ...]
     module_name: str
     existing_gradient_bytes: int
 
@@ -43,29 +68,116 @@ class Traced:
 def trace(module: nn.Module, sample: Sample, differentiable: Differentiable = None) -> Traced:
     """Trace one training step of a module, in its present mode, for this sample.
 
+    All random states, and the modules' attributes, are left as they were found.
+
     Raises:
         CaptureError: naming what cannot be captured, and where in the user's code it is.
     """
-    forward = trace_forward(module, sample, differentiable)
-    # What the recurrent kernels of oneDNN hand to their backward is opaque: it can be neither
-    # measured nor made again.
-    kernels = without_onednn() if forward.is_recurrent else contextlib.nullcontext()
-    try:
-        with kernels:
-            joint = trace_joint(forward.graph_module, sample.tensors())
-    except UnsupportedJointError as error:
-        raise CaptureError(f"{type(module).__name__}'s step has {error}; unsupported") from error
-    except Exception as error:
-        raise CaptureError(explain(error, module)) from error
+    _refuse_hooks(module)
+    flat = Flat(module, sample, differentiable)
+    with (
+        unchanged_randomness(),
+        unchanged_attributes(module) as changed,
+        OneLayerAtATime() as recurrent,
+        without_checkpointing(),
+        without_log_of_failures(),
+        _explained(module),
+    ):
+        joint, asked = _trace(flat, sample)
+    assert flat.seen is not None
     existing = [parameter.grad for parameter in module.parameters()]
     return Traced(
         joint=_own_gradients(_copy_back(_forget_running_statistics(joint))),
-        forward=forward,
+        output=flat.seen,
+        guards=tuple(decision for decision in flat.decisions or () if decision.is_guard),
+        differences=_differences(recurrent.seen, changed, asked),
         module_name=type(module).__name__,
         existing_gradient_bytes=sum(
             gradient.untyped_storage().nbytes() for gradient in existing if gradient is not None
         ),
     )
+
+
+def _trace(flat: Flat, sample: Sample) -> tuple[Joint, set[str]]:
+    """Trace what eager runs; where that cannot be, what the model does when it is traced.
+
+    Returns the joint graph, and the lines that asked whether they are traced and heard yes.
+    """
+    try:
+        with questions_about_tracing(answer=False) as asked:
+            return _trace_decided(flat, sample.tensors()), set()
+    except Exception:
+        if not asked:
+            raise
+        flat.decisions = None
+        with contextlib.suppress(Exception), questions_about_tracing(answer=True) as asked:
+            return _trace_decided(flat, sample.tensors()), asked
+        raise
+
+
+def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor]) -> Joint:
+    """Trace as it is; if values of tensors are asked for, find them first and trace again."""
+    try:
+        with origins(flat.wrapped):
+            joint = trace_joint(flat, tensors)
+    except Exception as error:
+        if not is_data_dependent(error):
+            raise
+        flat.decisions = decide(flat, tensors)
+        with origins(flat.wrapped):
+            joint = trace_joint(flat, tensors)
+    for name, constant in joint.constants.items():
+        if constant.requires_grad:
+            raise CaptureError(
+                f"the forward uses a tensor that requires a gradient and that is no parameter of "
+                f"the module (shape {tuple(constant.shape)}, {name}); register it as a parameter, "
+                "or as a submodule what holds it"
+            )
+    return joint
+
+
+@contextlib.contextmanager
+def _explained(module: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except CaptureError:
+        raise
+    except UnsupportedJointError as error:
+        raise CaptureError(f"{type(module).__name__}'s step has {error}; unsupported") from error
+    except Exception as error:
+        raise CaptureError(explain(error, module)) from error
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if has_hooks(child):
+            where = f"module {name!r}" if name else "the module"
+            raise CaptureError(
+                f"{where} ({type(child).__name__}) has hooks, which a captured step would not "
+                "run. Remove them, or leave this module unplanned."
+            )
+
+
+def _differences(recurrent: set[str], changed: set[str], asked: set[str]) -> tuple[Difference, ...]:
+    """Where the captured step may not be what eager runs."""
+    found = []
+    if recurrent:
+        kinds = ", ".join(sorted(recurrent))
+        reason = f"the recurrent kernels ({kinds}) are captured as other ops than the module runs"
+        found.append(Difference(True, reason))
+    if changed:
+        reason = (
+            f"the forward changes attributes of its modules ({', '.join(sorted(changed))}); a "
+            "planned step does in every call what it did in the first, and leaves them alone"
+        )
+        found.append(Difference(False, reason))
+    if asked:
+        reason = (
+            f"the model's code asks whether it is traced ({', '.join(sorted(asked))}), and may "
+            "then compute the same in another way; memplan.compare shows whether it does"
+        )
+        found.append(Difference(False, reason))
+    return tuple(found)
 
 
 def rewrite(traced: Traced, rewrites: Iterable[Callable[[fx.Graph], None]]) -> Traced:

@@ -17,7 +17,7 @@ from memplan.capture.describe import (
     source_of,
     target_name,
 )
-from memplan.capture.forward import own_name
+from memplan.capture.flat import own_name
 from memplan.capture.joint import Traced
 from memplan.errors import CaptureError
 from memplan.program import Op, Phase, Program, Role, Value
@@ -42,7 +42,6 @@ class _Reader:
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
         self.joint = traced.joint
-        self.forward = traced.forward
         self.origins = forward_origins(self.joint.graph.nodes)
         self.values: list[Value] = []
         self.ops: list[Op] = []
@@ -75,15 +74,13 @@ class _Reader:
             storage=self.storage,
             bases=self.bases,
             primals=primals,
-            constants=self.forward.constants,
+            constants=self.joint.constants,
             outputs=outputs,
-            requires_grad=self.forward.requires_grad,
+            output=self.traced.output,
             gradients=gradients,
             tangents=tangents,
-            spec=self.forward.spec,
-            leaves=self.forward.leaves,
-            is_loss=self.forward.is_loss,
-            differences=self.forward.differences,
+            guards=self.traced.guards,
+            differences=self.traced.differences,
         )
 
     def primal(self, given: JointInput) -> Primal:
@@ -93,10 +90,8 @@ class _Reader:
         if given.kind == "input":
             self.add_value(node, Role.INPUT)
             return Primal(node, "input", index=given.index)
-        if name in self.forward.constants:
-            self.add_value(node, Role.CONSTANT, name)
-            return Primal(node, "constant", name)
-        self.add_value(node, Role.PARAMETER if given.kind == "parameter" else Role.BUFFER, name)
+        roles = {"parameter": Role.PARAMETER, "buffer": Role.BUFFER, "constant": Role.CONSTANT}
+        self.add_value(node, roles[given.kind], name)
         return Primal(node, given.kind, name)
 
     def add_value(self, node: fx.Node, role: Role, name: str = "") -> None:

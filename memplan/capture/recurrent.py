@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from memplan.torch_internals import without_onednn
+
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
@@ -37,12 +39,20 @@ class OneLayerAtATime(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _RECURRENT and len(args) == 9:
             self.seen.add(name)
-            # A packed sequence has its states there; torch does not trace those at all.
-            if isinstance(args[2], list):
-                num_layers, dropout, training = args[4:7]
-                if training and dropout > 0 and num_layers > 1:
-                    return _layer_by_layer(func, *args)
+            # What the recurrent kernels of oneDNN hand to their backward is opaque: it can be
+            # neither measured nor made again.
+            with without_onednn():
+                return _recurrent(func, args)
         return func(*args, **(kwargs or {}))
+
+
+def _recurrent(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    # A packed sequence has its states where others have weights; torch does not trace those.
+    if isinstance(args[2], list):
+        num_layers, dropout, training = args[4:7]
+        if training and dropout > 0 and num_layers > 1:
+            return _layer_by_layer(func, *args)
+    return func(*args)
 
 
 def _layer_by_layer(

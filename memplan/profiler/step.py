@@ -56,7 +56,11 @@ def run_step(module: nn.Module, sample: Sample) -> Result:
 def preserved(module: nn.Module) -> Iterator[None]:
     """Start without gradients; put gradients, buffers and random states back at the end."""
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    buffers = [
+        (child, name, buffer, buffer.detach().clone())
+        for child in module.modules()
+        for name, buffer in child.named_buffers(recurse=False)
+    ]
     parameters = [(parameter, version_of(parameter)) for parameter in module.parameters()]
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng():
@@ -65,8 +69,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             with torch.no_grad():
-                for buffer, content in buffers:
-                    buffer.copy_(content)
+                for child, name, buffer, content in buffers:
+                    setattr(child, name, buffer.copy_(content))
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             np.random.set_state(numpy_state)

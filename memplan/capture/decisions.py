@@ -1,0 +1,249 @@
+"""Values of tensors that a forward asks for while it is captured: ``if mask.all():`` and the like.
+
+Where such a value follows from the inputs and from constants alone, it is computed, the capture
+goes the way that it points, and the step carries a guard: the same computation, made on the inputs
+of every later call. A value that depends on parameters or on random numbers changes from step to
+step, and cannot be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from memplan.torch_internals import (
+    DispatchMode,
+    OpOverload,
+    as_if_traced,
+    is_fake,
+    storage_key,
+    without_modes,
+)
+
+_ASKING = frozenset(
+    {
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "item",
+        "tolist",
+        "equal",
+        "allclose",
+        "__contains__",
+    }
+)
+"""Functions that turn tensors into plain values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A tensor of the sample, by its position."""
+
+    index: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Computed:
+    """What a function returns, or item ``index`` of it; its arguments hold more of these."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One value that the forward asked for.
+
+    Attributes:
+        question: how it is computed.
+        answer: what it was.
+        is_guard: whether it depends on the inputs.
+    """
+
+    question: Computed
+    answer: Any
+    is_guard: bool
+
+    def holds(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether these inputs give the same answer."""
+        found = _Evaluation(inputs)(self.question)
+        return type(found) is type(self.answer) and bool(found == self.answer)
+
+
+def decide(flat: nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[Decision, ...]:
+    """Run a module without data, computing the values that it asks for as it goes.
+
+    Raises whatever torch does where a value depends on more than inputs and constants.
+    """
+    known = _Known()
+    recorder = _Recorder(known, inputs)
+    with as_if_traced(flat, inputs, known) as (state, copies):
+        for index, copy in enumerate(copies):
+            known.learn(copy, Given(index))
+        with recorder:
+            torch.func.functional_call(flat, state, tuple(copies), tie_weights=False)
+    return tuple(recorder.decisions)
+
+
+class Replay(TorchFunctionMode):
+    """Inside, questions get the answers that were found before, in the same order."""
+
+    def __init__(self, decisions: Sequence[Decision]) -> None:
+        super().__init__()
+        self.decisions: Iterator[Decision] = iter(decisions)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        if getattr(func, "__name__", "") in _ASKING:
+            return next(self.decisions).answer
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder(TorchFunctionMode):
+    """Inside, questions are answered on the real inputs, and recorded."""
+
+    def __init__(self, known: _Known, inputs: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = known
+        self.inputs = inputs
+        self.decisions: list[Decision] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        question = None
+        if getattr(func, "__name__", "") in _ASKING:
+            question = self.known.expression(func, args, kwargs)
+        if question is None:
+            return func(*args, **kwargs)
+        evaluation = _Evaluation(self.inputs)
+        answer = evaluation(question)
+        self.decisions.append(Decision(question, answer, evaluation.has_read_inputs))
+        return answer
+
+
+class _Known(DispatchMode):
+    """Inside, notes how tensors follow from the inputs and constants, where they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[torch.Tensor] = []  # so that no storage's key is used again
+        self.known: dict[int, dict[Hashable, Given | Computed]] = {}
+
+    def learn(self, tensor: torch.Tensor, expression: Given | Computed) -> None:
+        """Note what a tensor is."""
+        self.kept.append(tensor)
+        self.known.setdefault(storage_key(tensor), {})[_place(tensor)] = expression
+
+    def look_up(self, value: object) -> object:
+        """What a tensor is; None if not known. Anything else, real tensors too, is itself."""
+        if not isinstance(value, torch.Tensor) or not is_fake(value):
+            return value
+        return self.known.get(storage_key(value), {}).get(_place(value))
+
+    def expression(
+        self, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Computed | None:
+        """A call as an expression, or None if it has an operand that is not known."""
+        is_known = True
+
+        def look_up(value: object) -> object:
+            nonlocal is_known
+            found = self.look_up(value)
+            is_known = is_known and not (found is None and value is not None)
+            return found
+
+        known_args, known_kwargs = _map(look_up, (tuple(args), dict(kwargs)))
+        return Computed(target, known_args, known_kwargs) if is_known else None
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            _map(self.forget, (args, dict(kwargs)))
+            return result
+        expression = None
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            expression = self.expression(func, args, kwargs)
+        if expression is not None and isinstance(result, torch.Tensor):
+            self.learn(result, expression)
+        elif expression is not None and isinstance(result, tuple | list):
+            for index, item in enumerate(result):
+                if isinstance(item, torch.Tensor):
+                    self.learn(item, replace(expression, index=index))
+        return result
+
+    def forget(self, value: object) -> None:
+        """All that was known of a tensor's storage."""
+        if isinstance(value, torch.Tensor):
+            self.known.pop(storage_key(value), None)
+
+
+class _Evaluation:
+    """Evaluates expressions on inputs, each part once."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+        self.inputs = inputs
+        self.results: dict[int, Any] = {}
+        self.has_read_inputs = False
+
+    def __call__(self, question: Computed) -> Any:
+        """The value of an expression."""
+        with without_modes(), torch.no_grad():
+            return self.value(question)
+
+    def value(self, part: object) -> Any:
+        """The value of a part of an expression; anything else is itself."""
+        if isinstance(part, Given):
+            self.has_read_inputs = True
+            return self.inputs[part.index]
+        if not isinstance(part, Computed):
+            return part
+        # Items of one result share its arguments, not the expression.
+        key = id(part.args)
+        if key not in self.results:
+            args, kwargs = _map(self.value, (part.args, dict(part.kwargs)))
+            self.results[key] = part.target(*args, **kwargs)
+        result = self.results[key]
+        return result if part.index is None else result[part.index]
+
+
+def _place(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors that are the same part of the same storage."""
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to the leaves of nested tuples, lists and dicts."""
+    if isinstance(tree, tuple | list):
+        return type(tree)([_map(function, item) for item in tree])
+    if isinstance(tree, dict):
+        return {key: _map(function, item) for key, item in tree.items()}
+    return function(tree)

@@ -1,0 +1,208 @@
+"""A module as a function from tensors to tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from memplan.capture.decisions import Decision, Replay
+from memplan.errors import CaptureError
+from memplan.sample import Sample
+from memplan.torch_internals import TreeSpec, flatten, unflatten
+
+Differentiable = Literal["all"] | tuple[int, ...] | None
+"""Outputs that gradients arrive at: all, some by position among the output's leaves, or None:
+the loss alone if there is exactly one, else all."""
+
+_PREFIX = "wrapped."
+
+
+@dataclass(frozen=True)
+class OutputLeaf:
+    """One leaf of what the module returns.
+
+    Attributes:
+        position: among the tensors returned, or None for a constant.
+        constant: the constant.
+    """
+
+    position: int | None
+    constant: object = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the module returns.
+
+    Attributes:
+        spec: its structure.
+        leaves: its leaves, in order.
+        requires_grad: for each tensor among them, whether it does in the untouched module.
+        differentiable: positions of the tensors that gradients may arrive at.
+        is_loss: whether ``differentiable`` was narrowed to the only scalar.
+    """
+
+    spec: TreeSpec
+    leaves: tuple[OutputLeaf, ...]
+    requires_grad: tuple[bool, ...]
+    differentiable: frozenset[int]
+    is_loss: bool
+
+
+class Flat(nn.Module):
+    """Takes the tensors among the sample's leaves; returns those among the output's.
+
+    Attributes:
+        seen: what the last call returned.
+        decisions: values of tensors that the forward asks for, in the order in which it does;
+            None: let it ask.
+    """
+
+    def __init__(self, module: nn.Module, sample: Sample, differentiable: Differentiable) -> None:
+        super().__init__()
+        self.wrapped = module
+        self.sample_leaves, self.sample_spec = flatten((sample.args, dict(sample.kwargs)))
+        self.asked = differentiable
+        self.seen: Output | None = None
+        self.decisions: tuple[Decision, ...] | None = None
+        self.ties = _ties(module)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each parameter under one name: gradients of tied ones are summed inside the trace."""
+        del remove_duplicate
+        return super().named_parameters(prefix, recurse)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each buffer under one name."""
+        del remove_duplicate
+        return super().named_buffers(prefix, recurse)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the module; outputs that no gradient arrives at come detached."""
+        given = iter(tensors)
+        leaves = [
+            next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.sample_leaves
+        ]
+        args, kwargs = unflatten(leaves, self.sample_spec)
+        torch.clear_autocast_cache()
+        replay = contextlib.nullcontext() if self.decisions is None else Replay(self.decisions)
+        with _tied(self.ties), _buffers_written_in_place(self.wrapped), replay:
+            outputs, spec = flatten(self.wrapped(*args, **kwargs))
+        kept: list[torch.Tensor] = []
+        described: list[OutputLeaf] = []
+        for leaf in outputs:
+            if isinstance(leaf, torch.Tensor):
+                described.append(OutputLeaf(len(kept)))
+                kept.append(leaf)
+            elif leaf is None or isinstance(leaf, bool | int | float | complex | str):
+                described.append(OutputLeaf(None, leaf))
+            else:
+                raise CaptureError(_unknown_output(self.wrapped, leaf))
+        wanted, is_loss = _choose_differentiable(kept, described, self.asked)
+        required = tuple(tensor.requires_grad for tensor in kept)
+        self.seen = Output(spec, tuple(described), required, wanted, is_loss)
+        own = {id(tensor) for tensor in (*tensors, *self.parameters(), *self.buffers())}
+        return tuple(
+            tensor if position in wanted or id(tensor) in own else tensor.detach()
+            for position, tensor in enumerate(kept)
+        )
+
+
+def own_name(name: str) -> str:
+    """The module's own FQN of a parameter or buffer of ``Flat``."""
+    return name.removeprefix(_PREFIX)
+
+
+@dataclass(frozen=True)
+class _Tie:
+    """A parameter or buffer that has a second name; a place is a module's dict and a key."""
+
+    second: tuple[dict[str, Any], str]
+    first: tuple[dict[str, Any], str]
+
+
+def _ties(module: nn.Module) -> list[_Tie]:
+    places: dict[int, tuple[dict[str, Any], str]] = {}
+    ties = []
+    for child in module.modules():
+        for tensors in (child.__dict__["_parameters"], child.__dict__["_buffers"]):
+            for name, tensor in tensors.items():
+                if tensor is not None and (first := places.get(id(tensor))) is not None:
+                    ties.append(_Tie((tensors, name), first))
+                elif tensor is not None:
+                    places[id(tensor)] = (tensors, name)
+    return ties
+
+
+@contextlib.contextmanager
+def _tied(ties: Sequence[_Tie]) -> Iterator[None]:
+    """Put what stands in for a tensor under its first name also under its other names."""
+    before = [tie.second[0][tie.second[1]] for tie in ties]
+    for tie in ties:
+        (tensors, name), (others, other) = tie.second, tie.first
+        tensors[name] = others[other]
+    try:
+        yield
+    finally:
+        for tie, tensor in zip(ties, before, strict=True):
+            tensors, name = tie.second
+            tensors[name] = tensor
+
+
+@contextlib.contextmanager
+def _buffers_written_in_place(module: nn.Module) -> Iterator[None]:
+    """A buffer that the forward replaces by assignment is written instead."""
+    before = {child: dict(child.named_buffers(recurse=False)) for child in module.modules()}
+    yield
+    for child, buffers in before.items():
+        for name, buffer in buffers.items():
+            now = getattr(child, name)
+            if now is not buffer:
+                if now is None or now.shape != buffer.shape or now.dtype != buffer.dtype:
+                    raise CaptureError(
+                        f"the forward gives buffer {name!r} of a {type(child).__name__} another "
+                        "shape or dtype, which a planned step cannot"
+                    )
+                with torch.no_grad():
+                    buffer.copy_(now)
+                setattr(child, name, buffer)
+
+
+def _choose_differentiable(
+    tensors: Sequence[torch.Tensor], leaves: Sequence[OutputLeaf], asked: Differentiable
+) -> tuple[frozenset[int], bool]:
+    able = {position for position, tensor in enumerate(tensors) if tensor.requires_grad}
+    if not able:
+        raise CaptureError(
+            "no output depends on a parameter or input that requires a gradient; there is no "
+            "backward to plan"
+        )
+    if asked == "all":
+        return frozenset(able), False
+    if isinstance(asked, tuple):
+        chosen = {leaves[leaf].position for leaf in asked if leaf in range(len(leaves))}
+        if len(chosen) != len(set(asked)) or not chosen <= able:
+            raise CaptureError(
+                f"differentiable_outputs={asked!r} must name leaves of the output that require a "
+                f"gradient; there are {len(leaves)} leaves"
+            )
+        return frozenset(position for position in chosen if position is not None), False
+    scalars = {position for position in able if tensors[position].dim() == 0}
+    return (frozenset(scalars), True) if len(scalars) == 1 else (frozenset(able), False)
+
+
+def _unknown_output(module: nn.Module, leaf: object) -> str:
+    return (
+        f"{type(module).__name__} returns a {type(leaf).__name__}, which is no container of "
+        "tensors that torch knows. Return tensors, tuples, lists or dicts (for Hugging Face "
+        "models: set config.use_cache = False), or register it with torch.utils._pytree."
+    )

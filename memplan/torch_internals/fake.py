@@ -1,0 +1,156 @@
+"""Tensors without data, and what a module does on them while it is traced."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+import torch.utils.checkpoint
+from torch import nn
+from torch._functorch._aot_autograd.functional_utils import to_fun
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+
+class DispatchMode(TorchDispatchMode):
+    """Sees every op, below autograd; a subclass defines ``__torch_dispatch__`` (torch 2.13.0)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no data, those of a trace included (torch 2.13.0)."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor)
+
+
+def fake_mode_of(tensors: Iterable[torch.Tensor]) -> FakeTensorMode:
+    """The mode of tensors that are fake already, or a new one (torch 2.13.0)."""
+    mode = detect_fake_mode(list(tensors))
+    return FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
+
+
+@contextlib.contextmanager
+def as_if_traced(
+    module: nn.Module, inputs: Iterable[torch.Tensor], watch: DispatchMode
+) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
+    """Copies without data of a module's state and of inputs, such as ``trace_joint`` runs on.
+
+    ``watch`` sees every op that is run on them inside (torch 2.13.0).
+    """
+    given = list(inputs)
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    mode = fake_mode_of((*(tensor for _, tensor in named), *given))
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = to_fun(mode.from_tensor(tensor, static_shapes=True))
+        return made
+
+    with mode, watch, FunctionalTensorMode():
+        yield {name: copy(tensor) for name, tensor in named}, [copy(tensor) for tensor in given]
+
+
+def without_modes() -> contextlib.AbstractContextManager[object]:
+    """Inside, tensors are real again (torch 2.13.0)."""
+    manager: contextlib.AbstractContextManager[object] = _disable_current_modes()
+    return manager
+
+
+def set_origin(modules: Sequence[str], source: str) -> None:
+    """What the nodes traced from now on come from: the modules' FQNs, ``file.py:line``.
+
+    They arrive in ``node.meta`` as a trace by torch itself has them (torch 2.13.0).
+    """
+    meta = fx_traceback.current_meta
+    meta["nn_module_stack"] = {name: (name, nn.Module) for name in modules}
+    meta["stack_trace"] = source
+
+
+@contextlib.contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """Inside, ``torch.utils.checkpoint`` calls the function and no more (torch 2.13.0)."""
+
+    def only_call(*args: object, **kwargs: object) -> Iterator[None]:
+        del args, kwargs
+        yield
+
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        del preserve
+        return function(*args)
+
+    reentrant: Any = torch.utils.checkpoint.CheckpointFunction
+    originals = reentrant.apply, torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator = only_call
+    reentrant.apply = apply
+    try:
+        yield
+    finally:
+        (
+            reentrant.apply,
+            torch.utils.checkpoint._checkpoint_without_reentrant_generator,
+        ) = originals
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """No kernels of oneDNN inside; the public switch also sets flags of other devices (2.13.0)."""
+    was_enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(was_enabled)
+
+
+@contextlib.contextmanager
+def questions_about_tracing(answer: bool) -> Iterator[set[str]]:
+    """Inside, code outside of torch that asks whether it is traced gets this answer (torch 2.13.0).
+
+    Yields the set of ``file.py:line`` that asked, still growing.
+    """
+    asked: set[str] = set()
+    originals = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting")}
+
+    def replacing(original: Callable[[], bool]) -> Callable[[], bool]:
+        def reply() -> bool:
+            caller = sys._getframe(1)
+            if caller.f_globals.get("__name__", "").startswith("torch."):
+                return original()
+            asked.add(f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}")
+            return answer
+
+        return reply
+
+    try:
+        for name, original in originals.items():
+            setattr(torch.compiler, name, replacing(original))
+        yield asked
+    finally:
+        for name, original in originals.items():
+            setattr(torch.compiler, name, original)
+
+
+@contextlib.contextmanager
+def without_log_of_failures() -> Iterator[None]:
+    """Inside, torch does not log what it is about to raise (torch 2.13.0)."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,200 @@
+"""The joint graph: forward and backward of a module in one trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx, nn
+from torch._functorch._aot_autograd.descriptors import (
+    BufferAOTInput,
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    ParamAOTInput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+)
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.graph import _BoxedCodeGen
+
+from memplan.torch_internals.fake import fake_mode_of
+
+PrimalKind = Literal["parameter", "buffer", "input", "constant"]
+OutputKind = Literal["output", "mutation", "gradient"]
+
+
+@dataclass(frozen=True, slots=True)
+class JointInput:
+    """A placeholder of the joint graph.
+
+    Attributes:
+        node: the placeholder.
+        kind: "parameter", "buffer", "input", "constant" (a tensor that the module does not own), or
+            "tangent".
+        name: FQN of a parameter or buffer, key of a constant, else "".
+        index: position among the inputs, or, for a tangent, among the outputs.
+    """
+
+    node: fx.Node
+    kind: PrimalKind | Literal["tangent"]
+    name: str = ""
+    index: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class JointOutput:
+    """A result of the joint graph.
+
+    Attributes:
+        value: its node, or a constant.
+        kind: "output", "mutation" (the new content of an input or buffer), or "gradient".
+        of: for an output its position; else the placeholder that is mutated or differentiated.
+    """
+
+    value: object
+    kind: OutputKind
+    of: int | fx.Node
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A forward and backward in one graph.
+
+    Attributes:
+        constants: tensors of inputs of that kind, by name.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[JointInput, ...]
+    outputs: tuple[JointOutput, ...]
+    constants: Mapping[str, torch.Tensor]
+
+
+class UnsupportedJointError(Exception):
+    """The joint graph has a feature that memplan does not handle; the text says which."""
+
+
+def copy_joint(joint: Joint) -> Joint:
+    """The same with a graph of its own."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(joint.graph, copies))
+
+    def copied(value: object) -> Any:
+        return copies[value] if isinstance(value, fx.Node) else value
+
+    return Joint(
+        graph,
+        tuple(replace(given, node=copies[given.node]) for given in joint.inputs),
+        tuple(replace(out, value=copied(out.value), of=copied(out.of)) for out in joint.outputs),
+        joint.constants,
+    )
+
+
+def trace_joint(module: nn.Module, args: Sequence[torch.Tensor]) -> Joint:
+    """Trace forward and backward of a module from tensors to a tuple of them (torch 2.13.0).
+
+    Autograd itself runs while the trace is made, on tensors without data: a backward of the
+    user's own, or a part without gradients, is traced as it is.
+
+    Raises:
+        UnsupportedJointError: if the step changes metadata of its inputs, has tensor subclasses,
+            or the like.
+    """
+    # The mode is handed over by the inputs: with a TracingContext, random ops whose results are
+    # not used would be dropped.
+    fake_mode = fake_mode_of((*module.parameters(), *module.buffers(), *args))
+    fakes = tuple(fake_mode.from_tensor(tensor, static_shapes=True) for tensor in args)
+    with contextlib.ExitStack() as stack, fx_traceback.preserve_node_meta():
+        joint = aot_export_joint_with_descriptors(stack, module, fakes)
+    graph = joint.graph_module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = [_joint_input(node) for node in placeholders]
+    by_descriptor = {node.meta["desc"]: node for node in placeholders}
+    output = graph.output_node()
+    results = zip(_as_list(output.args[0]), output.meta["desc"], strict=True)
+    outputs = [_joint_output(value, desc, by_descriptor) for value, desc in results]
+    constants = _lift_constants(joint.graph_module, fake_mode)
+    inputs += [JointInput(node, "constant", name=name) for name, (node, _) in constants.items()]
+    return Joint(
+        graph,
+        tuple(inputs),
+        tuple(out for out in outputs if out is not None),
+        {name: tensor for name, (_, tensor) in constants.items()},
+    )
+
+
+def _lift_constants(
+    module: fx.GraphModule, fake_mode: FakeTensorMode
+) -> dict[str, tuple[fx.Node, torch.Tensor]]:
+    """Make placeholders of the tensors that a trace holds as attributes (torch 2.13.0)."""
+    graph = module.graph
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    lifted: dict[str, tuple[fx.Node, torch.Tensor]] = {}
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        tensor = getattr(module, node.target)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if node.target not in lifted:
+            with graph.inserting_after(last):
+                last = graph.placeholder(node.target)
+            last.meta["val"] = fake_mode.from_tensor(tensor, static_shapes=True)
+            lifted[node.target] = (last, tensor)
+        node.replace_all_uses_with(lifted[node.target][0])
+        graph.erase_node(node)
+    return lifted
+
+
+def _as_list(values: object) -> list[object]:
+    assert isinstance(values, list | tuple)
+    return list(values)
+
+
+def _joint_input(node: fx.Node) -> JointInput:
+    match node.meta["desc"]:
+        case ParamAOTInput(target=name):
+            return JointInput(node, "parameter", name=name)
+        case BufferAOTInput(target=name):
+            return JointInput(node, "buffer", name=name)
+        case PlainAOTInput(idx=index):
+            return JointInput(node, "input", index=index)
+        case TangentAOTInput(output=PlainAOTOutput(idx=index)):
+            return JointInput(node, "tangent", index=index)
+    raise UnsupportedJointError(f"an input of the kind {node.meta['desc']}")
+
+
+def _joint_output(
+    value: object, descriptor: object, placeholders: dict[object, fx.Node]
+) -> JointOutput | None:
+    match descriptor:
+        case None:
+            return None
+        case PlainAOTOutput(idx=index):
+            return JointOutput(value, "output", index)
+        case InputMutationAOTOutput(mutated_input=mutated):
+            return JointOutput(value, "mutation", placeholders[mutated])
+        case GradAOTOutput(grad_of=source):
+            return JointOutput(value, "gradient", placeholders[source])
+    raise UnsupportedJointError(f"a result of the kind {descriptor}")
+
+
+def is_backward(node: fx.Node) -> bool:
+    """Whether a node of a joint graph was traced while gradients were computed (torch 2.13.0)."""
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def boxed(graph: fx.Graph) -> Callable[[list[Any]], Any]:
+    """Compile a graph to a function that empties its list of arguments as it starts.
+
+    The list holds the only references to what it passes, so each is freed at its last use.
+    """
+    graph.set_codegen(_BoxedCodeGen())
+    module = fx.GraphModule({}, graph)
+    function: Callable[[list[Any]], Any] = module.forward
+    return function
