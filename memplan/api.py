@@ -13,7 +13,16 @@ from functools import partial
 
 from torch import nn
 
-from memplan.capture import Captured, read, rewrite, trace
+from memplan.capture import (
+    Captured,
+    Strides,
+    Traced,
+    other_layouts,
+    read,
+    rewrite,
+    trace,
+    with_layouts,
+)
 from memplan.collector import paused_collector
 from memplan.costs import analytic_costs, measured_costs
 from memplan.emit import emit
@@ -125,7 +134,7 @@ def make_plan(
     _LOG.debug("capturing %s", type(model).__name__)
     has_data = _has_data(model, sample)
     traced = trace(model, sample, request.options.differentiable_outputs)
-    original, original_costs = _sized(read(traced), (), request.options, has_data)
+    traced, original, original_costs = _read_as_run(traced, request.options, has_data)
     rewrites = [p.rewrite_joint for p in request.passes if p.rewrite_joint is not None]
     rewritten = read(rewrite(traced, rewrites)) if rewrites else original
     recoveries = _offers(rewritten, request.passes)
@@ -166,7 +175,27 @@ def make_plan(
                 raise _infeasible(budget_bytes or 0, smallest, request.max_slowdown)
             budget_bytes = solution.peak_bytes
     check_schedule(captured.program, recoveries, schedule)
-    return captured, describe(schedule, budget_bytes=budget_bytes), recoveries
+    chosen = describe(schedule, budget_bytes=budget_bytes)
+    if budget_bytes is not None and chosen.peak_bytes > budget_bytes:
+        raise PlanMismatch(
+            f"the saved plan needs {chosen.peak_bytes} bytes here, more than its budget of "
+            f"{budget_bytes}: kernels differ between machines. Plan this one with memplan.plan."
+        )
+    return captured, chosen, recoveries
+
+
+def _read_as_run(
+    traced: Traced, options: Options, has_data: bool
+) -> tuple[Traced, Captured, Costs]:
+    """Read a trace, with the layouts that its kernels were seen to make."""
+    known: dict[str, Strides] = {}
+    while True:
+        captured, costs = _sized(read(traced), (), options, has_data)
+        others = other_layouts(captured, costs)
+        if not others:
+            return traced, captured, costs
+        known |= others
+        traced = with_layouts(traced, known)
 
 
 def _offers(captured: Captured, passes: Iterable[Pass]) -> tuple[Recovery, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -78,8 +78,7 @@ def make_request(
     if plan is not None:
         if budget is not None or max_slowdown is not None or named:
             raise MemplanError("plan= excludes budget, max_slowdown and passes: it has its own")
-        recorded = tuple(_factory(record)(**record.arguments) for record in plan.passes)
-        return Request(passes=recorded, plan=plan, options=options)
+        return Request(passes=tuple(map(_recorded, plan.passes)), plan=plan, options=options)
     chosen = (*_defaults(), *named) if default_passes else named
     parsed = None if budget is None else parse_budget(budget)
     return Request(parsed, max_slowdown, chosen, None, options)
@@ -92,9 +91,13 @@ def _defaults() -> tuple[Pass, ...]:
     return tuple(PASSES[name]() for name in DEFAULT_PASSES)
 
 
-def _factory(record: PassRecord) -> Callable[..., Pass]:
+def _recorded(record: PassRecord) -> Pass:
+    """The pass that a plan names, made by its factory."""
     from memplan.passes import PASSES  # noqa: PLC0415
 
     if record.name not in PASSES:
         raise PlanMismatch(f"the plan uses the pass {record.name!r}; there is {sorted(PASSES)}")
-    return PASSES[record.name]
+    try:
+        return PASSES[record.name](**record.arguments)
+    except (TypeError, ValueError) as error:
+        raise PlanMismatch(f"the plan's pass {record.name!r} cannot be made: {error}") from error

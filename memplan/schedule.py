@@ -214,7 +214,8 @@ def check_schedule(program: Program, recoveries: Sequence[Recovery], schedule: S
                 live.discard(step.value)
                 continue
             if isinstance(step, Run):
-                _require(step.op == next_op, f"runs op {step.op} where op {next_op} is due")
+                is_due = step.op == next_op < len(program.ops)
+                _require(is_due, f"runs op {step.op} where op {next_op} is due")
                 _require(program.ops[step.op].phase is segment, f"runs op {step.op} too late")
                 next_op += 1
             elif isinstance(step, Restore):

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("short", max_examples=200)
+settings.register_profile("full", max_examples=2000)
+settings.load_profile("short")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ from memplan.capture.call import OpCall, call_of
 from memplan.capture.captured import Captured, Primal
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.joint import Traced, rewrite, trace
+from memplan.capture.layout import Strides, other_layouts, with_layouts
 from memplan.capture.reader import read
 from memplan.capture.surroundings import unchanged_randomness
 
@@ -13,10 +14,13 @@ __all__ = [
     "OpCall",
     "OutputLeaf",
     "Primal",
+    "Strides",
     "Traced",
     "call_of",
+    "other_layouts",
     "read",
     "rewrite",
     "trace",
     "unchanged_randomness",
+    "with_layouts",
 ]

@@ -87,7 +87,7 @@ def trace(module: nn.Module, sample: Sample, differentiable: Differentiable = No
     assert flat.seen is not None
     existing = [parameter.grad for parameter in module.parameters()]
     return Traced(
-        joint=_own_gradients(_copy_back(_forget_running_statistics(joint))),
+        joint=own_gradients(_copy_back(_forget_running_statistics(joint))),
         output=flat.seen,
         guards=tuple(decision for decision in flat.decisions or () if decision.is_guard),
         differences=_differences(recurrent.seen, changed, asked),
@@ -216,7 +216,7 @@ def _copy_back(joint: Joint) -> Joint:
     return replace(joint, outputs=tuple(o for o in joint.outputs if o.kind != "mutation"))
 
 
-def _own_gradients(joint: Joint) -> Joint:
+def own_gradients(joint: Joint) -> Joint:
     """Give each gradient a storage of its own, in its parameter's layout.
 
     Autograd takes over a gradient that comes so, and copies any other; done here, the copy is

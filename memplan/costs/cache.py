@@ -16,7 +16,7 @@ import torch
 
 from memplan.program import OpCost
 
-_SCHEMA = 2
+_SCHEMA = 3
 _LOG = logging.getLogger("memplan")
 
 
@@ -90,7 +90,13 @@ class CostCache:
             "schema_version": _SCHEMA,
             "machine": self.machine,
             "entries": {
-                signature: [cost.seconds, cost.flops, cost.workspace_bytes, *cost.result_bytes]
+                signature: [
+                    cost.seconds,
+                    cost.flops,
+                    cost.workspace_bytes,
+                    cost.result_bytes,
+                    cost.result_strides,
+                ]
                 for signature, cost in self.entries.items()
             },
         }
@@ -112,9 +118,13 @@ def _read(path: Path, machine: str) -> dict[str, OpCost]:
             return {}
         return {
             str(signature): OpCost(
-                float(seconds), int(flops), int(workspace), tuple(map(int, sizes))
+                float(seconds),
+                int(flops),
+                int(workspace),
+                tuple(map(int, sizes)),
+                tuple(tuple(map(int, one)) for one in strides),
             )
-            for signature, (seconds, flops, workspace, *sizes) in data["entries"].items()
+            for signature, (seconds, flops, workspace, sizes, strides) in data["entries"].items()
         }
     except FileNotFoundError:
         return {}

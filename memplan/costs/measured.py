@@ -41,6 +41,7 @@ def measured_costs(captured: Captured, ops: Iterable[Op]) -> Costs:
 
 def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost]:
     result_bytes: dict[str, tuple[int, ...]] = {}
+    result_strides: dict[str, tuple[tuple[int, ...], ...]] = {}
     seconds: dict[str, float] = {}
     with unchanged_randomness(), torch.no_grad(), recording() as profile:
         for number, (signature, op) in enumerate(distinct.items()):
@@ -50,6 +51,7 @@ def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost
             with record_function(f"memplan#{number}"):
                 result = run()
             result_bytes[signature] = _storage_bytes(result, operands)
+            result_strides[signature] = tuple(tensor.stride() for tensor in _tensors(result))
             del result
     for number, (signature, op) in enumerate(distinct.items()):
         _LOG.debug("timing op %d of %d", number + 1, len(distinct))
@@ -61,6 +63,7 @@ def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost
             seconds=seconds[signature],
             workspace_bytes=max(0, peaks[number] - sum(result_bytes[signature])),
             result_bytes=result_bytes[signature],
+            result_strides=result_strides[signature],
         )
         for number, signature in enumerate(distinct)
     }
@@ -69,13 +72,16 @@ def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost
 def _storage_bytes(result: object, operands: Iterable[object]) -> tuple[int, ...]:
     """What each storage of a result takes; nothing where it is an operand's memory."""
     operand_keys = {storage_key(tensor) for tensor in operands if isinstance(tensor, torch.Tensor)}
-    results = result if isinstance(result, list | tuple) else (result,)
     nbytes: dict[int, int] = {}
-    for tensor in results:
-        if isinstance(tensor, torch.Tensor):
-            key = storage_key(tensor)
-            nbytes[key] = 0 if key in operand_keys else tensor.untyped_storage().nbytes()
+    for tensor in _tensors(result):
+        key = storage_key(tensor)
+        nbytes[key] = 0 if key in operand_keys else tensor.untyped_storage().nbytes()
     return tuple(nbytes.values())
+
+
+def _tensors(result: object) -> list[torch.Tensor]:
+    results = result if isinstance(result, list | tuple) else (result,)
+    return [tensor for tensor in results if isinstance(tensor, torch.Tensor)]
 
 
 def _seconds(run: Callable[[], object]) -> float:

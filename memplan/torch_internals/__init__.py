@@ -7,6 +7,7 @@ from memplan.torch_internals.events import allocations, recording, spans
 from memplan.torch_internals.fake import (
     DispatchMode,
     as_if_traced,
+    fake_mode_of,
     is_fake,
     questions_about_tracing,
     set_origin,
@@ -50,6 +51,7 @@ __all__ = [
     "boxed",
     "copy_joint",
     "enabled_attention",
+    "fake_mode_of",
     "flatten",
     "has_hooks",
     "is_backward",

@@ -75,7 +75,7 @@ def programs(draw, max_forward: int = 12) -> tuple[Program, Costs]:
     """A random training step: fan-out, several results, random ops, uneven sizes and costs."""
     b = Builder()
     known = [b.value(draw(st.integers(1, 50)), Role.INPUT) for _ in range(2)]
-    num_forward = draw(st.integers(2, max_forward))
+    num_forward = draw(st.integers(3, max_forward))
     for i in range(num_forward):
         operands = draw(st.lists(st.sampled_from(known[-6:]), min_size=1, max_size=3))
         sizes = draw(st.lists(st.integers(0, 50), min_size=1, max_size=2))
@@ -84,7 +84,7 @@ def programs(draw, max_forward: int = 12) -> tuple[Program, Costs]:
     output = made[-1]
     backward = [b.value(draw(st.integers(1, 50)), Role.TANGENT)]
     gradients: dict[int, Role] = {}
-    for i in range(draw(st.integers(1, num_forward))):
+    for i in range(draw(st.integers(2, num_forward))):
         reads = draw(st.lists(st.sampled_from(known), min_size=0, max_size=3))
         reads.append(draw(st.sampled_from(backward[-3:])))
         results = b.op(f"b{i}", reads, [draw(st.integers(0, 50))], Phase.BACKWARD)

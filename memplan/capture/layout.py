@@ -1,0 +1,103 @@
+"""Layouts as kernels make them, where the trace recorded others.
+
+The rules by which torch predicts a kernel's strides are sometimes wrong. What follows from them
+then is, too: a ``view`` that the kernel's real result cannot have. Eager copies there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+from torch.fx.node import Argument
+
+from memplan.capture.captured import Captured
+from memplan.capture.joint import Traced, own_gradients
+from memplan.program import Costs
+from memplan.torch_internals import copy_joint, fake_mode_of
+
+Strides = Sequence[tuple[int, ...]]
+
+
+def other_layouts(captured: Captured, costs: Costs) -> dict[str, Strides]:
+    """The strides of results that were seen to be others than recorded, by the node's name."""
+    found: dict[str, Strides] = {}
+    for op, node in captured.calls.items():
+        seen = costs.by_op[op].result_strides
+        recorded = _tensors(node.meta["val"])
+        if any(_differ(like, strides) for like, strides in zip(recorded, seen, strict=False)):
+            found[node.name] = seen
+    return found
+
+
+def _differ(recorded: torch.Tensor, strides: tuple[int, ...]) -> bool:
+    pairs = zip(recorded.shape, recorded.stride(), strides, strict=True)
+    return recorded.numel() > 0 and any(size > 1 and mine != seen for size, mine, seen in pairs)
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    values = value if isinstance(value, list | tuple) else (value,)
+    return [item for item in values if isinstance(item, torch.Tensor)]
+
+
+def with_layouts(traced: Traced, strides: Mapping[str, Strides]) -> Traced:
+    """The trace with the strides of some nodes' results, by the nodes' names, put right.
+
+    All that follows from them is predicted anew; a view that cannot be gets a copy.
+    """
+    joint = copy_joint(traced.joint)
+    graph = joint.graph
+    mode = fake_mode_of(given.node.meta["val"] for given in joint.inputs)
+    with mode, torch.no_grad():
+        for node in list(graph.nodes):
+            if node.op != "call_function" or "_assert" in str(node.target):
+                continue
+            value = _result(graph, node)
+            if node.name in strides:
+                value = _relayout(value, strides[node.name])
+            node.meta["val"] = value
+    graph.lint()
+    return replace(traced, joint=own_gradients(joint))
+
+
+def _result(graph: fx.Graph, node: fx.Node) -> object:
+    """What a node returns for its operands as they are recorded now."""
+    assert callable(node.target)
+
+    def run() -> object:
+        args = fx.map_arg(node.args, lambda operand: operand.meta["val"])
+        kwargs = fx.map_arg(node.kwargs, lambda operand: operand.meta["val"])
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    try:
+        return run()
+    except (RuntimeError, ValueError):
+        if node.target is not torch.ops.aten.view.default:
+            raise
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    with graph.inserting_before(node):
+        contiguous: dict[str, Argument] = {"memory_format": torch.contiguous_format}
+        copy = graph.call_function(torch.ops.aten.clone.default, (source,), contiguous)
+    value = source.meta["val"].clone(memory_format=torch.contiguous_format)
+    copy.meta = {**node.meta, "val": value}
+    node.args = (copy, *node.args[1:])
+    return run()
+
+
+def _relayout(value: object, strides: Strides) -> object:
+    """The same shapes in other strides."""
+    remaining = iter(strides)
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(
+            tensor.shape, next(remaining), dtype=tensor.dtype, device=tensor.device
+        )
+
+    if isinstance(value, torch.Tensor):
+        return one(value)
+    assert isinstance(value, list | tuple)
+    return type(value)(one(item) if isinstance(item, torch.Tensor) else item for item in value)
