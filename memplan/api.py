@@ -8,36 +8,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
 from memplan.capture import (
     Captured,
-    Strides,
-    Traced,
-    other_layouts,
     read,
     rewrite,
     trace,
-    with_layouts,
 )
 from memplan.collector import paused_collector
-from memplan.costs import analytic_costs, measured_costs
 from memplan.emit import emit
-from memplan.errors import CaptureError, InfeasibleBudget, MemplanError, PlanMismatch
+from memplan.errors import InfeasibleBudget, MemplanError, PlanMismatch
 from memplan.module import PlannedModule
 from memplan.options import Options
-from memplan.passing import Pass, RecoveryContext
+from memplan.passing import Pass
 from memplan.plan import PassRecord, Plan, describe_original, describe_plan, fingerprint
 from memplan.planner import MAX_SLOWDOWN, solve
-from memplan.program import Costs
+from memplan.pricing import Pricing, offers
 from memplan.request import Request, make_request, require_module
 from memplan.runtime import PlannedStep, check_emitted
 from memplan.sample import Sample
 from memplan.schedule import Effect, Recovery, Schedule, check_schedule
-from memplan.torch_internals import is_fake
 from memplan.units import format_bytes
 
 _LOG = logging.getLogger("memplan")
@@ -118,6 +111,11 @@ def plan(
 
 def build_step(model: nn.Module, sample: Sample, request: Request) -> PlannedStep:
     """Capture, plan and emit one step."""
+    if request.options.device is not None:
+        raise MemplanError(
+            f"Options(device={request.options.device!r}) makes plans for reading: memplan.plan. "
+            "What is to run is planned for the device that the model is on."
+        )
     captured, chosen, recoveries = make_plan(model, sample, request)
     emitted = emit(captured, recoveries, chosen.schedule)
     step = PlannedStep(captured, recoveries, emitted, chosen)
@@ -132,13 +130,14 @@ def make_plan(
 ) -> tuple[Captured, Plan, tuple[Recovery, ...]]:
     """Capture a step and choose how it runs."""
     _LOG.debug("capturing %s", type(model).__name__)
-    has_data = _has_data(model, sample)
-    traced = trace(model, sample, request.options.differentiable_outputs)
-    traced, original, original_costs = _read_as_run(traced, request.options, has_data)
+    pricing = Pricing.of(model, sample, request.options)
+    is_cuda = pricing.device is not None and pricing.device.is_cuda
+    traced = trace(model, sample, request.options.differentiable_outputs, is_cuda)
+    traced, original, original_costs = pricing.read_as_run(traced)
     rewrites = [p.rewrite_joint for p in request.passes if p.rewrite_joint is not None]
     rewritten = read(rewrite(traced, rewrites)) if rewrites else original
-    recoveries = _offers(rewritten, request.passes)
-    captured, costs = _sized(rewritten, recoveries, request.options, has_data)
+    recoveries = offers(rewritten, request.passes)
+    captured, costs = pricing.price(rewritten, recoveries)
     unplanned = describe_original(original.program, original_costs)
     records = tuple(PassRecord(p.name, p.arguments, p.effect) for p in request.passes)
     is_rounded = any(difference.is_certain for difference in captured.differences)
@@ -182,74 +181,6 @@ def make_plan(
             f"{budget_bytes}: kernels differ between machines. Plan this one with memplan.plan."
         )
     return captured, chosen, recoveries
-
-
-def _read_as_run(
-    traced: Traced, options: Options, has_data: bool
-) -> tuple[Traced, Captured, Costs]:
-    """Read a trace, with the layouts that its kernels were seen to make."""
-    known: dict[str, Strides] = {}
-    while True:
-        captured, costs = _sized(read(traced), (), options, has_data)
-        others = other_layouts(captured, costs)
-        if not others:
-            return traced, captured, costs
-        known |= others
-        traced = with_layouts(traced, known)
-
-
-def _offers(captured: Captured, passes: Iterable[Pass]) -> tuple[Recovery, ...]:
-    """What all passes offer, with ids that do not collide."""
-    offered: tuple[Recovery, ...] = ()
-    first_op, first_value = len(captured.program.ops), len(captured.program.values)
-    for one in passes:
-        if one.recoveries is None:
-            continue
-        new = one.recoveries(captured, RecoveryContext(first_op, first_value))
-        for recovery in new:
-            ids = [recovery.restore.id, -1 if recovery.prepare is None else recovery.prepare.id]
-            first_op = max(first_op, *(id + 1 for id in ids))
-            first_value = max([first_value, *(value.id + 1 for value in recovery.keeps)])
-        offered += new
-    return offered
-
-
-def _sized(
-    captured: Captured, recoveries: tuple[Recovery, ...], options: Options, has_data: bool
-) -> tuple[Captured, Costs]:
-    """Costs of all ops, and the program with its values as large as they were seen to be."""
-    costs = _costs(captured, recoveries, options, has_data)
-    return replace(captured, program=captured.program.with_real_sizes(costs)), costs
-
-
-def _costs(
-    captured: Captured, recoveries: Iterable[Recovery], options: Options, has_data: bool
-) -> Costs:
-    """Measured where the tensors have data, unless told otherwise."""
-    ops = {op.id: op for op in captured.program.ops}
-    for recovery in recoveries:
-        new = (recovery.restore, recovery.prepare)
-        ops.update({op.id: op for op in new if op is not None})
-    if isinstance(options.costs, Costs):
-        missing = sorted(ops.keys() - options.costs.by_op.keys())
-        if missing:
-            raise MemplanError(
-                f"Options(costs=...) has no cost for {len(missing)} of {len(ops)} ops, the first "
-                f"of them op {missing[0]} ({ops[missing[0]].target})"
-            )
-        return options.costs
-    if options.costs == "analytic" or (options.costs == "auto" and not has_data):
-        return analytic_costs(captured, ops.values())
-    if not has_data:
-        raise CaptureError(
-            'Options(costs="measured") needs a model and a sample with data; use "analytic"'
-        )
-    return measured_costs(captured, ops.values())
-
-
-def _has_data(model: nn.Module, sample: Sample) -> bool:
-    tensors = (*model.parameters(), *model.buffers(), *sample.tensors())
-    return not any(is_fake(tensor) or tensor.is_meta for tensor in tensors)
 
 
 def _saved(

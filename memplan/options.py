@@ -14,8 +14,9 @@ class Options:
     """Settings.
 
     Attributes:
-        device: the device to plan for; None is the one that the model is on. Others are not
-            supported yet.
+        device: the device to plan for, such as "h100" (see ``memplan.costs.DEVICES``); the model
+            and sample may be anywhere, also without data. Such a plan is for reading: ``optimize``
+            refuses it. None is the device that the model is on.
         costs: "measured" runs each distinct op on its own, "auto" is measured where the tensors
             have data. "analytic" runs nothing, and knows no workspace: the budget then bounds all
             but what kernels allocate inside. Or ``Costs`` of one's own.

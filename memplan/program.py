@@ -156,6 +156,14 @@ class Program:
         values = [replace(value, nbytes=seen.get(value.id, value.nbytes)) for value in self.values]
         return replace(self, values=tuple(values))
 
+    def in_blocks_of(self, granule_bytes: int) -> Program:
+        """The program as an allocator holds it whose blocks are multiples of this size."""
+        values = [
+            replace(value, nbytes=-(-value.nbytes // granule_bytes) * granule_bytes)
+            for value in self.values
+        ]
+        return replace(self, values=tuple(values))
+
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the structure: equal for equal steps, whatever the paths and file names."""

@@ -61,11 +61,6 @@ def make_request(
             "optimizer= is not supported yet: the budget covers forward and backward. Leave it "
             "out, and leave room for the optimizer's state and update."
         )
-    if options.device is not None:
-        raise MemplanError(
-            f"Options(device={options.device!r}) is not supported yet; a plan is for the device "
-            "that the model is on"
-        )
     if max_slowdown is not None and not max_slowdown >= 1:
         raise MemplanError(f"max_slowdown is a factor of at least 1, got {max_slowdown!r}")
     named = tuple(passes)

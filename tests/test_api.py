@@ -100,7 +100,6 @@ def test_without_passes_nothing_comes_back(step, sample):
         ({"budget": 0.5}, memplan.UnitsError, "accepted forms"),
         ({"max_slowdown": 0.9}, memplan.MemplanError, "at least 1"),
         ({"optimizer": object()}, memplan.MemplanError, "not supported yet"),
-        ({"options": memplan.Options(device="h100")}, memplan.MemplanError, "not supported yet"),
         ({"passes": [checkpoint_activations]}, memplan.MemplanError, "calling its factory"),
     ],
 )

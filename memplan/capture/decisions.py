@@ -86,8 +86,9 @@ def decide(flat: nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[Decision, .
     known = _Known()
     recorder = _Recorder(known, inputs)
     with as_if_traced(flat, inputs, known) as (state, copies):
-        for index, copy in enumerate(copies):
-            known.learn(copy, Given(index))
+        for index, (given, copy) in enumerate(zip(inputs, copies, strict=True)):
+            if not is_fake(given):
+                known.learn(copy, Given(index))
         with recorder:
             torch.func.functional_call(flat, state, tuple(copies), tie_weights=False)
     return tuple(recorder.decisions)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
+from memplan.capture.attention import CudaAttention
 from memplan.capture.decisions import Decision, decide
 from memplan.capture.explain import explain, is_data_dependent
 from memplan.capture.flat import Differentiable, Flat, Output
 from memplan.capture.origins import origins
 from memplan.capture.recurrent import OneLayerAtATime
-from memplan.capture.surroundings import unchanged_attributes, unchanged_randomness
+from memplan.capture.surroundings import unchanged_attributes, unchanged_randomness, without_meta
 from memplan.errors import CaptureError
 from memplan.sample import Sample
 from memplan.torch_internals import (
@@ -65,8 +66,15 @@ class Traced:
     existing_gradient_bytes: int
 
 
-def trace(module: nn.Module, sample: Sample, differentiable: Differentiable = None) -> Traced:
+def trace(
+    module: nn.Module,
+    sample: Sample,
+    differentiable: Differentiable = None,
+    has_cuda_attention: bool = False,
+) -> Traced:
     """Trace one training step of a module, in its present mode, for this sample.
+
+    With ``has_cuda_attention``, attention is traced as a CUDA device would run it.
 
     All random states, and the modules' attributes, are left as they were found.
 
@@ -74,16 +82,18 @@ def trace(module: nn.Module, sample: Sample, differentiable: Differentiable = No
         CaptureError: naming what cannot be captured, and where in the user's code it is.
     """
     _refuse_hooks(module)
-    flat = Flat(module, sample, differentiable)
     with (
+        without_meta(module, sample) as given,
         unchanged_randomness(),
         unchanged_attributes(module) as changed,
         OneLayerAtATime() as recurrent,
+        CudaAttention() if has_cuda_attention else contextlib.nullcontext(),
         without_checkpointing(),
         without_log_of_failures(),
         _explained(module),
     ):
-        joint, asked = _trace(flat, sample)
+        flat = Flat(module, given, differentiable)
+        joint, asked = _trace(flat, given)
     assert flat.seen is not None
     existing = [parameter.grad for parameter in module.parameters()]
     return Traced(

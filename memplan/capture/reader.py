@@ -226,9 +226,9 @@ def _tensors(value: object) -> list[torch.Tensor] | None:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, list | tuple):
-        if not all(item is None or isinstance(item, torch.Tensor) for item in value):
+        if not all(isinstance(item, torch.Tensor | int | None) for item in value):
             return None
-        return [item for item in value if item is not None]
+        return [item for item in value if isinstance(item, torch.Tensor)]
     return None
 
 

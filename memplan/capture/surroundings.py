@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from memplan.errors import CaptureError
+from memplan.sample import Sample
+from memplan.torch_internals import cpu_stand_ins, flatten, unflatten
 
 _OWN = ("_parameters", "_buffers", "_modules")
 
@@ -42,6 +44,31 @@ def unchanged_randomness() -> Iterator[None]:
             "the forward draws numbers from numpy.random or random; captured, they would be the "
             "same in every step. Draw them with torch, or outside of the module."
         )
+
+
+@contextlib.contextmanager
+def without_meta(module: nn.Module, sample: Sample) -> Iterator[Sample]:
+    """Inside, a module's tensors on the meta device are such on the CPU, without data.
+
+    Yields the sample, treated alike. On the meta device itself other kernels would be traced.
+    """
+    owners = [child.__dict__[own] for child in module.modules() for own in _OWN[:2]]
+    before = [dict(tensors) for tensors in owners]
+    tensors = [tensor for one in before for tensor in one.values() if tensor is not None]
+    tensors += sample.tensors()
+    if not any(tensor.is_meta for tensor in tensors):
+        yield sample
+        return
+    stand_ins = cpu_stand_ins(tensors)
+    leaves, spec = flatten((sample.args, dict(sample.kwargs)))
+    args, kwargs = unflatten([stand_ins.get(id(leaf), leaf) for leaf in leaves], spec)
+    for own, members in zip(owners, before, strict=True):
+        own.update({name: stand_ins.get(id(tensor), tensor) for name, tensor in members.items()})
+    try:
+        yield Sample(args, kwargs)
+    finally:
+        for own, members in zip(owners, before, strict=True):
+            own.update(members)
 
 
 @contextlib.contextmanager

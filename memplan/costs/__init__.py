@@ -1,7 +1,16 @@
 """What each op costs: seconds, flops and workspace."""
 
-from memplan.costs.analytic import CPU, Device, analytic_costs
+from memplan.costs.analytic import analytic_costs
 from memplan.costs.cache import cache_folder
+from memplan.costs.devices import CPU, DEVICES, Device, device_named
 from memplan.costs.measured import measured_costs
 
-__all__ = ["CPU", "Device", "analytic_costs", "cache_folder", "measured_costs"]
+__all__ = [
+    "CPU",
+    "DEVICES",
+    "Device",
+    "analytic_costs",
+    "cache_folder",
+    "device_named",
+    "measured_costs",
+]

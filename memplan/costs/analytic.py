@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from memplan.capture import Captured
+from memplan.costs.devices import CPU, Device
 from memplan.program import Costs, Op, OpCost
 from memplan.torch_internals import OpOverload
-
-_RANDOM_S_PER_ELEMENT = 10e-9
-"""The CPU's generator is serial; it takes about this long for each number that it draws."""
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What a roofline needs to know.
-
-    Attributes:
-        name: for reports.
-        bytes_per_s: memory bandwidth.
-        flops_per_s: arithmetic throughput.
-        launch_s: time of an op that does nothing.
-    """
-
-    name: str
-    bytes_per_s: float
-    flops_per_s: float
-    launch_s: float
-
-
-CPU = Device("two CPU cores", bytes_per_s=8e9, flops_per_s=60e9, launch_s=4e-6)
 
 
 def analytic_costs(captured: Captured, ops: Iterable[Op], device: Device = CPU) -> Costs:
@@ -53,9 +30,11 @@ def _cost(captured: Captured, op: Op, device: Device) -> OpCost:
     ]
     traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*results, *operands))
     flops = _flops(node)
-    seconds = device.launch_s + traffic / device.bytes_per_s + flops / device.flops_per_s
+    seconds = device.launch_s + traffic / device.bytes_per_s
+    if flops:
+        seconds += flops / device.flops_of(operands[0].dtype)
     if op.is_random or op.target == "memplan.redraw":
-        seconds += _RANDOM_S_PER_ELEMENT * max((tensor.numel() for tensor in results), default=0)
+        seconds += device.random_s * max((tensor.numel() for tensor in results), default=0)
     return OpCost(seconds, flops)
 
 

@@ -7,6 +7,7 @@ from memplan.torch_internals.events import allocations, recording, spans
 from memplan.torch_internals.fake import (
     DispatchMode,
     as_if_traced,
+    cpu_stand_ins,
     fake_mode_of,
     is_fake,
     questions_about_tracing,
@@ -50,6 +51,7 @@ __all__ = [
     "backward_keeps_graph",
     "boxed",
     "copy_joint",
+    "cpu_stand_ins",
     "enabled_attention",
     "fake_mode_of",
     "flatten",

@@ -41,6 +41,22 @@ def fake_mode_of(tensors: Iterable[torch.Tensor]) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
 
 
+def cpu_stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """For tensors on the meta device, by id: such on the CPU, without data (torch 2.13.0)."""
+    stand_ins: dict[int, torch.Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for tensor in tensors:
+            if tensor.is_meta and id(tensor) not in stand_ins:
+                made = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                ).requires_grad_(tensor.requires_grad)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                stand_ins[id(tensor)] = (
+                    nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+                )
+    return stand_ins
+
+
 @contextlib.contextmanager
 def as_if_traced(
     module: nn.Module, inputs: Iterable[torch.Tensor], watch: DispatchMode

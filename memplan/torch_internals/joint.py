@@ -121,6 +121,7 @@ def trace_joint(module: nn.Module, args: Sequence[torch.Tensor]) -> Joint:
     results = zip(_as_list(output.args[0]), output.meta["desc"], strict=True)
     outputs = [_joint_output(value, desc, by_descriptor) for value, desc in results]
     constants = _lift_constants(joint.graph_module, fake_mode)
+    _fold_numbers(graph)
     inputs += [JointInput(node, "constant", name=name) for name, (node, _) in constants.items()]
     return Joint(
         graph,
@@ -149,6 +150,21 @@ def _lift_constants(
         node.replace_all_uses_with(lifted[node.target][0])
         graph.erase_node(node)
     return lifted
+
+
+def _fold_numbers(graph: fx.Graph) -> None:
+    """Write numbers that ops return, such as sequence lengths, where they are read."""
+    for node in reversed(graph.nodes):
+        number = node.meta.get("val")
+        if node.op == "call_function" and isinstance(number, int):
+
+            def fold(operand: fx.Node, node: fx.Node = node, number: int = number) -> Any:
+                return number if operand is node else operand
+
+            for user in list(node.users):
+                user.args = fx.map_arg(user.args, fold)
+                user.kwargs = fx.map_arg(user.kwargs, fold)
+            graph.erase_node(node)
 
 
 def _as_list(values: object) -> list[object]:

@@ -1,0 +1,61 @@
+"""Attention as a CUDA device would run it, in a trace that is made without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_MOST_FLASH_DIM = 256
+
+
+class CudaAttention(TorchFunctionMode):
+    """Inside, scaled_dot_product_attention becomes one of CUDA's fused kernels.
+
+    Flash attention for 16-bit operands without a mask, else the memory-efficient kernel. The CPU
+    would run it as other ops wherever there is a mask or dropout, with a matrix of scores.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _fused(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused(  # noqa: PLR0917 - as torch has it
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if enable_gqa and query.shape[-3] != key.shape[-3]:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
+    if attn_mask is None and query.dtype.itemsize == 2 and query.shape[-1] <= _MOST_FLASH_DIM:
+        output: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )[0]
+        return output
+    bias = attn_mask
+    if bias is not None and bias.dtype == torch.bool:
+        zeros = torch.zeros(bias.shape, dtype=query.dtype, device=query.device)
+        bias = zeros.masked_fill(~bias, float("-inf"))
+    if bias is not None:
+        bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    output = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, dropout_p, is_causal, scale=scale
+    )[0]
+    return output
