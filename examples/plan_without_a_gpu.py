@@ -49,10 +49,9 @@ def main() -> None:
     )
     planning_s = time.perf_counter() - start
     print(plan.explain() if arguments.explain else plan)
-    host_bytes = psutil.Process().memory_info().rss
-    print(
-        f"planned in {planning_s:.1f} s, {memplan.format_bytes(host_bytes)} of host memory in use"
-    )
+    host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    host = memplan.format_bytes(host_bytes)
+    print(f"planned in {planning_s:.1f} s, with at most {host} of host memory")
 
 
 if __name__ == "__main__":

@@ -78,20 +78,22 @@ class PlannedModule(nn.Module):
 
     def prepare(self, sample: Sample) -> PlannedStep:
         """The step for a call with these inputs, from the cache or made now."""
-        state = State.of(self.original)
-        return self._step(signature_of(self.original, state, sample), sample)
-
-    def _step(self, signature: Hashable, sample: Sample) -> PlannedStep:
+        # A capture puts other tensors in the place of the parameters for its time; only one
+        # thread may look at them then.
         with self._lock:
-            steps = self._steps.get(signature, ())
-            step = next((step for step in steps if step.holds(sample)), None)
-            if step is None:
-                step = self._build(self.original, sample)
-                self._steps[signature] = (*steps, step)
-                self._forget_oldest()
-            self._steps.move_to_end(signature)
-            self._last = step
-            return step
+            return self._step(State.of(self.original), sample)
+
+    def _step(self, state: State, sample: Sample) -> PlannedStep:
+        signature = signature_of(self.original, state, sample)
+        steps = self._steps.get(signature, ())
+        step = next((step for step in steps if step.holds(sample)), None)
+        if step is None:
+            step = self._build(self.original, sample)
+            self._steps[signature] = (*steps, step)
+            self._forget_oldest()
+        self._steps.move_to_end(signature)
+        self._last = step
+        return step
 
     def _forget_oldest(self) -> None:
         """Keep to the size of the cache: of all signatures, and of steps for one of them."""
@@ -114,12 +116,12 @@ class PlannedModule(nn.Module):
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
         sample = Sample(args, kwargs)
-        state = State.of(self.original)
-        if not any(
-            tensor.requires_grad for tensor in (*state.parameters.values(), *sample.tensors())
-        ):
-            return self.original(*args, **kwargs)
-        return self._step(signature_of(self.original, state, sample), sample).run(state, sample)
+        with self._lock:
+            state = State.of(self.original)
+            tensors = (*state.parameters.values(), *sample.tensors())
+            is_trained = any(tensor.requires_grad for tensor in tensors)
+            step = self._step(state, sample) if is_trained else None
+        return self.original(*args, **kwargs) if step is None else step.run(state, sample)
 
     def train(self, mode: bool = True) -> PlannedModule:
         """Set the mode here and in the original."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from memplan.errors import PlanMismatch
+from memplan.errors import CaptureError, PlanMismatch
 from memplan.sample import Sample
 from memplan.torch_internals import enabled_attention, flatten, has_hooks, storage_key
 
@@ -59,6 +59,11 @@ def signature_of(module: nn.Module, state: State, sample: Sample) -> Hashable:
 
 
 def _tensor(tensor: torch.Tensor) -> Hashable:
+    if nn.parameter.is_lazy(tensor):
+        raise CaptureError(
+            "a parameter is not initialized (a lazy module); run the untouched model once, then "
+            "plan it"
+        )
     return (
         type(tensor),
         tensor.shape,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
@@ -23,3 +28,36 @@ def cost_cache(tmp_path_factory):
 def seeded():
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@dataclass
+class Results:
+    """What the tests saw, for the documentation.
+
+    Attributes:
+        laws: columns of the law table, by "model budget".
+        support: (feature, effect or "refused", reason).
+    """
+
+    laws: dict[str, dict[str, Any]] = field(default_factory=dict)
+    support: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def law(self, model: str, budget: str, **columns: Any) -> None:
+        """Add columns to a row of the law table."""
+        row = self.laws.setdefault(f"{model} {budget}", {"model": model, "budget": budget})
+        row.update(columns)
+
+
+def pytest_addoption(parser):
+    """Where to write ``Results``."""
+    parser.addoption("--results", type=Path, help="write what was seen to this JSON file")
+
+
+@pytest.fixture(scope="session")
+def results(pytestconfig):
+    """Collects; written at the end, if asked for."""
+    collected = Results()
+    yield collected
+    path = pytestconfig.getoption("--results")
+    if path is not None:
+        path.write_text(json.dumps(asdict(collected), indent=1) + "\n")

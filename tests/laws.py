@@ -50,8 +50,11 @@ def assert_same_bits(mine: Outcome, theirs: Outcome) -> None:
     assert torch.equal(mine.rng, theirs.rng)
 
 
-def assert_within_budget(planned: memplan.PlannedModule, sample: Any) -> None:
-    """Law 2: measured <= predicted <= budget, and predicted within 1 % above resident."""
+def assert_within_budget(planned: memplan.PlannedModule, sample: Any) -> int:
+    """Law 2: measured <= predicted <= budget, and predicted within 1 % above resident.
+
+    Returns the measured peak in bytes.
+    """
     measured = memplan.profile(planned, sample, steps=1)
     plan = planned.plan
     assert plan.resident_bytes == measured.resident_bytes
@@ -60,6 +63,18 @@ def assert_within_budget(planned: memplan.PlannedModule, sample: Any) -> None:
         assert plan.peak_bytes <= plan.budget_bytes
     above = plan.peak_bytes - plan.resident_bytes
     assert plan.peak_bytes - measured.peak_bytes <= 0.01 * above
+    return measured.peak_bytes
+
+
+def error(mine: Outcome, theirs: Outcome) -> float:
+    """The largest difference of any gradient, over the largest entry of any gradient."""
+    pairs = [
+        (mine.gradients[name], gradient)
+        for name, gradient in theirs.gradients.items()
+        if gradient is not None
+    ]
+    scale = max(float(gradient.abs().max()) for _, gradient in pairs)
+    return max(float((one - other).abs().max()) for one, other in pairs) / scale
 
 
 def assert_close(mine: Outcome, theirs: Outcome, tolerance: float = 1e-5) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
+from rows import MODELS
 from torch import nn
 
 import memplan
@@ -358,3 +359,42 @@ def test_a_kernel_that_makes_another_layout_than_recorded():
     planned = memplan.optimize(model, sample, budget="100%")
     laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))
     laws.assert_within_budget(planned, sample)
+
+
+@pytest.mark.parametrize("budget", ["90%", "60%", "40%"])
+def test_gradients_under_dropout_do_not_depend_on_the_budget(budget):
+    """As in pytorch#190758, where a memory budget changed them."""
+    layers = [nn.Linear(32, 32), nn.Dropout(0.5), nn.GELU()] * 6
+    model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+    sample = (torch.randn(128, 32), torch.randn(128, 32))
+    options = memplan.Options(on_infeasible="smallest")
+    planned = memplan.optimize(model, sample, budget=budget, options=options)
+    assert planned.plan.num_restores
+    laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))
+
+
+def test_the_peak_does_not_grow_as_the_budget_falls():
+    """As in pytorch#197838, where it did."""
+    layers = [layer for _ in range(8) for layer in (nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU())]
+    model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+    sample = (torch.randn(256, 32), torch.randn(256, 32))
+    peaks = []
+    for budget in ("100%", "90%", "80%", "70%", "60%", "50%"):
+        planned = memplan.optimize(model, sample, budget=budget)
+        peaks.append(memplan.profile(planned, sample, steps=1).peak_bytes)
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 0.7 * peaks[0]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("name", ["convnext", "gpt2", "mobilenet", "unet"])
+def test_bytes_are_exact_for_any_number_of_threads(num_threads, name):
+    """A kernel's workspace can depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        model, sample = MODELS[name]()
+        options = memplan.Options(on_infeasible="smallest")
+        planned = memplan.optimize(model, sample, budget="60%", options=options)
+        laws.assert_within_budget(planned, sample)
+    finally:
+        torch.set_num_threads(before)

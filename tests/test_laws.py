@@ -72,15 +72,30 @@ def assert_exact(row: Row, module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_exact_plans_give_the_same_bits(row, budget):
-    assert_exact(row, row.planned(budget))
+def test_exact_plans_give_the_same_bits(row, budget, results):
+    planned = row.planned(budget)
+    assert_exact(row, planned)
+    effects = [effect.value for effect in planned.plan.effects]
+    error = laws.error(laws.step(row.model, row.sample), laws.step(planned, row.sample))
+    results.law(row.name, budget, effects=effects, error=error)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_measured_is_at_most_predicted_is_at_most_the_budget(row, budget):
+def test_measured_is_at_most_predicted_is_at_most_the_budget(row, budget, results):
     planned = row.planned(budget)
-    laws.assert_within_budget(planned, row.sample)
+    measured_bytes = laws.assert_within_budget(planned, row.sample)
     plan = planned.plan
+    results.law(
+        row.name,
+        budget,
+        ops=plan.num_ops,
+        resident_bytes=plan.resident_bytes,
+        original_peak_bytes=plan.original_peak_bytes,
+        budget_bytes=plan.budget_bytes,
+        predicted_bytes=plan.peak_bytes,
+        measured_bytes=measured_bytes,
+        slowdown=plan.slowdown,
+    )
     asked = memplan.units.parse_budget(budget).resolve(
         plan.resident_bytes, plan.original_peak_bytes
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 import random
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 import memplan
+from memplan.torch_internals import allocations, recording
 
 
 class Net(nn.Module):
@@ -315,21 +317,67 @@ def test_an_exception_in_the_middle_leaves_the_module_usable(net, planned):
     laws.assert_same_bits(laws.step(net, sample), laws.step(planned, sample))
 
 
-def test_two_threads(net, planned):
+@pytest.mark.parametrize("segment", ["forward", "backward"])
+def test_an_interrupt_in_the_middle_leaves_the_module_usable(net, planned, segment, monkeypatch):
+    sample = batch()
+    step = planned.prepare(memplan.Sample.of(sample))
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    emitted = dataclasses.replace(step.emitted, **{segment: interrupted})
+    broken = dataclasses.replace(step, emitted=emitted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(planned, "_step", lambda state, sample: broken)
+        planned(**sample)["loss"].backward()
+    assert all(parameter.grad is None for parameter in net.parameters())
+    laws.assert_same_bits(laws.step(net, sample), laws.step(planned, sample))
+
+
+def test_two_threads():
+    """Both plan and run at once; without dropout, so that the order of draws does not matter."""
+    net = Net()
+    net.eval()
+    planned = memplan.optimize(net)
     samples = [batch(), batch(9)]
-    planned_losses = {}
+    gradients = [[], []]
 
     def run(index):
         for _ in range(5):
-            output = planned(**samples[index])
-            planned_losses[index] = output["loss"].shape
+            loss = planned(**samples[index])["loss"]
+            gradients[index].append(torch.autograd.grad(loss, list(net.parameters())))
 
     threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert planned_losses == {0: torch.Size([]), 1: torch.Size([])}
+    for sample, seen in zip(samples, gradients, strict=True):
+        expected = torch.autograd.grad(net(**sample)["loss"], list(net.parameters()))
+        assert len(seen) == 5
+        for found in seen:
+            pairs = zip(found, expected, strict=True)
+            assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def test_200_calls_of_4_shapes_plan_4_times_and_leak_nothing(net):
+    samples = [batch(size) for size in (4, 5, 6, 7)]
+    planned = memplan.optimize(net, budget="100%")
+    for sample in samples:
+        planned(**sample)["loss"].backward()
+        net.zero_grad()
+    assert len(planned.plans) == 4
+
+    def held_bytes(num_calls):
+        with recording() as profile:
+            for call in range(num_calls):
+                planned(**samples[call % 4])["loss"].backward()
+                net.zero_grad()
+        return sum(nbytes for _, nbytes in allocations(profile))
+
+    plans = planned.plans
+    assert held_bytes(200) == 0
+    assert sorted(map(id, planned.plans)) == sorted(map(id, plans))
 
 
 def test_a_tensor_given_twice_is_not_one_given_once(net):

@@ -15,6 +15,7 @@ from memplan.capture.explain import explain, is_data_dependent
 from memplan.capture.flat import Differentiable, Flat, Output
 from memplan.capture.origins import origins
 from memplan.capture.recurrent import OneLayerAtATime
+from memplan.capture.refusals import refuse_after, refuse_before
 from memplan.capture.surroundings import unchanged_attributes, unchanged_randomness, without_meta
 from memplan.errors import CaptureError
 from memplan.sample import Sample
@@ -22,7 +23,6 @@ from memplan.torch_internals import (
     Joint,
     UnsupportedJointError,
     copy_joint,
-    has_hooks,
     is_backward,
     questions_about_tracing,
     storage_key,
@@ -81,7 +81,7 @@ def trace(
     Raises:
         CaptureError: naming what cannot be captured, and where in the user's code it is.
     """
-    _refuse_hooks(module)
+    refuse_before(module, sample)
     with (
         without_meta(module, sample) as given,
         unchanged_randomness(),
@@ -94,6 +94,7 @@ def trace(
     ):
         flat = Flat(module, given, differentiable)
         joint, asked = _trace(flat, given)
+    refuse_after(joint)
     assert flat.seen is not None
     existing = [parameter.grad for parameter in module.parameters()]
     return Traced(
@@ -136,13 +137,6 @@ def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor]) -> Joint:
         flat.decisions = decide(flat, tensors)
         with origins(flat.wrapped):
             joint = trace_joint(flat, tensors)
-    for name, constant in joint.constants.items():
-        if constant.requires_grad:
-            raise CaptureError(
-                f"the forward uses a tensor that requires a gradient and that is no parameter of "
-                f"the module (shape {tuple(constant.shape)}, {name}); register it as a parameter, "
-                "or as a submodule what holds it"
-            )
     return joint
 
 
@@ -156,16 +150,6 @@ def _explained(module: nn.Module) -> Iterator[None]:
         raise CaptureError(f"{type(module).__name__}'s step has {error}; unsupported") from error
     except Exception as error:
         raise CaptureError(explain(error, module)) from error
-
-
-def _refuse_hooks(module: nn.Module) -> None:
-    for name, child in module.named_modules():
-        if has_hooks(child):
-            where = f"module {name!r}" if name else "the module"
-            raise CaptureError(
-                f"{where} ({type(child).__name__}) has hooks, which a captured step would not "
-                "run. Remove them, or leave this module unplanned."
-            )
 
 
 def _differences(recurrent: set[str], changed: set[str], asked: set[str]) -> tuple[Difference, ...]:

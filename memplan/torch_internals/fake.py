@@ -35,6 +35,13 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
+def is_plain_tensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of no class that changes what operations do (torch 2.13.0)."""
+    return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor) or (
+        isinstance(tensor, FakeTensor | nn.Parameter) and is_fake(tensor)
+    )
+
+
 def fake_mode_of(tensors: Iterable[torch.Tensor]) -> FakeTensorMode:
     """The mode of tensors that are fake already, or a new one (torch 2.13.0)."""
     mode = detect_fake_mode(list(tensors))
