@@ -182,7 +182,7 @@ class _Segment:
 
     def call(self, op: Op) -> fx.Node:
         """Write one call."""
-        kept = self.copies[op.operands[0]] if op.variant_of is not None and op.operands else None
+        kept = self.copies[op.operands[0]] if op.target == "memplan.redraw" else None
         call = call_of(self.captured, op, kept)
 
         def translate(node: fx.Node) -> fx.Node:

@@ -29,6 +29,9 @@ class PlannedModule(nn.Module):
     runs a plan made for its signature (shapes, modes, flags, ...); a new signature is captured
     and planned first. Without gradients the original runs.
 
+    Several threads may call it. While one of them captures, the others wait; the original and its
+    parameters must not be used in that time, because others stand in for them.
+
     What a signature cannot see (Python attributes changed by hand) needs ``recapture()``.
     """
 

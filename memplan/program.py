@@ -188,14 +188,15 @@ class OpCost:
         workspace_bytes: what the kernel allocates and frees inside, at its peak, results apart.
         result_bytes: what each result's storage really takes, where that was seen. It can be more
             than its elements: a kernel may shrink a result that it allocated in full.
-        result_strides: strides of the results, in order, where they were seen.
+        result_strides: strides of the results, in order, where they were seen; None for what is
+            recorded as a result, and is none.
     """
 
     seconds: float
     flops: int = 0
     workspace_bytes: int = 0
     result_bytes: tuple[int, ...] = ()
-    result_strides: tuple[tuple[int, ...], ...] = ()
+    result_strides: tuple[tuple[int, ...] | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -225,3 +225,11 @@ def test_a_release_of_torch_that_was_not_tested_is_warned_about_once(step, monke
         memplan.optimize(step)
     memplan.optimize(step)
     warn_of_untested_torch.cache_clear()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_planning_where_gradients_are_off(step, sample, mode):
+    with mode():
+        planned = memplan.optimize(step, sample, budget="100%")
+    laws.assert_same_bits(laws.step(step, sample), laws.step(planned, sample))
+    assert len(planned.plans) == 1

@@ -341,11 +341,12 @@ def test_two_threads():
     planned = memplan.optimize(net)
     samples = [batch(), batch(9)]
     gradients = [[], []]
+    parameters = list(net.parameters())
 
     def run(index):
         for _ in range(5):
             loss = planned(**samples[index])["loss"]
-            gradients[index].append(torch.autograd.grad(loss, list(net.parameters())))
+            gradients[index].append(torch.autograd.grad(loss, parameters))
 
     threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
     for thread in threads:
@@ -353,7 +354,7 @@ def test_two_threads():
     for thread in threads:
         thread.join()
     for sample, seen in zip(samples, gradients, strict=True):
-        expected = torch.autograd.grad(net(**sample)["loss"], list(net.parameters()))
+        expected = torch.autograd.grad(net(**sample)["loss"], parameters)
         assert len(seen) == 5
         for found in seen:
             pairs = zip(found, expected, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import laws
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -74,7 +74,7 @@ class Random(nn.Module):
         for name, i, j in self.calls:
             a, b = known[-1 - i % len(known)], known[-1 - j % len(known)]
             known.append(UNARY[name](self, a) if name in UNARY else BINARY[name](self, a, b))
-        return sum(value.square().mean() for value in known[-3:])
+        return sum(value.square().mean() for value in (known[1], *known[-3:]))
 
 
 CALLS = st.tuples(
@@ -82,7 +82,9 @@ CALLS = st.tuples(
 )
 
 
-@settings(max_examples=settings.default.max_examples // 2, deadline=None)
+@example([("batch_norm", 4, 0)] * 4, "100%")
+@example([("batch_norm", 1, 0), ("batch_norm", 0, 0), ("batch_norm", 0, 0)], "70%")
+@settings(max_examples=settings.default.max_examples // 4, deadline=None)
 @given(st.lists(CALLS, min_size=3, max_size=30), st.sampled_from(["100%", "70%", "40%"]))
 def test_random_models_keep_the_laws(calls, budget):
     torch.manual_seed(0)

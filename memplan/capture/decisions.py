@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from memplan.errors import CaptureError
 from memplan.torch_internals import (
     DispatchMode,
     OpOverload,
@@ -110,7 +111,13 @@ class Replay(TorchFunctionMode):
     ) -> Any:
         del types
         if getattr(func, "__name__", "") in _ASKING:
-            return next(self.decisions).answer
+            decision = next(self.decisions, None)
+            if decision is None:
+                raise CaptureError(
+                    "the forward asks for more values of tensors in one run than in another; what "
+                    "it does must follow from its inputs alone"
+                )
+            return decision.answer
         return func(*args, **(kwargs or {}))
 
 

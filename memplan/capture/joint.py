@@ -84,6 +84,8 @@ def trace(
     refuse_before(module, sample)
     with (
         without_meta(module, sample) as given,
+        torch.inference_mode(False),
+        torch.enable_grad(),
         unchanged_randomness(),
         unchanged_attributes(module) as changed,
         OneLayerAtATime() as recurrent,

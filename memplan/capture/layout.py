@@ -18,7 +18,7 @@ from memplan.capture.joint import Traced, own_gradients
 from memplan.program import Costs
 from memplan.torch_internals import copy_joint, fake_mode_of
 
-Strides = Sequence[tuple[int, ...]]
+Strides = Sequence[tuple[int, ...] | None]
 
 
 def other_layouts(captured: Captured, costs: Costs) -> dict[str, Strides]:
@@ -32,7 +32,9 @@ def other_layouts(captured: Captured, costs: Costs) -> dict[str, Strides]:
     return found
 
 
-def _differ(recorded: torch.Tensor, strides: tuple[int, ...]) -> bool:
+def _differ(recorded: torch.Tensor, strides: tuple[int, ...] | None) -> bool:
+    if strides is None:
+        return False
     pairs = zip(recorded.shape, recorded.stride(), strides, strict=True)
     return recorded.numel() > 0 and any(size > 1 and mine != seen for size, mine, seen in pairs)
 
@@ -93,9 +95,10 @@ def _relayout(value: object, strides: Strides) -> object:
     remaining = iter(strides)
 
     def one(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(
-            tensor.shape, next(remaining), dtype=tensor.dtype, device=tensor.device
-        )
+        seen = next(remaining)
+        if seen is None:
+            return tensor
+        return torch.empty_strided(tensor.shape, seen, dtype=tensor.dtype, device=tensor.device)
 
     if isinstance(value, torch.Tensor):
         return one(value)

@@ -16,7 +16,7 @@ import torch
 
 from memplan.program import OpCost
 
-_SCHEMA = 3
+_SCHEMA = 4
 _LOG = logging.getLogger("memplan")
 
 
@@ -122,7 +122,7 @@ def _read(path: Path, machine: str) -> dict[str, OpCost]:
                 int(flops),
                 int(workspace),
                 tuple(map(int, sizes)),
-                tuple(tuple(map(int, one)) for one in strides),
+                tuple(None if one is None else tuple(map(int, one)) for one in strides),
             )
             for signature, (seconds, flops, workspace, sizes, strides) in data["entries"].items()
         }

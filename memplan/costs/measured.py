@@ -41,7 +41,7 @@ def measured_costs(captured: Captured, ops: Iterable[Op]) -> Costs:
 
 def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost]:
     result_bytes: dict[str, tuple[int, ...]] = {}
-    result_strides: dict[str, tuple[tuple[int, ...], ...]] = {}
+    result_strides: dict[str, tuple[tuple[int, ...] | None, ...]] = {}
     seconds: dict[str, float] = {}
     with unchanged_randomness(), torch.no_grad(), recording() as profile:
         for number, (signature, op) in enumerate(distinct.items()):
@@ -50,9 +50,10 @@ def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost
             run()
             with record_function(f"memplan#{number}"):
                 result = run()
-            result_bytes[signature] = _storage_bytes(result, operands)
-            result_strides[signature] = tuple(tensor.stride() for tensor in _tensors(result))
-            del result
+            tensors = _in_recorded_places(captured, op, result)
+            result_bytes[signature] = _storage_bytes(tensors, operands)
+            result_strides[signature] = tuple(t if t is None else t.stride() for t in tensors)
+            del result, tensors
     for number, (signature, op) in enumerate(distinct.items()):
         _LOG.debug("timing op %d of %d", number + 1, len(distinct))
         with unchanged_randomness(), torch.no_grad():
@@ -69,19 +70,31 @@ def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost
     }
 
 
-def _storage_bytes(result: object, operands: Iterable[object]) -> tuple[int, ...]:
-    """What each storage of a result takes; nothing where it is an operand's memory."""
+def _in_recorded_places(captured: Captured, op: Op, result: object) -> list[torch.Tensor | None]:
+    """A result's tensors; None where the trace recorded one and the kernel made none."""
+    results = result if isinstance(result, list | tuple) else (result,)
+    if op.variant_of is not None:
+        return [item for item in results if isinstance(item, torch.Tensor)]
+    value = captured.calls[op.id].meta["val"]
+    recorded = value if isinstance(value, list | tuple) else (value,)
+    return [
+        item if isinstance(item, torch.Tensor) else None
+        for item, like in zip(results, recorded, strict=True)
+        if isinstance(like, torch.Tensor)
+    ]
+
+
+def _storage_bytes(
+    results: Iterable[torch.Tensor | None], operands: Iterable[object]
+) -> tuple[int, ...]:
+    """What each storage of a result takes; nothing where it is an operand's memory, or missing."""
     operand_keys = {storage_key(tensor) for tensor in operands if isinstance(tensor, torch.Tensor)}
     nbytes: dict[int, int] = {}
-    for tensor in _tensors(result):
-        key = storage_key(tensor)
-        nbytes[key] = 0 if key in operand_keys else tensor.untyped_storage().nbytes()
+    for place, tensor in enumerate(results):
+        key = ~place if tensor is None else storage_key(tensor)
+        is_new = tensor is not None and key not in operand_keys
+        nbytes[key] = tensor.untyped_storage().nbytes() if is_new and tensor is not None else 0
     return tuple(nbytes.values())
-
-
-def _tensors(result: object) -> list[torch.Tensor]:
-    results = result if isinstance(result, list | tuple) else (result,)
-    return [tensor for tensor in results if isinstance(tensor, torch.Tensor)]
 
 
 def _seconds(run: Callable[[], object]) -> float:

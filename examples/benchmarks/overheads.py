@@ -1,0 +1,88 @@
+"""What planning and the check of each call cost.
+
+    python examples/benchmarks/overheads.py                   # needs transformers
+
+Planning: seconds of ``memplan.optimize`` with no measured costs at hand (cold), and with all of
+them (warm). The check: every call of a planned module compares shapes, modes and flags with those
+that were planned for, and values that the model branches on; its share of the step's time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import memplan
+from memplan.profiler.step import clear_gradients, run_step
+
+sys.path.insert(0, str(Path(__file__).parent))
+from budgets import gpt, gpt2, mlp, vit
+
+ROUNDS = 7
+
+
+def gpt2_small() -> tuple[nn.Module, Any, nn.Module]:
+    """GPT-2 as published: twelve layers, width 768."""
+    config = transformers.GPT2Config(use_cache=False)
+    tokens = torch.randint(0, config.vocab_size, (2, 128))
+    model = transformers.GPT2LMHeadModel(config).train()
+    return model, {"input_ids": tokens, "labels": tokens.clone()}, model
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any, nn.Module]]] = {
+    "gpt": gpt,
+    "mlp": mlp,
+    "gpt2": gpt2,
+    "gpt2_small": gpt2_small,
+    "vit": vit,
+}
+
+
+def main() -> None:
+    """Print one line for each model."""
+    transformers.utils.logging.set_verbosity_error()
+    print("| model | ops | planned cold | planned warm | step | check | share of the step |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for name in sys.argv[1:] or MODELS:
+        model, batch, _ = MODELS[name]()
+        sample = memplan.Sample.of(batch)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["MEMPLAN_CACHE_DIR"] = folder
+            cold_s, _ = seconds(optimize, model, sample)
+            warm_s, planned = seconds(optimize, model, sample)
+        check_s, step_s = [], []
+        for _ in range(ROUNDS):
+            clear_gradients(model)
+            check_s.append(seconds(planned.prepare, sample)[0])
+            step_s.append(seconds(run_step, planned, sample)[0])
+        check, step = median(check_s), median(step_s)
+        cells = [name, planned.plan.num_ops, f"{cold_s:.1f} s", f"{warm_s:.1f} s"]
+        cells += [f"{step * 1e3:.0f} ms", f"{check * 1e3:.2f} ms", f"{check / step:.2%}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def optimize(model: nn.Module, sample: memplan.Sample) -> memplan.PlannedModule:
+    """Plan for half of the memory, or for as little as is feasible."""
+    options = memplan.Options(on_infeasible="smallest")
+    return memplan.optimize(model, sample, budget="50%", options=options)
+
+
+def seconds(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """How long a call took, and what it returned."""
+    start = time.perf_counter()
+    result = run(*arguments)
+    return time.perf_counter() - start, result
+
+
+if __name__ == "__main__":
+    main()
