@@ -398,3 +398,50 @@ def test_bytes_are_exact_for_any_number_of_threads(num_threads, name):
         laws.assert_within_budget(planned, sample)
     finally:
         torch.set_num_threads(before)
+
+
+def chooses_by_mask(self, x):
+    rows = (x * self.weight)[x[:, 0] > 0]
+    positions = (x[:, 1] > 0).nonzero()
+    return rows.square().sum() + positions.sum() * self.weight[(x > 1)[0]].sum()
+
+
+def test_sizes_that_depend_on_the_inputs_are_guarded():
+    model = Model(chooses_by_mask)
+    samples = [torch.randn(6, 4) for _ in range(6)]
+    planned = memplan.optimize(model, samples[0], options=memplan.Options(cache_size=99))
+    for x in samples:
+        laws.assert_same_bits(laws.step(model, x), laws.step(planned, x))
+        laws.assert_within_budget(planned, x)
+    plans = len(planned.plans)
+    for x in samples:
+        planned(x)
+    assert len(planned.plans) == plans > 1
+
+
+def test_a_module_moved_to_where_it_is():
+    class Moves(Model):
+        def forward(self, x):
+            return self.layer.to(torch.float32)(x).square().mean()
+
+    model = Moves(None)
+    model.layer = nn.Linear(4, 4)
+    sample = torch.randn(3, 4)
+    planned = memplan.optimize(model, sample)
+    laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))
+
+
+def test_a_parameter_that_only_an_output_apart_from_the_loss_reaches_has_no_gradient():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.side = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return {"loss": self.head(x).square().mean(), "side": self.side(x)}
+
+    model, sample = Two(), torch.randn(3, 4)
+    planned = memplan.optimize(model, sample)
+    planned(sample)["loss"].backward()
+    assert model.side.weight.grad is None and model.head.weight.grad is not None
+    laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))

@@ -156,6 +156,10 @@ ROWS = [
         lambda: Model(branches_on_the_input),
     ),
     Row(
+        "sizes that depend on values of the inputs (`x[mask]`, `nonzero`; a plan for each size)",
+        lambda: Model(lambda m, x: m.first(x[x[:, 0] > -9]).square().mean()),
+    ),
+    Row(
         "tensors in plain attributes",
         lambda: Model(lambda m, x: (m.first(x) * m.table).mean(), table=torch.arange(8.0)),
     ),
@@ -172,9 +176,9 @@ ROWS = [
     ),
     Row("a branch on random numbers (layer drop)", lambda: Model(drops_layers), "must not branch"),
     Row(
-        "sizes that depend on values (`nonzero`, a boolean index)",
+        "sizes that depend on values of parameters",
         lambda: Model(loss(lambda y: y[y > 0])),
-        "size .* depends on the values",
+        "nor use them as sizes",
     ),
     Row(
         "random numbers from numpy or Python",

@@ -1,13 +1,14 @@
-"""Values of tensors that a forward asks for while it is captured: ``if mask.all():`` and the like.
+"""Values of tensors that a forward asks for while it is captured: ``if mask.all():``, ``x[mask]``.
 
-Where such a value follows from the inputs and from constants alone, it is computed, the capture
-goes the way that it points, and the step carries a guard: the same computation, made on the inputs
-of every later call. A value that depends on parameters or on random numbers changes from step to
-step, and cannot be captured.
+Where such a value, or the number of True entries of a mask, follows from the inputs and from
+constants alone, it is computed, the capture goes the way that it points, and the step carries a
+guard: the same computation, made on the inputs of every later call. A value that depends on
+parameters or on random numbers changes from step to step, and cannot be captured.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,40 +96,14 @@ def decide(flat: nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[Decision, .
     return tuple(recorder.decisions)
 
 
-class Replay(TorchFunctionMode):
-    """Inside, questions get the answers that were found before, in the same order."""
+class _Answering(TorchFunctionMode, ABC):
+    """Inside, questions get answers; what has a size that depends on values gets that size."""
 
-    def __init__(self, decisions: Sequence[Decision]) -> None:
-        super().__init__()
-        self.decisions: Iterator[Decision] = iter(decisions)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    @abstractmethod
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        del types
-        if getattr(func, "__name__", "") in _ASKING:
-            decision = next(self.decisions, None)
-            if decision is None:
-                raise CaptureError(
-                    "the forward asks for more values of tensors in one run than in another; what "
-                    "it does must follow from its inputs alone"
-                )
-            return decision.answer
-        return func(*args, **(kwargs or {}))
-
-
-class _Recorder(TorchFunctionMode):
-    """Inside, questions are answered on the real inputs, and recorded."""
-
-    def __init__(self, known: _Known, inputs: Sequence[torch.Tensor]) -> None:
-        super().__init__()
-        self.known = known
-        self.inputs = inputs
-        self.decisions: list[Decision] = []
+        """The answer to a question, or whatever torch does where there is none."""
 
     def __torch_function__(
         self,
@@ -139,9 +114,74 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
-        question = None
-        if getattr(func, "__name__", "") in _ASKING:
-            question = self.known.expression(func, args, kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _ASKING:
+            return self.answer(func, args, kwargs)
+        if name in ("nonzero", "argwhere") or (name == "where" and len(args) == 1 and not kwargs):
+            places = self.places(args[0])
+            as_tuple = name == "where" or kwargs.get("as_tuple", False)
+            return places.unbind(1) if as_tuple else places
+        if name == "__getitem__":
+            return func(args[0], self.without_masks(args[1]))
+        return func(*args, **kwargs)
+
+    def places(self, mask: torch.Tensor) -> torch.Tensor:
+        """Where a tensor is not zero, as (number, dimensions)."""
+        number = self.answer(_count, (mask,), {})
+        return torch.nonzero_static(mask, size=number)
+
+    def without_masks(self, index: Any) -> Any:
+        """An index with each boolean tensor replaced by the places where it is True."""
+        items = index if isinstance(index, tuple) else (index,)
+        if not any(_is_mask(item) for item in items):
+            return index
+        parts = [self.places(item).unbind(1) if _is_mask(item) else (item,) for item in items]
+        return tuple(part for one in parts for part in one)
+
+
+def _is_mask(item: object) -> bool:
+    return isinstance(item, torch.Tensor) and item.dtype == torch.bool and item.dim() > 0
+
+
+def _count(mask: torch.Tensor) -> int:
+    return int(mask.count_nonzero())
+
+
+class Replay(_Answering):
+    """Inside, questions get the answers that were found before, in the same order."""
+
+    def __init__(self, decisions: Sequence[Decision]) -> None:
+        super().__init__()
+        self.decisions: Iterator[Decision] = iter(decisions)
+
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The next answer."""
+        del func, args, kwargs
+        decision = next(self.decisions, None)
+        if decision is None:
+            raise CaptureError(
+                "the forward asks for more values of tensors in one run than in another; what it "
+                "does must follow from its inputs alone"
+            )
+        return decision.answer
+
+
+class _Recorder(_Answering):
+    """Inside, questions are answered on the real inputs, and recorded."""
+
+    def __init__(self, known: _Known, inputs: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = known
+        self.inputs = inputs
+        self.decisions: list[Decision] = []
+
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The answer, computed."""
+        question = self.known.expression(func, args, kwargs)
         if question is None:
             return func(*args, **kwargs)
         evaluation = _Evaluation(self.inputs)

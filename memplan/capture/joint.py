@@ -28,6 +28,7 @@ from memplan.torch_internals import (
     storage_key,
     trace_joint,
     without_checkpointing,
+    without_idle_moves,
     without_log_of_failures,
 )
 
@@ -91,6 +92,7 @@ def trace(
         OneLayerAtATime() as recurrent,
         CudaAttention() if has_cuda_attention else contextlib.nullcontext(),
         without_checkpointing(),
+        without_idle_moves(),
         without_log_of_failures(),
         _explained(module),
     ):
