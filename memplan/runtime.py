@@ -16,7 +16,7 @@ from memplan.plan import Plan
 from memplan.sample import Sample
 from memplan.schedule import Recovery
 from memplan.signature import State
-from memplan.torch_internals import backward_keeps_graph, unflatten
+from memplan.torch_internals import backward_keeps_graph, unflatten, without_autocast
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class _PlannedFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         del differentiable  # these are primals, listed so that autograd sees them
         emitted = step.emitted
-        results = emitted.forward([primals[position] for position in emitted.forward_primals])
+        with without_autocast():
+            results = emitted.forward([primals[position] for position in emitted.forward_primals])
         outputs = results[: emitted.num_outputs]
         ctx.step = step
         ctx.kept = results[emitted.num_outputs :]
@@ -159,6 +160,7 @@ class _PlannedFunction(torch.autograd.Function):
             )
         else:
             ctx.kept = None
-        results = step.emitted.backward(arguments)
+        with without_autocast():
+            results = step.emitted.backward(arguments)
         made = dict(zip(step.emitted.gradient_primals, results, strict=True))
         return (None, None, *(made.get(position) for position in ctx.positions))

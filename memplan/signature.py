@@ -47,7 +47,7 @@ def signature_of(module: nn.Module, state: State, sample: Sample) -> Hashable:
     return (
         str(spec),
         tuple(_leaf(leaf) for leaf in leaves),
-        _sharing(leaves),
+        _sharing([*leaves, *state.parameters.values(), *state.buffers.values()]),
         tuple((child.training, has_hooks(child)) for child in module.modules()),
         tuple(
             (name, _tensor(tensor), tensor.grad is not None, owners.setdefault(id(tensor), number))
@@ -71,6 +71,8 @@ def _tensor(tensor: torch.Tensor) -> Hashable:
         tensor.dtype,
         tensor.device,
         tensor.requires_grad,
+        tensor.is_conj(),
+        tensor.is_neg(),
     )
 
 
@@ -78,20 +80,23 @@ def _leaf(leaf: object) -> Hashable:
     if isinstance(leaf, torch.Tensor):
         return _tensor(leaf)
     if isinstance(leaf, _PLAIN):
-        return (type(leaf), leaf)
+        # Floats as text, so that 0.0 is not -0.0, and NaN is NaN.
+        return (type(leaf), repr(leaf) if isinstance(leaf, float | complex) else leaf)
     raise PlanMismatch(
         f"an input is a {type(leaf).__name__}; a planned module takes tensors and plain values "
         "(numbers, strings, None) in tuples, lists and dicts"
     )
 
 
-def _sharing(leaves: list[object]) -> tuple[int, ...]:
-    """Which input tensors share memory: for each, the first with the same storage."""
+def _sharing(leaves: list[object]) -> tuple[tuple[int, int], ...]:
+    """Which tensors share memory: for each that does, the first with it, and its place there."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     first: dict[int, int] = {}
+    owners = [first.setdefault(storage_key(t), number) for number, t in enumerate(tensors)]
+    shared = {owner for number, owner in enumerate(owners) if owner != number}
     return tuple(
-        first.setdefault(storage_key(leaf), number)
-        for number, leaf in enumerate(leaves)
-        if isinstance(leaf, torch.Tensor)
+        (owner, int(tensor.storage_offset())) if owner in shared else (-1, 0)
+        for owner, tensor in zip(owners, tensors, strict=True)
     )
 
 
@@ -107,4 +112,5 @@ def _flags() -> Hashable:
         torch.get_default_dtype(),
         torch.get_num_threads(),
         enabled_attention(),
+        torch.backends.mha.get_fastpath_enabled(),
     )

@@ -115,6 +115,22 @@ def drops_layers(m, x):
     return m.first(x).mean() if torch.rand(()) > 0.5 else m.first(x).sum()
 
 
+def seeded(y):
+    torch.manual_seed(0)
+    return y + torch.randn_like(y)
+
+
+def with_saved_hooks(m, x):
+    with torch.autograd.graph.save_on_cpu():
+        return m.first(x).exp().mean()
+
+
+def writes_weights(m, x):
+    with torch.no_grad():
+        m.first.weight.clamp_(-1, 1)
+    return m.first(x).mean()
+
+
 hidden = nn.Linear(8, 8)
 
 
@@ -184,6 +200,22 @@ ROWS = [
         "random numbers from numpy or Python",
         lambda: Model(loss(lambda y: y * float(np.random.rand()))),
         "numpy.random or random",
+    ),
+    Row("seeds set in the forward", lambda: Model(loss(seeded)), "random seed or state"),
+    Row(
+        "`torch.utils.checkpoint(use_reentrant=True)`",
+        lambda: Model(loss(lambda y: checkpoint(torch.sin, y, use_reentrant=True))),
+        "use_reentrant=False",
+    ),
+    Row("hooks on saved tensors", lambda: Model(with_saved_hooks), "hooks on saved tensors"),
+    Row("parameters that the forward writes", lambda: Model(writes_weights), "writes a parameter"),
+    Row(
+        "the fast path of attention in evaluation mode",
+        lambda: Model(
+            lambda m, x: m.attention(m.first(x), x, x)[0].mean(),
+            attention=nn.MultiheadAttention(8, 2).eval(),
+        ),
+        "fast path",
     ),
     Row(
         "parameters that are not registered",

@@ -24,6 +24,7 @@ from memplan.torch_internals import (
     as_if_traced,
     is_fake,
     storage_key,
+    without_autocast,
     without_modes,
 )
 
@@ -77,7 +78,8 @@ class Decision:
     def holds(self, inputs: Sequence[torch.Tensor]) -> bool:
         """Whether these inputs give the same answer."""
         found = _Evaluation(inputs)(self.question)
-        return type(found) is type(self.answer) and bool(found == self.answer)
+        # As text, so that 0.0 is not -0.0, and NaN is NaN.
+        return type(found) is type(self.answer) and repr(found) == repr(self.answer)
 
 
 def decide(flat: nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[Decision, ...]:
@@ -85,6 +87,11 @@ def decide(flat: nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[Decision, .
 
     Raises whatever torch does where a value depends on more than inputs and constants.
     """
+    if len({storage_key(tensor) for tensor in inputs}) < len(inputs):
+        raise CaptureError(
+            "the forward branches on values of tensors, and two of the inputs share memory; pass "
+            "copies"
+        )
     known = _Known()
     recorder = _Recorder(known, inputs)
     with as_if_traced(flat, inputs, known) as (state, copies):
@@ -117,12 +124,13 @@ class _Answering(TorchFunctionMode, ABC):
         name = getattr(func, "__name__", "")
         if name in _ASKING:
             return self.answer(func, args, kwargs)
-        if name in ("nonzero", "argwhere") or (name == "where" and len(args) == 1 and not kwargs):
+        is_search = name in ("nonzero", "argwhere") or (name == "where" and len(args) == 1)
+        if is_search and args and args[0].dim() > 0:
             places = self.places(args[0])
             as_tuple = name == "where" or kwargs.get("as_tuple", False)
             return places.unbind(1) if as_tuple else places
-        if name == "__getitem__":
-            return func(args[0], self.without_masks(args[1]))
+        if name in ("__getitem__", "__setitem__"):
+            return func(args[0], self.without_masks(args[0], args[1]), *args[2:])
         return func(*args, **kwargs)
 
     def places(self, mask: torch.Tensor) -> torch.Tensor:
@@ -130,13 +138,35 @@ class _Answering(TorchFunctionMode, ABC):
         number = self.answer(_count, (mask,), {})
         return torch.nonzero_static(mask, size=number)
 
-    def without_masks(self, index: Any) -> Any:
+    def without_masks(self, tensor: torch.Tensor, index: Any) -> Any:
         """An index with each boolean tensor replaced by the places where it is True."""
         items = index if isinstance(index, tuple) else (index,)
         if not any(_is_mask(item) for item in items):
             return index
-        parts = [self.places(item).unbind(1) if _is_mask(item) else (item,) for item in items]
-        return tuple(part for one in parts for part in one)
+        parts: list[Any] = []
+        dim = 0
+        for position, item in enumerate(items):
+            if not _is_mask(item):
+                parts.append(item)
+                dim = _next_dim(tensor, items, position, dim)
+            elif item.shape != tensor.shape[dim : dim + item.dim()]:
+                return index  # torch says what is wrong with it
+            else:
+                parts += self.places(item).unbind(1)
+                dim += item.dim()
+        return tuple(parts)
+
+
+def _next_dim(tensor: torch.Tensor, items: tuple[Any, ...], position: int, dim: int) -> int:
+    """The dimension that the item of an index after this one, which is no mask, speaks of."""
+    item = items[position]
+    if item is None or isinstance(item, bool):
+        return dim
+    if item is not Ellipsis:
+        return dim + 1
+    after = items[position + 1 :]
+    taken = sum(int(one.dim()) if _is_mask(one) else int(one is not None) for one in after)
+    return tensor.dim() - taken
 
 
 def _is_mask(item: object) -> bool:
@@ -264,7 +294,7 @@ class _Evaluation:
 
     def __call__(self, question: Computed) -> Any:
         """The value of an expression."""
-        with without_modes(), torch.no_grad():
+        with without_modes(), without_autocast(), torch.no_grad():
             return self.value(question)
 
     def value(self, part: object) -> Any:
@@ -285,7 +315,8 @@ class _Evaluation:
 
 def _place(tensor: torch.Tensor) -> Hashable:
     """Equal for tensors that are the same part of the same storage."""
-    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+    layout = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
+    return layout, tensor.is_conj(), tensor.is_neg()
 
 
 def _map(function: Callable[[Any], Any], tree: Any) -> Any:

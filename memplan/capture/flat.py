@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.decisions import Decision, Replay
 from memplan.errors import CaptureError
 from memplan.sample import Sample
@@ -59,6 +60,7 @@ class Flat(nn.Module):
 
     Attributes:
         seen: what the last call returned.
+        changed: names of attributes that it has changed; each call finds them as they were.
         decisions: values of tensors that the forward asks for, in the order in which it does;
             None: let it ask.
     """
@@ -70,6 +72,7 @@ class Flat(nn.Module):
         self.asked = differentiable
         self.seen: Output | None = None
         self.decisions: tuple[Decision, ...] | None = None
+        self.changed: set[str] = set()
         self.ties = _ties(module)
 
     def named_parameters(
@@ -95,8 +98,14 @@ class Flat(nn.Module):
         args, kwargs = unflatten(leaves, self.sample_spec)
         torch.clear_autocast_cache()
         replay = contextlib.nullcontext() if self.decisions is None else Replay(self.decisions)
-        with _tied(self.ties), _buffers_written_in_place(self.wrapped), replay:
+        with (
+            unchanged_attributes(self.wrapped) as changed,
+            _tied(self.ties),
+            _buffers_written_in_place(self.wrapped),
+            replay,
+        ):
             outputs, spec = flatten(self.wrapped(*args, **kwargs))
+        self.changed |= changed
         kept: list[torch.Tensor] = []
         described: list[OutputLeaf] = []
         for leaf in outputs:
@@ -162,7 +171,15 @@ def _tied(ties: Sequence[_Tie]) -> Iterator[None]:
 def _buffers_written_in_place(module: nn.Module) -> Iterator[None]:
     """A buffer that the forward replaces by assignment is written instead."""
     before = {child: dict(child.named_buffers(recurse=False)) for child in module.modules()}
+    parameters = {child: dict(child.named_parameters(recurse=False)) for child in module.modules()}
     yield
+    for child, owned in parameters.items():
+        now = dict(child.named_parameters(recurse=False))
+        if any(now.get(name) is not parameter for name, parameter in owned.items()):
+            raise CaptureError(
+                f"the forward replaces a parameter of a {type(child).__name__}, which a planned "
+                "step cannot"
+            )
     for child, buffers in before.items():
         for name, buffer in buffers.items():
             now = getattr(child, name)

@@ -10,17 +10,20 @@ import torch
 from torch import fx, nn
 
 from memplan.capture.attention import CudaAttention
+from memplan.capture.attributes import unchanged_attributes, unchanged_tensors
 from memplan.capture.decisions import Decision, decide
+from memplan.capture.dropout import DropsAll
 from memplan.capture.explain import explain, is_data_dependent
 from memplan.capture.flat import Differentiable, Flat, Output
 from memplan.capture.origins import origins
 from memplan.capture.recurrent import OneLayerAtATime
-from memplan.capture.refusals import refuse_after, refuse_before
-from memplan.capture.surroundings import unchanged_attributes, unchanged_randomness, without_meta
+from memplan.capture.refusals import refuse_after, refuse_before, refused_inside
+from memplan.capture.surroundings import unchanged_randomness, without_meta
 from memplan.errors import CaptureError
 from memplan.sample import Sample
 from memplan.torch_internals import (
     Joint,
+    JointInput,
     UnsupportedJointError,
     copy_joint,
     is_backward,
@@ -88,8 +91,11 @@ def trace(
         torch.inference_mode(False),
         torch.enable_grad(),
         unchanged_randomness(),
-        unchanged_attributes(module) as changed,
+        refused_inside(module),
+        unchanged_tensors(module),
+        unchanged_attributes(module),
         OneLayerAtATime() as recurrent,
+        DropsAll(),
         CudaAttention() if has_cuda_attention else contextlib.nullcontext(),
         without_checkpointing(),
         without_idle_moves(),
@@ -105,7 +111,7 @@ def trace(
         joint=own_gradients(_copy_back(_forget_running_statistics(joint))),
         output=flat.seen,
         guards=tuple(decision for decision in flat.decisions or () if decision.is_guard),
-        differences=_differences(recurrent.seen, changed, asked),
+        differences=_differences(joint, recurrent.seen, flat.changed, asked),
         module_name=type(module).__name__,
         existing_gradient_bytes=sum(
             gradient.untyped_storage().nbytes() for gradient in existing if gradient is not None
@@ -156,12 +162,20 @@ def _explained(module: nn.Module) -> Iterator[None]:
         raise CaptureError(explain(error, module)) from error
 
 
-def _differences(recurrent: set[str], changed: set[str], asked: set[str]) -> tuple[Difference, ...]:
+def _differences(
+    joint: Joint, recurrent: set[str], changed: set[str], asked: set[str]
+) -> tuple[Difference, ...]:
     """Where the captured step may not be what eager runs."""
     found = []
     if recurrent:
         kinds = ", ".join(sorted(recurrent))
         reason = f"the recurrent kernels ({kinds}) are captured as other ops than the module runs"
+        found.append(Difference(True, reason))
+    if torch.is_autocast_cache_enabled() and any(map(_is_cast_again, joint.inputs)):
+        reason = (
+            "autocast casts a weight that is used more than once in every use; the untouched "
+            "module casts it once and sums its gradients in 16 bits"
+        )
         found.append(Difference(True, reason))
     if changed:
         reason = (
@@ -176,6 +190,17 @@ def _differences(recurrent: set[str], changed: set[str], asked: set[str]) -> tup
         )
         found.append(Difference(False, reason))
     return tuple(found)
+
+
+def _is_cast_again(given: JointInput) -> bool:
+    """Whether a parameter in 32 bits is cast to 16 bits more than once in the forward."""
+    casts = [
+        node
+        for node in given.node.users
+        if node.target is torch.ops.aten._to_copy.default and not is_backward(node)
+    ]
+    halves = [node for node in casts if node.meta["val"].dtype.itemsize == 2]
+    return given.kind == "parameter" and len(halves) > 1
 
 
 def rewrite(traced: Traced, rewrites: Iterable[Callable[[fx.Graph], None]]) -> Traced:

@@ -33,7 +33,13 @@ def read(traced: Traced) -> Captured:
     Raises:
         CaptureError: naming an op that memplan cannot account for, and where it comes from.
     """
-    return _Reader(traced).read()
+    try:
+        return _Reader(traced).read()
+    except (AssertionError, KeyError) as error:
+        raise CaptureError(
+            f"{traced.module_name}'s step cannot be read ({error!r}): it writes tensors in a way "
+            "that memplan does not know"
+        ) from error
 
 
 class _Reader:

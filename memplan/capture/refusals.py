@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +29,15 @@ def refuse_before(module: nn.Module, sample: Sample) -> None:
             raise CaptureError(
                 f"{where} ({type(child).__name__}) has hooks, which a captured step would not "
                 "run. Remove them, or leave this module unplanned."
+            )
+        attention = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+        has_fast_path = torch.backends.mha.get_fastpath_enabled() and not child.training
+        if isinstance(child, attention) and has_fast_path:
+            raise CaptureError(
+                f"module {name!r} ({type(child).__name__}) is in evaluation mode, in which torch "
+                "may run a fast path that cannot be captured and gives other values at padded "
+                "places. Call torch.backends.mha.set_fastpath_enabled(False), for the untouched "
+                "model too."
             )
     named = [*module.named_parameters(), *module.named_buffers()]
     named += [(f"input {index}", tensor) for index, tensor in enumerate(sample.tensors())]
@@ -53,3 +69,60 @@ def refuse_after(joint: Joint) -> None:
                 f"the module (shape {tuple(constant.shape)}, {name}); register it as a parameter, "
                 "or as a submodule what holds it"
             )
+
+
+@contextlib.contextmanager
+def refused_inside(module: nn.Module) -> Iterator[None]:
+    """Refuse, while a module is traced, what a trace cannot hold.
+
+    Raises:
+        CaptureError: for seeds and states set in the forward, hooks on saved tensors, and numbers
+            drawn from generators that the module has.
+    """
+    seeding, hooking = "sets torch's random seed or state", "puts hooks on saved tensors"
+    refused: list[tuple[Any, str, str]] = [
+        (torch, "manual_seed", seeding),
+        (torch, "set_rng_state", seeding),
+        (torch.random, "manual_seed", seeding),
+        (torch.random, "set_rng_state", seeding),
+        (torch.random, "fork_rng", seeding),
+        (torch.autograd.graph.saved_tensors_hooks, "__enter__", hooking),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in refused]
+    generators = [
+        (value, _state(value))
+        for child in module.modules()
+        for value in child.__dict__.values()
+        if isinstance(value, random.Random | np.random.Generator | np.random.RandomState)
+    ]
+    for owner, name, what in refused:
+        setattr(owner, name, _refusing(what, getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+    if any(_state(generator) != state for generator, state in generators):
+        raise CaptureError(
+            "the forward draws numbers from a generator of numpy's or Python's; captured, they "
+            "would be the same in every step. Draw them with torch, or outside of the module."
+        )
+
+
+def _refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The original for torch's own code, which traces with it; a refusal for anyone else."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            return original(*args, **kwargs)
+        raise CaptureError(f"the forward {what}, which a planned step would not do")
+
+    return refuse
+
+
+def _state(generator: Any) -> str:
+    if isinstance(generator, random.Random):
+        return repr(generator.getstate())
+    if isinstance(generator, np.random.Generator):
+        return repr(generator.bit_generator.state)
+    return repr(generator.get_state(legacy=False))

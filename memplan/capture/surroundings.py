@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from memplan.sample import Sample
 from memplan.torch_internals import cpu_stand_ins, flatten, unflatten
 
 _OWN = ("_parameters", "_buffers", "_modules")
-
-_FOLLOW = frozenset({"_flat_weights", "_flat_weight_refs"})
-"""What recurrent modules keep beside their parameters; it follows them."""
 
 
 @contextlib.contextmanager
@@ -69,57 +65,3 @@ def without_meta(module: nn.Module, sample: Sample) -> Iterator[Sample]:
     finally:
         for own, members in zip(owners, before, strict=True):
             own.update(members)
-
-
-@contextlib.contextmanager
-def unchanged_attributes(module: nn.Module) -> Iterator[set[str]]:
-    """Restore the attributes of a module and its children.
-
-    Yields the set of names of those that were changed, filled at the end.
-    """
-    changed: set[str] = set()
-    before = [(name, child, _Attributes.of(child)) for name, child in module.named_modules()]
-    try:
-        yield changed
-    finally:
-        for name, child, attributes in before:
-            prefix = f"{name}." if name else ""
-            changed.update(prefix + attribute for attribute in attributes.changed(child))
-            attributes.restore(child)
-
-
-@dataclass(frozen=True)
-class _Attributes:
-    """A module's attributes; those of ``_OWN`` are dicts, of which the members are held too."""
-
-    plain: dict[str, object]
-    members: dict[str, dict[str, object]]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Attributes:
-        plain = dict(module.__dict__)
-        return cls(plain, {own: dict(module.__dict__[own]) for own in _OWN})
-
-    def changed(self, module: nn.Module) -> Iterator[str]:
-        now = _Attributes.of(module)
-        for mine, theirs in (
-            (self.plain, now.plain),
-            *((self.members[own], now.members[own]) for own in _OWN),
-        ):
-            for name in mine.keys() | theirs.keys():
-                if name in _FOLLOW:
-                    continue
-                if name not in mine or name not in theirs or not _same(mine[name], theirs[name]):
-                    yield name
-
-    def restore(self, module: nn.Module) -> None:
-        module.__dict__.clear()
-        module.__dict__.update(self.plain)
-        for own, members in self.members.items():
-            module.__dict__[own].clear()
-            module.__dict__[own].update(members)
-
-
-def _same(one: object, other: object) -> bool:
-    is_plain = isinstance(one, bool | int | float | str) and type(one) is type(other)
-    return one is other or (is_plain and one == other)

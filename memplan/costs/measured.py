@@ -15,6 +15,7 @@ from torch.profiler import record_function
 
 from memplan.capture import Captured, call_of, unchanged_randomness
 from memplan.costs.cache import CostCache
+from memplan.errors import CaptureError
 from memplan.program import Costs, Op, OpCost
 from memplan.torch_internals import allocations, recording, spans, storage_key
 
@@ -47,7 +48,7 @@ def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost
         for number, (signature, op) in enumerate(distinct.items()):
             _LOG.debug("measuring op %d of %d", number + 1, len(distinct))
             run, operands = _runnable(captured, op)
-            run()
+            _try(run, op)
             with record_function(f"memplan#{number}"):
                 result = run()
             tensors = _in_recorded_places(captured, op, result)
@@ -68,6 +69,23 @@ def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost
         )
         for number, signature in enumerate(distinct)
     }
+
+
+def _try(run: Callable[[], object], op: Op) -> None:
+    """Run an op once, to warm up.
+
+    Raises:
+        CaptureError: naming the op, if it refuses made-up operands.
+    """
+    try:
+        run()
+    except (RuntimeError, IndexError, ValueError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise CaptureError(
+            f"{op.target} (at {op.source or 'an unknown line'}) cannot be measured, because it "
+            f'refuses made-up operands: {cause}. Pass Options(costs="analytic"), whose plans '
+            "know no workspace."
+        ) from error
 
 
 def _in_recorded_places(captured: Captured, op: Op, result: object) -> list[torch.Tensor | None]:
@@ -133,6 +151,10 @@ def _runnable(captured: Captured, op: Op) -> tuple[Callable[[], object], Iterabl
         return made[node]
 
     args = fx.map_arg(call.args, operand)
+    if call.target is torch.ops.aten.nonzero_static.default:
+        # As many places as the step was captured for; how many there are rules the workspace.
+        mask = torch.arange(args[0].numel()) < call.kwargs["size"]
+        args[0].copy_(mask.view(args[0].shape))
     kwargs = fx.map_arg(call.kwargs, operand)
     return lambda: call.target(*args, **kwargs), made.values()
 

@@ -37,6 +37,7 @@ from memplan.torch_internals.state import (
     storage_key,
     version_of,
     warn_of_untested_torch,
+    without_autocast,
 )
 from memplan.torch_internals.trees import TreeSpec, flatten, unflatten
 
@@ -70,6 +71,7 @@ __all__ = [
     "unflatten",
     "version_of",
     "warn_of_untested_torch",
+    "without_autocast",
     "without_checkpointing",
     "without_idle_moves",
     "without_log_of_failures",

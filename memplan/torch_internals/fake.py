@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from memplan.errors import CaptureError
+
 
 class DispatchMode(TorchDispatchMode):
     """Sees every op, below autograd; a subclass defines ``__torch_dispatch__`` (torch 2.13.0)."""
@@ -105,20 +107,28 @@ def set_origin(modules: Sequence[str], source: str) -> None:
 
 @contextlib.contextmanager
 def without_checkpointing() -> Iterator[None]:
-    """Inside, ``torch.utils.checkpoint`` calls the function and no more (torch 2.13.0)."""
+    """Inside, ``torch.utils.checkpoint`` calls the function and no more (torch 2.13.0).
+
+    Raises:
+        CaptureError: inside, for the reentrant variant, which computes other gradients: none where
+            no input needs one, and sums in another order.
+    """
 
     def only_call(*args: object, **kwargs: object) -> Iterator[None]:
         del args, kwargs
         yield
 
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        del preserve
-        return function(*args)
+    def refuse(*args: object) -> Any:
+        del args
+        raise CaptureError(
+            "the model calls torch.utils.checkpoint with use_reentrant=True; memplan takes its "
+            "place: take it out, or pass use_reentrant=False"
+        )
 
     reentrant: Any = torch.utils.checkpoint.CheckpointFunction
     originals = reentrant.apply, torch.utils.checkpoint._checkpoint_without_reentrant_generator
     torch.utils.checkpoint._checkpoint_without_reentrant_generator = only_call
-    reentrant.apply = apply
+    reentrant.apply = refuse
     try:
         yield
     finally:

@@ -140,8 +140,12 @@ def _lift_constants(
     lifted: dict[str, tuple[fx.Node, torch.Tensor]] = {}
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         tensor = getattr(module, node.target)
-        if not isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, fx.GraphModule):
             continue
+        if not isinstance(tensor, torch.Tensor):
+            raise UnsupportedJointError(
+                f"an object that is no tensor ({type(tensor).__name__}), such as a torch.Generator"
+            )
         if node.target not in lifted:
             with graph.inserting_after(last):
                 last = graph.placeholder(node.target)
@@ -182,6 +186,8 @@ def _joint_input(node: fx.Node) -> JointInput:
             return JointInput(node, "input", index=index)
         case TangentAOTInput(output=PlainAOTOutput(idx=index)):
             return JointInput(node, "tangent", index=index)
+        case TangentAOTInput(output=InputMutationAOTOutput()):
+            raise UnsupportedJointError("a forward that writes a parameter")
     raise UnsupportedJointError(f"an input of the kind {node.meta['desc']}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
@@ -60,3 +62,16 @@ def enabled_attention() -> tuple[bool, ...]:
 def backward_keeps_graph() -> bool:
     """Inside a backward: whether it was called with ``retain_graph=True`` (torch 2.13.0)."""
     return bool(_get_current_graph_task_keep_graph())
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, no op is cast: the casts are part of what was traced (torch 2.13.0)."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, True)
