@@ -47,13 +47,14 @@ def signature_of(module: nn.Module, state: State, sample: Sample) -> Hashable:
     return (
         str(spec),
         tuple(_leaf(leaf) for leaf in leaves),
-        _sharing([*leaves, *state.parameters.values(), *state.buffers.values()]),
         tuple((child.training, has_hooks(child)) for child in module.modules()),
         tuple(
             (name, _tensor(tensor), tensor.grad is not None, owners.setdefault(id(tensor), number))
             for number, (name, tensor) in enumerate(state.parameters.items())
         ),
         tuple((name, _tensor(tensor)) for name, tensor in state.buffers.items()),
+        # Last, because it fails on a parameter that is not initialized.
+        _sharing([*leaves, *state.parameters.values(), *state.buffers.values()]),
         _flags(),
     )
 
