@@ -14,9 +14,10 @@ from torch import nn
 
 from memplan.capture import (
     Captured,
-    read,
+    Traced,
     rewrite,
     trace,
+    update_in_backward,
 )
 from memplan.collector import paused_collector
 from memplan.emit import emit
@@ -27,7 +28,7 @@ from memplan.passing import Pass
 from memplan.plan import PassRecord, Plan, describe_original, describe_plan, fingerprint
 from memplan.planner import MAX_SLOWDOWN, solve
 from memplan.pricing import Pricing, offers
-from memplan.request import Request, make_request, require_module
+from memplan.request import Request, make_request
 from memplan.runtime import PlannedStep, check_emitted
 from memplan.sample import Sample
 from memplan.schedule import Effect, Recovery, Schedule, check_schedule
@@ -61,15 +62,17 @@ def optimize(
             least memory within it. Neither: all savings that are free.
         passes: techniques to add to the EXACT defaults.
         default_passes: False leaves the defaults out.
-        optimizer: not supported yet; must be None.
+        optimizer: whose state and update the budget then covers too: one over
+            ``model.parameters()``, or a callable that makes one of them, found as
+            ``planned.optimizer``. None: the step is forward and backward.
         plan: a saved plan to apply; excludes budget, max_slowdown and passes.
         options: the rest.
 
     Raises:
         UnitsError, CaptureError, InfeasibleBudget, PlanMismatch: each says what to do.
     """
-    require_module(model)
     request = make_request(
+        model,
         budget=budget,
         max_slowdown=max_slowdown,
         passes=passes,
@@ -78,7 +81,8 @@ def optimize(
         plan=plan,
         options=options,
     )
-    planned = PlannedModule(model, partial(build_step, request=request), request.options.cache_size)
+    build = partial(build_step, request=request)
+    planned = PlannedModule(model, build, request.options.cache_size, request.optimizer)
     if sample is not None:
         planned.prepare(Sample.of(sample))
     return planned
@@ -96,8 +100,8 @@ def plan(
     options: Options | None = None,
 ) -> Plan:
     """The plan that ``optimize`` would run, with the same arguments. Never runs the model."""
-    require_module(model)
     request = make_request(
+        model,
         budget=budget,
         max_slowdown=max_slowdown,
         passes=passes,
@@ -117,8 +121,10 @@ def build_step(model: nn.Module, sample: Sample, request: Request) -> PlannedSte
             "What is to run is planned for the device that the model is on."
         )
     captured, chosen, recoveries = make_plan(model, sample, request)
-    emitted = emit(captured, recoveries, chosen.schedule)
-    step = PlannedStep(captured, recoveries, emitted, chosen)
+    in_backward = request.in_backward
+    update = None if in_backward is None else in_backward.updating()
+    emitted = emit(captured, recoveries, chosen.schedule, update)
+    step = PlannedStep(captured, recoveries, emitted, chosen, in_backward)
     check_emitted(step)
     _LOG.info("%s", chosen)
     return step
@@ -133,12 +139,15 @@ def make_plan(
     pricing = Pricing.of(model, sample, request.options)
     is_cuda = pricing.device is not None and pricing.device.is_cuda
     traced = trace(model, sample, request.options.differentiable_outputs, is_cuda)
-    traced, original, original_costs = pricing.read_as_run(traced)
-    rewrites = [p.rewrite_joint for p in request.passes if p.rewrite_joint is not None]
-    rewritten = read(rewrite(traced, rewrites)) if rewrites else original
+    traced = pricing.as_run(traced)
+    if request.optimizer is not None:
+        in_backward = request.in_backward is not None
+        pricing = pricing.with_optimizer(model, traced, request.optimizer, in_backward=in_backward)
+    original, original_costs = pricing.price(pricing.read(traced))
+    unplanned = describe_original(original.program, original_costs)
+    rewritten = pricing.read(_rewritten(traced, request))
     recoveries = offers(rewritten, request.passes)
     captured, costs = pricing.price(rewritten, recoveries)
-    unplanned = describe_original(original.program, original_costs)
     records = tuple(PassRecord(p.name, p.arguments, p.effect) for p in request.passes)
     is_rounded = any(difference.is_certain for difference in captured.differences)
     describe = partial(
@@ -183,6 +192,13 @@ def make_plan(
     return captured, chosen, recoveries
 
 
+def _rewritten(traced: Traced, request: Request) -> Traced:
+    """What the passes make of a trace."""
+    rewrites = [one.rewrite_joint for one in request.passes if one.rewrite_joint is not None]
+    rewritten = rewrite(traced, rewrites)
+    return rewritten if request.in_backward is None else update_in_backward(rewritten)
+
+
 def _saved(
     saved: Plan, captured: Captured, recoveries: tuple[Recovery, ...]
 ) -> tuple[Schedule, int | None]:
@@ -207,6 +223,6 @@ def _infeasible(budget_bytes: int, smallest: Plan, max_slowdown: float | None) -
         f"{smallest.peak_bytes} bytes ({format_bytes(smallest.peak_bytes)}, of which "
         f"{format_bytes(smallest.resident_bytes)} are resident). Its peak is at "
         f"{smallest.peak_op}, where {largest} are alive. Raise the budget, make the batch "
-        'smaller, or pass Options(on_infeasible="smallest").',
+        f'smaller, or pass Options(on_infeasible="smallest"). {smallest.advice}'.strip(),
         smallest.peak_bytes,
     )

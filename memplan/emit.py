@@ -15,9 +15,10 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from memplan.capture import Captured
+from memplan.accumulation import accumulate
+from memplan.capture import Captured, update_parameter
 from memplan.capture.call import call_of
-from memplan.program import Op
+from memplan.program import Op, Phase, Role
 from memplan.schedule import Catalog, Free, Recovery, Schedule, Step
 from memplan.torch_internals import boxed
 
@@ -28,7 +29,9 @@ class Emitted:
 
     Attributes:
         forward: takes the list of ``forward_primals``; returns outputs, then saved tensors.
-        backward: takes saved tensors, ``backward_primals`` and tangents; returns gradients.
+        backward: takes saved tensors, ``backward_primals``, tangents, and what is added to: the
+            gradients that ``accumulated`` primals hold, or None. Returns gradients, and None for
+            those that were added into what was there.
         forward_primals: positions of primals.
         backward_primals: positions of primals.
         output_slots: for each output of the module, its position in what ``forward`` returns, or
@@ -36,6 +39,8 @@ class Emitted:
         num_outputs: how many of what ``forward`` returns are outputs.
         tangents: positions, among the module's outputs, whose incoming gradients are passed on.
         gradient_primals: positions of the primals that the gradients are for, in order.
+        accumulated: positions of the primals whose gradients are added into what is there.
+        updated: positions of the primals that are updated in the backward.
     """
 
     forward: Callable[[list[Any]], list[torch.Tensor]]
@@ -46,21 +51,34 @@ class Emitted:
     num_outputs: int
     tangents: tuple[int, ...]
     gradient_primals: tuple[int, ...]
+    accumulated: tuple[int, ...]
+    updated: tuple[int, ...]
 
 
-def emit(captured: Captured, recoveries: Iterable[Recovery], schedule: Schedule) -> Emitted:
-    """Write a schedule as code."""
+def emit(
+    captured: Captured,
+    recoveries: Iterable[Recovery],
+    schedule: Schedule,
+    update: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+) -> Emitted:
+    """Write a schedule as code.
+
+    ``update`` takes a parameter and its gradient, if the schedule updates in the backward. What
+    the user's own call of the optimizer runs is not written.
+    """
     catalog = Catalog.of(captured.program, recoveries)
+    schedule = _without_last_update(captured, schedule)
     saved = saved_for_backward(captured, catalog, schedule)
     forward = _Segment(captured, catalog)
     forward_primals = forward.take_primals(_read(catalog, schedule.forward))
     forward.run(schedule.forward)
     slots, results = _outputs(captured, forward)
     forward.graph.output([*results, *forward.save(saved, results)])
-    backward = _Segment(captured, catalog)
+    backward = _Segment(captured, catalog, update)
     backward.take(saved)
     backward_primals = backward.take_primals(_read(catalog, schedule.backward))
     backward.take_tangents()
+    accumulated = backward.take_existing_gradients()
     backward.run(schedule.backward)
     backward.graph.output([backward.resolve(node) for _, node in captured.gradients])
     return Emitted(
@@ -72,7 +90,16 @@ def emit(captured: Captured, recoveries: Iterable[Recovery], schedule: Schedule)
         num_outputs=len(results),
         tangents=tuple(position for position, _ in captured.tangents),
         gradient_primals=tuple(position for position, _ in captured.gradients),
+        accumulated=accumulated,
+        updated=_updated(captured),
     )
+
+
+def _without_last_update(captured: Captured, schedule: Schedule) -> Schedule:
+    ops = captured.program.ops
+    last = [op.id for op in ops[-1:] if op.phase is Phase.OPTIMIZER]
+    kept = (step for step in schedule.backward if isinstance(step, Free) or step.op not in last)
+    return Schedule(schedule.forward, tuple(kept))
 
 
 def saved_for_backward(captured: Captured, catalog: Catalog, schedule: Schedule) -> tuple[int, ...]:
@@ -103,6 +130,12 @@ def _read(catalog: Catalog, steps: Iterable[Step]) -> set[int]:
     }
 
 
+def _updated(captured: Captured) -> tuple[int, ...]:
+    calls = captured.calls.values()
+    nodes = {node.args[0] for node in calls if node.target is update_parameter}
+    return tuple(i for i, primal in enumerate(captured.primals) if primal.node in nodes)
+
+
 def _outputs(captured: Captured, forward: _Segment) -> tuple[tuple[int, ...], list[fx.Node]]:
     """Each output once, and where each of the module's outputs finds itself."""
     positions = {primal.node: index for index, primal in enumerate(captured.primals)}
@@ -122,9 +155,15 @@ def _outputs(captured: Captured, forward: _Segment) -> tuple[tuple[int, ...], li
 class _Segment:
     """Writes one segment's graph."""
 
-    def __init__(self, captured: Captured, catalog: Catalog) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        catalog: Catalog,
+        update: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> None:
         self.captured = captured
         self.catalog = catalog
+        self.update = update
         self.graph = fx.Graph()
         self.given: dict[fx.Node, fx.Node] = {}
         self.copies: dict[int, fx.Node] = {}
@@ -141,7 +180,7 @@ class _Segment:
         positions = [
             position
             for position, primal in enumerate(self.captured.primals)
-            if storage[primal.node] in read
+            if storage[primal.node] in read and primal.kind != "gradient"
         ]
         for position in positions:
             node = self.captured.primals[position].node
@@ -157,6 +196,15 @@ class _Segment:
         """Placeholders for incoming gradients."""
         for position, node in self.captured.tangents:
             self.given[node] = self.graph.placeholder(f"tangent_{position}")
+
+    def take_existing_gradients(self) -> tuple[int, ...]:
+        """Placeholders for the gradients that are there; the positions of their parameters."""
+        primals = self.captured.primals
+        existing = [primal for primal in primals if primal.kind == "gradient"]
+        for primal in existing:
+            self.given[primal.node] = self.graph.placeholder(primal.node.name)
+        positions = {p.name: index for index, p in enumerate(primals) if p.kind == "parameter"}
+        return tuple(positions[primal.name] for primal in existing)
 
     def save(self, values: Iterable[int], results: list[fx.Node]) -> list[fx.Node]:
         """What the forward hands to the backward.
@@ -191,7 +239,20 @@ class _Segment:
         args = fx.map_arg(call.args, translate)
         kwargs = fx.map_arg(call.kwargs, translate)
         assert isinstance(args, tuple) and isinstance(kwargs, Mapping)
-        return self.graph.call_function(call.target, args, dict(kwargs))
+        if self.is_accumulation(op):
+            added = self.graph.call_function(accumulate, args)
+            self.given[self.captured.calls[op.id]] = added
+            return added
+        target = call.target
+        if target is update_parameter:
+            assert self.update is not None, "the schedule updates parameters, and nothing does so"
+            target = self.update
+        return self.graph.call_function(target, args, dict(kwargs))
+
+    def is_accumulation(self, op: Op) -> bool:
+        """Whether an op adds a gradient into one that is there."""
+        values = self.catalog.values
+        return any(values[id].role is Role.EXISTING_GRADIENT for id in op.mutates)
 
     def bind(self, op: Op, node: fx.Node, values: Iterable[int]) -> None:
         """Name the results that are held."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from memplan.errors import NotPlannedYet
 from memplan.plan import Plan
@@ -36,10 +37,19 @@ class PlannedModule(nn.Module):
     """
 
     original: nn.Module
+    optimizer: Optimizer | None
+    """The one that the budget covers, if it does."""
 
-    def __init__(self, original: nn.Module, build: Build, cache_size: int) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        build: Build,
+        cache_size: int,
+        optimizer: Optimizer | None = None,
+    ) -> None:
         super().__init__()
         self.__dict__["original"] = original
+        self.optimizer = optimizer
         self._build = build
         self._cache_size = cache_size
         self.training = original.training

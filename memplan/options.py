@@ -24,6 +24,10 @@ class Options:
         cache_size: how many signatures a planned module remembers.
         differentiable_outputs: "all", or positions among the leaves of the output; None is the
             loss alone where there is exactly one.
+        update_in_backward: update each parameter as soon as its gradient is finished, and free the
+            gradient; the user's ``optimizer.step()`` then changes nothing. Exact for optimizers
+            that treat parameters separately; others are refused, and so are clipping by the norm
+            of all gradients, gradient accumulation and a GradScaler.
     """
 
     device: str | None = None
@@ -31,3 +35,4 @@ class Options:
     on_infeasible: Literal["raise", "smallest"] = "raise"
     cache_size: int = 8
     differentiable_outputs: Differentiable = None
+    update_in_backward: bool = False

@@ -10,19 +10,20 @@ from typing import Any
 
 from memplan.errors import PlanMismatch
 from memplan.planner import keep_all
-from memplan.program import Costs, Program, Role
+from memplan.program import Costs, Phase, Program, Role
 from memplan.schedule import Catalog, Effect, Recovery, Schedule
 from memplan.timeline import (
     categories_at_peak,
     floor_bytes,
     live_at,
+    peak_by_phase,
     saved_values,
     seconds,
     simulate,
 )
 from memplan.units import format_bytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _MOST_LIVE = 12
 
@@ -76,6 +77,7 @@ class Plan:
         num_ops: ops that the captured step runs.
         num_restores: runs of ops that restore something.
         categories: bytes by category at the peak.
+        phases: the most bytes in each phase: forward, backward, and optimizer if it is included.
         peak_op: the op at the peak, with its module.
         live: the largest values that are alive at the peak.
         budget_bytes: the bound that was asked for, or None.
@@ -98,6 +100,7 @@ class Plan:
     num_ops: int
     num_restores: int
     categories: Mapping[str, int]
+    phases: Mapping[str, int]
     peak_op: str
     live: tuple[LiveValue, ...]
     budget_bytes: int | None
@@ -107,6 +110,11 @@ class Plan:
     notes: tuple[str, ...]
     fingerprint: str
     schedule: Schedule
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that the peak is in; the first of those that reach it."""
+        return max(self.phases, key=self.phases.__getitem__)
 
     @property
     def slowdown(self) -> float:
@@ -140,7 +148,7 @@ class Plan:
 
     def explain(self) -> str:
         """What is at the peak, and how the rest comes back, for people."""
-        lines = [str(self), f"At the peak ({self.peak_op}):"]
+        lines = [str(self), self._phases(), f"At the peak ({self.peak_op}):"]
         for category, nbytes in sorted(self.categories.items(), key=lambda item: -item[1]):
             lines.append(f"  {format_bytes(nbytes):>12}  {category}")
         lines.append("Largest values alive there:")
@@ -153,13 +161,33 @@ class Plan:
             f"Floor of this step, whatever is recomputed: {format_bytes(self.floor_bytes)}. "
             f"Costs: {self.costs_source}."
         )
+        lines += [self.advice] if self.advice else []
         lines += [f"Note: {note}." for note in self.notes]
         return "\n".join(lines)
+
+    def _phases(self) -> str:
+        peaks = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in self.phases.items())
+        return f"Peaks: {peaks}."
+
+    @property
+    def advice(self) -> str:
+        """What to do where no recomputation helps, or ""."""
+        if self.peak_phase != Phase.OPTIMIZER.value:
+            return ""
+        temporaries = format_bytes(self.categories.get("workspace", 0))
+        gradients = format_bytes(self.categories.get(Role.GRADIENT.value, 0))
+        return (
+            f"The optimizer's update is the peak: beside the gradients ({gradients}) it keeps "
+            f"{temporaries} of temporaries. Update each parameter in the backward, with "
+            "Options(update_in_backward=True), which needs neither; or choose fused=True, which "
+            "has no temporaries, or foreach=False, which has those of one parameter at a time."
+        )
 
     def to_json(self) -> str:
         """Data only; ``from_json`` gives an equal plan back."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["categories"] = dict(self.categories)
+        data["phases"] = dict(self.phases)
         data["live"] = [asdict(value) for value in self.live]
         data["passes"] = [
             {"name": p.name, "arguments": dict(p.arguments), "effect": p.effect.value}
@@ -214,10 +242,9 @@ def _checked(data: dict[str, Any]) -> dict[str, Any]:
         for name in ("peak_op", "costs_source", "fingerprint"):
             _require(type(data[name]) is str, name)
         _require(data["budget_bytes"] is None or type(data["budget_bytes"]) is int, "budget_bytes")
-        _require(
-            all(type(k) is str and type(v) is int for k, v in data["categories"].items()),
-            "categories",
-        )
+        for name in ("categories", "phases"):
+            pairs = data[name].items()
+            _require(all(type(k) is str and type(v) is int for k, v in pairs), name)
         live = tuple(LiveValue(**value) for value in data["live"])
         for value in live:
             _require(type(value.nbytes) is int, "live")
@@ -293,6 +320,7 @@ def describe_plan(
         num_ops=len(program.ops),
         num_restores=len(schedule.restored_ops),
         categories=categories_at_peak(program, catalog, schedule, costs),
+        phases=peak_by_phase(program, catalog, schedule, costs),
         peak_op=f"{op.target} in {op.module or 'the root module'}",
         live=_largest_live(program, catalog, schedule, costs),
         budget_bytes=budget_bytes,

@@ -6,16 +6,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.optim import Optimizer
 
-from memplan.capture import Captured, Strides, Traced, other_layouts, read, with_layouts
-from memplan.costs import Device, analytic_costs, device_named, measured_costs
+from memplan.capture import (
+    Captured,
+    Layouts,
+    Traced,
+    other_layouts,
+    read,
+    trained_by,
+    update_parameter,
+    with_layouts,
+)
+from memplan.costs import CPU, Device, analytic_costs, device_named, measured_costs
 from memplan.errors import CaptureError, MemplanError
 from memplan.options import Options
 from memplan.passing import Pass, RecoveryContext
-from memplan.program import Costs, Op
+from memplan.program import Costs, Op, OpCost, Phase
 from memplan.sample import Sample
 from memplan.schedule import Recovery
 from memplan.torch_internals import is_fake
+from memplan.update import UpdateCost, update_cost, with_update
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +37,13 @@ class Pricing:
         costs: as in ``Options``.
         has_data: whether model and sample do, so that kernels can be measured.
         device: to plan for another device than the model is on.
+        update: of the optimizer, where there is one.
     """
 
     costs: object
     has_data: bool
     device: Device | None
+    update: UpdateCost | None = None
 
     @classmethod
     def of(cls, model: nn.Module, sample: Sample, options: Options) -> Pricing:
@@ -45,19 +58,37 @@ class Pricing:
             )
         return cls(options.costs, has_data, device)
 
-    def read_as_run(self, traced: Traced) -> tuple[Traced, Captured, Costs]:
-        """Read a trace, with the layouts that its kernels were seen to make."""
-        known: dict[str, Strides] = {}
-        while True:
-            captured, costs = self.price(read(traced), ())
-            others = other_layouts(captured, costs)
-            if not others:
-                return traced, captured, costs
+    def as_run(self, traced: Traced) -> Traced:
+        """The trace with the layouts that its kernels were seen to make."""
+        known: dict[str, Layouts] = {}
+        # What an op refuses may be what the trace recorded wrongly of the ops before it.
+        while others := other_layouts(*self._price(read(traced), ())):
             known |= others
             traced = with_layouts(traced, known)
+        return traced
 
-    def price(self, captured: Captured, recoveries: tuple[Recovery, ...]) -> tuple[Captured, Costs]:
-        """Costs of all ops, and the program with its values as large as they really are."""
+    def read(self, traced: Traced) -> Captured:
+        """The trace as a program, the optimizer's part included."""
+        captured = read(traced)
+        return captured if self.update is None else with_update(captured, self.update)
+
+    def price(
+        self, captured: Captured, recoveries: tuple[Recovery, ...] = ()
+    ) -> tuple[Captured, Costs]:
+        """Costs of all ops, and the program with its values as large as they really are.
+
+        Raises:
+            CaptureError: naming an op that cannot be measured.
+        """
+        priced, costs = self._price(captured, recoveries)
+        for cost in costs.by_op.values():
+            if cost.refusal:
+                raise CaptureError(cost.refusal)
+        return priced, costs
+
+    def _price(
+        self, captured: Captured, recoveries: tuple[Recovery, ...]
+    ) -> tuple[Captured, Costs]:
         ops = {op.id: op for op in captured.program.ops}
         for recovery in recoveries:
             new = (recovery.restore, recovery.prepare)
@@ -68,8 +99,38 @@ class Pricing:
             program = program.in_blocks_of(self.device.granule_bytes)
         return replace(captured, program=program), costs
 
+    def with_optimizer(
+        self, model: nn.Module, traced: Traced, optimizer: Optimizer, *, in_backward: bool
+    ) -> Pricing:
+        """The same with what the optimizer costs after this step."""
+        device = self.device
+        if device is None and (self.costs == "analytic" or not self.has_data):
+            device = CPU
+        trained = trained_by(traced, model)
+        on_cuda = any(parameter.is_cuda for parameter in trained.values())
+        if device is None and on_cuda:
+            device = replace(CPU, name="CUDA", is_cuda=True, granule_bytes=512)
+        cost = update_cost(optimizer, trained, one_by_one=in_backward, device=device)
+        return replace(self, update=cost)
+
     def _costs(self, captured: Captured, ops: Iterable[Op]) -> Costs:
+        """Costs of ops of the graph, and of the updates."""
         ops = list(ops)
+        updates = {op.id: cost for op in ops if (cost := self._update_cost(captured, op))}
+        costs = self._graph_costs(captured, [op for op in ops if op.id not in updates])
+        return replace(costs, by_op={**costs.by_op, **updates})
+
+    def _update_cost(self, captured: Captured, op: Op) -> OpCost | None:
+        if self.update is None:
+            return None
+        if op.phase is Phase.OPTIMIZER:
+            return self.update.cost
+        node = captured.calls.get(op.id)
+        if node is None or node.target is not update_parameter:
+            return None
+        return self.update.each[captured.program.values[op.mutates[0]].name]
+
+    def _graph_costs(self, captured: Captured, ops: list[Op]) -> Costs:
         if isinstance(self.costs, Costs):
             missing = [op for op in ops if op.id not in self.costs.by_op]
             if missing:

@@ -179,6 +179,19 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """How a kernel laid out a result.
+
+    Attributes:
+        strides: in elements.
+        dtype: its name, such as "float32".
+    """
+
+    strides: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class OpCost:
     """What one run of an op costs.
 
@@ -188,15 +201,17 @@ class OpCost:
         workspace_bytes: what the kernel allocates and frees inside, at its peak, results apart.
         result_bytes: what each result's storage really takes, where that was seen. It can be more
             than its elements: a kernel may shrink a result that it allocated in full.
-        result_strides: strides of the results, in order, where they were seen; None for what is
+        result_layouts: of the results, in order, where they were seen; None for what is
             recorded as a result, and is none.
+        refusal: why the op could not be measured, or "".
     """
 
     seconds: float
     flops: int = 0
     workspace_bytes: int = 0
     result_bytes: tuple[int, ...] = ()
-    result_strides: tuple[tuple[int, ...] | None, ...] = ()
+    result_layouts: tuple[Layout | None, ...] = ()
+    refusal: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.optim import Optimizer
 
 from memplan.errors import MemplanError, PlanMismatch
 from memplan.module import PlannedModule
@@ -14,6 +15,7 @@ from memplan.passing import Pass
 from memplan.plan import PassRecord, Plan
 from memplan.torch_internals import warn_of_untested_torch
 from memplan.units import Budget, parse_budget
+from memplan.update import InBackward, resolve_optimizer
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Request:
         passes: in the order in which they offer.
         plan: a saved plan to apply, or None.
         options: the rest.
+        optimizer: whose state and update are part of the step, or None.
+        in_backward: what updates parameters in the backward, or None.
     """
 
     budget: Budget | None = None
@@ -33,6 +37,8 @@ class Request:
     passes: tuple[Pass, ...] = ()
     plan: Plan | None = None
     options: Options = field(default_factory=Options)
+    optimizer: Optimizer | None = None
+    in_backward: InBackward | None = None
 
 
 def require_module(model: object) -> None:
@@ -44,6 +50,7 @@ def require_module(model: object) -> None:
 
 
 def make_request(
+    model: nn.Module,
     *,
     budget: int | str | None,
     max_slowdown: float | None,
@@ -56,11 +63,13 @@ def make_request(
     """Check what was asked for."""
     warn_of_untested_torch()
     options = Options() if options is None else options
-    if optimizer is not None:
-        raise MemplanError(
-            "optimizer= is not supported yet: the budget covers forward and backward. Leave it "
-            "out, and leave room for the optimizer's state and update."
-        )
+    require_module(model)
+    found = resolve_optimizer(model, optimizer)
+    in_backward = None
+    if options.update_in_backward:
+        if found is None:
+            raise MemplanError("Options(update_in_backward=True) needs optimizer=")
+        in_backward = InBackward(found)
     if max_slowdown is not None and not max_slowdown >= 1:
         raise MemplanError(f"max_slowdown is a factor of at least 1, got {max_slowdown!r}")
     named = tuple(passes)
@@ -73,10 +82,11 @@ def make_request(
     if plan is not None:
         if budget is not None or max_slowdown is not None or named:
             raise MemplanError("plan= excludes budget, max_slowdown and passes: it has its own")
-        return Request(passes=tuple(map(_recorded, plan.passes)), plan=plan, options=options)
+        recorded = tuple(map(_recorded, plan.passes))
+        return Request(None, None, recorded, plan, options, found, in_backward)
     chosen = (*_defaults(), *named) if default_passes else named
     parsed = None if budget is None else parse_budget(budget)
-    return Request(parsed, max_slowdown, chosen, None, options)
+    return Request(parsed, max_slowdown, chosen, None, options, found, in_backward)
 
 
 def _defaults() -> tuple[Pass, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,16 @@ from memplan.plan import Plan
 from memplan.sample import Sample
 from memplan.schedule import Recovery
 from memplan.signature import State
-from memplan.torch_internals import backward_keeps_graph, unflatten, without_autocast
+from memplan.torch_internals import (
+    backward_keeps_graph,
+    exchanges_gradients,
+    has_gradient_hooks,
+    is_under_autocast,
+    received_from_one_node,
+    unflatten,
+    without_autocast,
+)
+from memplan.update import InBackward
 
 
 @dataclass(frozen=True)
@@ -28,12 +37,14 @@ class PlannedStep:
         recoveries: what the passes offered.
         emitted: the two functions.
         plan: what was decided.
+        in_backward: what updates parameters in the backward, or None.
     """
 
     captured: Captured
     recoveries: tuple[Recovery, ...]
     emitted: Emitted
     plan: Plan
+    in_backward: InBackward | None = None
 
     def holds(self, sample: Sample) -> bool:
         """Whether the values that the captured forward branched on are the same here."""
@@ -64,6 +75,7 @@ class PlannedStep:
         return [
             tensors[primal.index] if primal.kind == "input" else by_kind[primal.kind][primal.name]
             for primal in self.captured.primals
+            if primal.kind != "gradient"
         ]
 
     def incoming(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -94,6 +106,24 @@ class PlannedStep:
             tangents.append(gradient)
         return tangents
 
+    def start_updates(
+        self, parameters: Sequence[torch.Tensor], tangents: Iterable[torch.Tensor]
+    ) -> None:
+        """Check that the parameters may be updated in this backward.
+
+        Raises:
+            PlanMismatch: naming why not.
+        """
+        if self.in_backward is None:
+            return
+        if backward_keeps_graph():
+            raise PlanMismatch(
+                "retain_graph=True asks for another backward of parameters that this one updates; "
+                "leave Options(update_in_backward=True) out"
+            )
+        is_loss = self.captured.output.is_loss
+        self.in_backward.start(parameters, tangents if is_loss else ())
+
 
 def check_emitted(step: PlannedStep) -> None:
     """Refuse a step whose outputs autograd cannot tell apart.
@@ -109,6 +139,29 @@ def check_emitted(step: PlannedStep) -> None:
         )
 
 
+def existing_gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """What each parameter's new gradient is added to; None: it is left to autograd.
+
+    It is left where autograd does more than add: for ``torch.autograd.grad``, hooks, gradients
+    that also arrive from elsewhere, and processes that exchange gradients.
+    """
+    if not parameters:
+        return []
+    alone = frozenset[int]() if exchanges_gradients() else received_from_one_node()
+    is_left = [id(p) not in alone or has_gradient_hooks(p) for p in parameters]
+    left = sum(
+        p.grad is not None and is_left for p, is_left in zip(parameters, is_left, strict=True)
+    )
+    if left:
+        warnings.warn(
+            f"{left} new gradients are kept beside those that are there, because autograd does "
+            "more than add them (hooks, torch.autograd.grad, a parameter used elsewhere, several "
+            "processes); the peak may be above the plan's",
+            stacklevel=2,
+        )
+    return [None if left else p.grad for p, left in zip(parameters, is_left, strict=True)]
+
+
 class _PlannedFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -122,6 +175,8 @@ class _PlannedFunction(torch.autograd.Function):
         ctx.step = step
         ctx.kept = results[emitted.num_outputs :]
         ctx.positions = [i for i, primal in enumerate(primals) if primal.requires_grad]
+        ctx.accumulated = [primals[position] for position in emitted.accumulated]
+        ctx.updated = [primals[position] for position in emitted.updated]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(primals[position] for position in emitted.backward_primals))
         needs = {
@@ -144,6 +199,11 @@ class _PlannedFunction(torch.autograd.Function):
                 "create_graph=True asks for a backward that can be differentiated, which a "
                 "planned step does not have. Use the untouched module: planned.original."
             )
+        if is_under_autocast():
+            raise PlanMismatch(
+                "backward() is called inside autocast, where its ops would be cast too; torch "
+                "advises against it. Close the autocast context after the forward."
+            )
         primals = ctx.saved_tensors
         if ctx.kept is None:
             raise RuntimeError(
@@ -151,7 +211,8 @@ class _PlannedFunction(torch.autograd.Function):
                 "Call backward(retain_graph=True) the first time."
             )
         tangents = step.incoming(gradients)
-        arguments = [*ctx.kept, *primals, *tangents]
+        step.start_updates(ctx.updated, tangents)
+        arguments = [*ctx.kept, *primals, *tangents, *existing_gradients(ctx.accumulated)]
         if backward_keeps_graph():
             warnings.warn(
                 "retain_graph=True keeps what a planned step saved to the end of its backward; "
@@ -160,7 +221,8 @@ class _PlannedFunction(torch.autograd.Function):
             )
         else:
             ctx.kept = None
-        with without_autocast():
-            results = step.emitted.backward(arguments)
+        results = step.emitted.backward(arguments)
+        if step.in_backward is not None:
+            step.in_backward.finish(ctx.updated)
         made = dict(zip(step.emitted.gradient_primals, results, strict=True))
         return (None, None, *(made.get(position) for position in ctx.positions))

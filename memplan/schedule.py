@@ -96,7 +96,7 @@ _KINDS: dict[str, type[Run] | type[Prepare] | type[Restore]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """A whole step: the forward's steps, then the backward's."""
+    """A whole step: the forward's steps, then the backward's, with the optimizer's at its end."""
 
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
@@ -185,8 +185,8 @@ def check_schedule(program: Program, recoveries: Sequence[Recovery], schedule: S
     """Refuse a schedule that does not run this program.
 
     Legal means: every captured op runs once, in captured order and in its own segment; each op
-    finds its operands alive; only what a recovery offers is restored; nothing is bound twice or
-    freed twice; what the caller holds stays alive, and nothing else does.
+    finds its operands alive, and not overwritten since; only what a recovery offers is restored;
+    nothing is bound twice or freed twice; what the caller holds stays alive, and nothing else does.
 
     Raises:
         PlanMismatch: naming the first step that is not legal.
@@ -195,6 +195,7 @@ def check_schedule(program: Program, recoveries: Sequence[Recovery], schedule: S
     restoring = {recovery.restore.id for recovery in recoveries}
     preparing = {recovery.prepare.id for recovery in recoveries if recovery.prepare is not None}
     live = {value.id for value in program.values if value.role.is_resident}
+    overwritten: set[int] = set()
     next_op = 0
     for segment, steps in (
         (Phase.FORWARD, schedule.forward),
@@ -216,23 +217,28 @@ def check_schedule(program: Program, recoveries: Sequence[Recovery], schedule: S
             if isinstance(step, Run):
                 is_due = step.op == next_op < len(program.ops)
                 _require(is_due, f"runs op {step.op} where op {next_op} is due")
-                _require(program.ops[step.op].phase is segment, f"runs op {step.op} too late")
+                is_forward = program.ops[step.op].phase is Phase.FORWARD
+                in_place = is_forward == (segment is Phase.FORWARD)
+                _require(in_place, f"runs op {step.op} in the wrong segment")
                 next_op += 1
             elif isinstance(step, Restore):
                 _require(step.op in restoring, f"restores by op {step.op}, which nothing offers")
             else:
                 _require(step.op in preparing, f"prepares by op {step.op}, which nothing offers")
-            _check_call(catalog, step, live)
+            _check_call(catalog, step, live, overwritten)
     _require(next_op == len(program.ops), f"stops before op {next_op}")
     tangents = {value.id for value in program.values if value.role.value == "tangent"}
     residents = {value.id for value in program.values if value.role.is_resident}
     _require(live - residents - tangents == program.held, "leaves other values alive at its end")
 
 
-def _check_call(catalog: Catalog, step: Call, live: set[int]) -> None:
+def _check_call(catalog: Catalog, step: Call, live: set[int], overwritten: set[int]) -> None:
     op = catalog.ops[step.op]
     missing = [value for value in op.operands if value not in live]
     _require(not missing, f"runs op {op.id} ({op.target}) while values {missing} are not alive")
+    stale = overwritten.intersection(op.operands)
+    _require(not stale, f"runs op {op.id} ({op.target}) after values {sorted(stale)} changed")
+    overwritten.update(op.mutates)
     _require(set(step.binds) <= set(op.results), f"binds what op {op.id} does not make")
     again = [value for value in step.binds if value in live]
     _require(not again, f"binds values {again}, which are alive already")

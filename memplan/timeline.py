@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from memplan.program import Costs, Program, Role
+from memplan.program import Costs, Phase, Program, Role
 from memplan.schedule import Catalog, Free, Prepare, Recovery, Restore, Run, Schedule
 
 
@@ -78,6 +78,23 @@ def simulate(program: Program, catalog: Catalog, schedule: Schedule, costs: Cost
         live += sum(nbytes[value] for value in step.binds)
         moments.append(Moment(position, step.op, peak, live))
     return Timeline(tuple(moments), program.resident_bytes, start)
+
+
+def peak_by_phase(
+    program: Program, catalog: Catalog, schedule: Schedule, costs: Costs
+) -> Mapping[str, int]:
+    """The most bytes in forward, backward and, where it is part of the step, optimizer."""
+    timeline = simulate(program, catalog, schedule, costs)
+    peaks = {
+        Phase.FORWARD.value: timeline.resident_bytes,
+        Phase.BACKWARD.value: timeline.start_bytes,
+    }
+    for moment in timeline.moments:
+        phase = Phase.FORWARD if moment.step < len(schedule.forward) else Phase.BACKWARD
+        if catalog.ops[moment.op].phase is Phase.OPTIMIZER:
+            phase = Phase.OPTIMIZER
+        peaks[phase.value] = max(peaks.get(phase.value, 0), moment.peak_bytes)
+    return peaks
 
 
 def tangent_bytes(program: Program) -> int:

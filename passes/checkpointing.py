@@ -40,7 +40,8 @@ def checkpoint_activations() -> Pass:
 
 def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery, ...]:
     program = captured.program
-    overwritten = {value for op in program.ops for value in op.mutates}
+    # What the backward overwrites is read by nothing after it.
+    overwritten = {value for op in program.ops if op.phase is Phase.FORWARD for value in op.mutates}
     op_ids, value_ids = count(context.first_op), count(context.first_value)
     offered = []
     for op in program.ops:

@@ -37,10 +37,12 @@ class Results:
     Attributes:
         laws: columns of the law table, by "model budget".
         support: (feature, effect or "refused", reason).
+        optimizers: rows of the table of optimizers.
     """
 
     laws: dict[str, dict[str, Any]] = field(default_factory=dict)
     support: list[tuple[str, str, str]] = field(default_factory=list)
+    optimizers: list[dict[str, Any]] = field(default_factory=list)
 
     def law(self, model: str, budget: str, **columns: Any) -> None:
         """Add columns to a row of the law table."""

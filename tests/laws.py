@@ -12,6 +12,14 @@ import memplan
 from memplan.profiler.step import preserved, run_step
 
 
+def loss_of(module: nn.Module, sample: memplan.Sample) -> torch.Tensor:
+    """The only scalar that a call returns."""
+    leaves, _ = memplan.torch_internals.flatten(module(*sample.args, **sample.kwargs))
+    losses = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() == 0]
+    assert len(losses) == 1
+    return losses[0]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """All that a step leaves behind."""

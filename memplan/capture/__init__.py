@@ -4,23 +4,27 @@ from memplan.capture.call import OpCall, call_of
 from memplan.capture.captured import Captured, Primal
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.joint import Traced, rewrite, trace
-from memplan.capture.layout import Strides, other_layouts, with_layouts
+from memplan.capture.layout import Layouts, other_layouts, with_layouts
 from memplan.capture.reader import read
 from memplan.capture.surroundings import unchanged_randomness
+from memplan.capture.updates import trained_by, update_in_backward, update_parameter
 
 __all__ = [
     "Captured",
     "Differentiable",
+    "Layouts",
     "OpCall",
     "OutputLeaf",
     "Primal",
-    "Strides",
     "Traced",
     "call_of",
     "other_layouts",
     "read",
     "rewrite",
     "trace",
+    "trained_by",
     "unchanged_randomness",
+    "update_in_backward",
+    "update_parameter",
     "with_layouts",
 ]

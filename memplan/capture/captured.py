@@ -21,13 +21,14 @@ class Primal:
 
     Attributes:
         node: its placeholder in the joint graph.
-        kind: "parameter", "buffer" or "constant" (found by ``name``), or "input" (by ``index``).
+        kind: "parameter", "buffer", "constant" or "gradient" (of the parameter ``name``, if it has
+            one when the backward runs), found by ``name``; or "input", by ``index``.
         name: FQN, for all but inputs.
         index: position among the tensors of the sample, for inputs.
     """
 
     node: fx.Node
-    kind: Literal["parameter", "buffer", "constant", "input"]
+    kind: Literal["parameter", "buffer", "constant", "gradient", "input"]
     name: str = ""
     index: int = -1
 
@@ -46,7 +47,8 @@ class Captured:
         constants: tensors of primals of that kind, by name.
         outputs: nodes that the forward returns, in order.
         output: what the module makes of them.
-        gradients: (position of the primal, node of its gradient).
+        gradients: (position of the primal, node of its gradient), or, for a primal that holds a
+            gradient already, the node that adds the new one into it.
         tangents: (position of the output, placeholder of its incoming gradient).
         guards: values that follow from the inputs; the step is for inputs where they hold.
         differences: where the step may differ from the untouched module's.

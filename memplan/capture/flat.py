@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from memplan.capture.attributes import unchanged_attributes
+from memplan.capture.casts import CastOnce
 from memplan.capture.decisions import Decision, Replay
 from memplan.errors import CaptureError
 from memplan.sample import Sample
-from memplan.torch_internals import TreeSpec, flatten, unflatten
+from memplan.torch_internals import Autocast, TreeSpec, flatten, unflatten
 
 Differentiable = Literal["all"] | tuple[int, ...] | None
 """Outputs that gradients arrive at: all, some by position among the output's leaves, or None:
@@ -74,6 +75,7 @@ class Flat(nn.Module):
         self.decisions: tuple[Decision, ...] | None = None
         self.changed: set[str] = set()
         self.ties = _ties(module)
+        self.autocast = Autocast.here()
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -96,9 +98,10 @@ class Flat(nn.Module):
             next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.sample_leaves
         ]
         args, kwargs = unflatten(leaves, self.sample_spec)
-        torch.clear_autocast_cache()
         replay = contextlib.nullcontext() if self.decisions is None else Replay(self.decisions)
         with (
+            CastOnce(self._leaves(tensors)),
+            self.autocast.again(),
             unchanged_attributes(self.wrapped) as changed,
             _tied(self.ties),
             _buffers_written_in_place(self.wrapped),
@@ -124,6 +127,14 @@ class Flat(nn.Module):
             tensor if position in wanted or id(tensor) in own else tensor.detach()
             for position, tensor in enumerate(kept)
         )
+
+    def _leaves(self, tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What stands for leaves of autograd that need a gradient."""
+        yield from (parameter for parameter in self.parameters() if parameter.requires_grad)
+        leaves = (leaf for leaf in self.sample_leaves if isinstance(leaf, torch.Tensor))
+        for tensor, leaf in zip(tensors, leaves, strict=True):
+            if leaf.is_leaf and leaf.requires_grad:
+                yield tensor
 
 
 def own_name(name: str) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
+from memplan.capture.accumulate import accumulate
 from memplan.capture.attention import CudaAttention
 from memplan.capture.attributes import unchanged_attributes, unchanged_tensors
 from memplan.capture.decisions import Decision, decide
-from memplan.capture.dropout import DropsAll
+from memplan.capture.dropout import DropsAll, round_scales
 from memplan.capture.explain import explain, is_data_dependent
 from memplan.capture.flat import Differentiable, Flat, Output
 from memplan.capture.origins import origins
@@ -30,6 +31,7 @@ from memplan.torch_internals import (
     questions_about_tracing,
     storage_key,
     trace_joint,
+    without_autocast,
     without_checkpointing,
     without_idle_moves,
     without_log_of_failures,
@@ -103,12 +105,14 @@ def trace(
         _explained(module),
     ):
         flat = Flat(module, given, differentiable)
-        joint, asked = _trace(flat, given)
+        with without_autocast():  # which the backward is not under
+            joint, asked = _trace(flat, given)
     refuse_after(joint)
+    round_scales(joint.graph)
     assert flat.seen is not None
     existing = [parameter.grad for parameter in module.parameters()]
     return Traced(
-        joint=own_gradients(_copy_back(_forget_running_statistics(joint))),
+        joint=own_gradients(accumulate(_copy_back(_forget_running_statistics(joint)), module)),
         output=flat.seen,
         guards=tuple(decision for decision in flat.decisions or () if decision.is_guard),
         differences=_differences(joint, recurrent.seen, flat.changed, asked),

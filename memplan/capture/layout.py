@@ -1,7 +1,8 @@
 """Layouts as kernels make them, where the trace recorded others.
 
-The rules by which torch predicts a kernel's strides are sometimes wrong. What follows from them
-then is, too: a ``view`` that the kernel's real result cannot have. Eager copies there.
+The rules by which torch predicts a kernel's strides and dtypes are sometimes wrong. What follows
+from them then is, too: a ``view`` that the kernel's real result cannot have, where eager copies;
+statistics of a norm that are in 32 bits, and recorded in 16.
 """
 
 from __future__ import annotations
@@ -15,28 +16,30 @@ from torch.fx.node import Argument
 
 from memplan.capture.captured import Captured
 from memplan.capture.joint import Traced, own_gradients
-from memplan.program import Costs
+from memplan.program import Costs, Layout
 from memplan.torch_internals import copy_joint, fake_mode_of
 
-Strides = Sequence[tuple[int, ...] | None]
+Layouts = Sequence[Layout | None]
 
 
-def other_layouts(captured: Captured, costs: Costs) -> dict[str, Strides]:
-    """The strides of results that were seen to be others than recorded, by the node's name."""
-    found: dict[str, Strides] = {}
+def other_layouts(captured: Captured, costs: Costs) -> dict[str, Layouts]:
+    """The layouts of results that were seen to be others than recorded, by the node's name."""
+    found: dict[str, Layouts] = {}
     for op, node in captured.calls.items():
-        seen = costs.by_op[op].result_strides
+        seen = costs.by_op[op].result_layouts
         recorded = _tensors(node.meta["val"])
-        if any(_differ(like, strides) for like, strides in zip(recorded, seen, strict=False)):
+        if any(_differ(like, layout) for like, layout in zip(recorded, seen, strict=False)):
             found[node.name] = seen
     return found
 
 
-def _differ(recorded: torch.Tensor, strides: tuple[int, ...] | None) -> bool:
-    if strides is None:
+def _differ(recorded: torch.Tensor, seen: Layout | None) -> bool:
+    if seen is None:
         return False
-    pairs = zip(recorded.shape, recorded.stride(), strides, strict=True)
-    return recorded.numel() > 0 and any(size > 1 and mine != seen for size, mine, seen in pairs)
+    if recorded.dtype != _dtype(seen):
+        return True
+    pairs = zip(recorded.shape, recorded.stride(), seen.strides, strict=True)
+    return recorded.numel() > 0 and any(size > 1 and mine != other for size, mine, other in pairs)
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
@@ -44,8 +47,14 @@ def _tensors(value: object) -> list[torch.Tensor]:
     return [item for item in values if isinstance(item, torch.Tensor)]
 
 
-def with_layouts(traced: Traced, strides: Mapping[str, Strides]) -> Traced:
-    """The trace with the strides of some nodes' results, by the nodes' names, put right.
+def _dtype(layout: Layout) -> torch.dtype:
+    dtype = getattr(torch, layout.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def with_layouts(traced: Traced, layouts: Mapping[str, Layouts]) -> Traced:
+    """The trace with the layouts of some nodes' results, by the nodes' names, put right.
 
     All that follows from them is predicted anew; a view that cannot be gets a copy.
     """
@@ -57,8 +66,8 @@ def with_layouts(traced: Traced, strides: Mapping[str, Strides]) -> Traced:
             if node.op != "call_function" or "_assert" in str(node.target):
                 continue
             value = _result(graph, node)
-            if node.name in strides:
-                value = _relayout(value, strides[node.name])
+            if node.name in layouts:
+                value = _relayout(value, layouts[node.name])
             node.meta["val"] = value
     graph.lint()
     return replace(traced, joint=own_gradients(joint))
@@ -90,15 +99,16 @@ def _result(graph: fx.Graph, node: fx.Node) -> object:
     return run()
 
 
-def _relayout(value: object, strides: Strides) -> object:
-    """The same shapes in other strides."""
-    remaining = iter(strides)
+def _relayout(value: object, layouts: Layouts) -> object:
+    """The same shapes in other layouts."""
+    remaining = iter(layouts)
 
     def one(tensor: torch.Tensor) -> torch.Tensor:
         seen = next(remaining)
         if seen is None:
             return tensor
-        return torch.empty_strided(tensor.shape, seen, dtype=tensor.dtype, device=tensor.device)
+        device = tensor.device
+        return torch.empty_strided(tensor.shape, seen.strides, dtype=_dtype(seen), device=device)
 
     if isinstance(value, torch.Tensor):
         return one(value)

@@ -19,9 +19,18 @@ from memplan.capture.describe import (
 )
 from memplan.capture.flat import own_name
 from memplan.capture.joint import Traced
+from memplan.capture.updates import update_parameter
 from memplan.errors import CaptureError
 from memplan.program import Op, Phase, Program, Role, Value
 from memplan.torch_internals import JointInput, OpOverload, is_backward, storage_key
+
+_ROLES: dict[str, Role] = {
+    "parameter": Role.PARAMETER,
+    "buffer": Role.BUFFER,
+    "input": Role.INPUT,
+    "constant": Role.CONSTANT,
+    "gradient": Role.EXISTING_GRADIENT,
+}
 
 _FREE_TARGETS = frozenset({torch.ops.aten._assert_tensor_metadata.default})
 """Checks of the capture itself."""
@@ -68,9 +77,7 @@ class _Reader:
         self.add_existing_gradients()
         for node in self.in_order():
             self.call(node)
-        overwritten = {value for op in self.ops for value in op.mutates}
-        backward = [op for op in self.ops if op.phase is Phase.BACKWARD]
-        assert not any(overwritten.intersection(op.operands) for op in backward), "stale read"
+        self.check_no_stale_reads()
         outputs = self.output_nodes()
         gradients = self.gradient_nodes(primals)
         return Captured(
@@ -93,11 +100,9 @@ class _Reader:
         node = given.node
         assert given.kind != "tangent"
         name = own_name(given.name)
+        self.add_value(node, _ROLES[given.kind], name)
         if given.kind == "input":
-            self.add_value(node, Role.INPUT)
             return Primal(node, "input", index=given.index)
-        roles = {"parameter": Role.PARAMETER, "buffer": Role.BUFFER, "constant": Role.CONSTANT}
-        self.add_value(node, roles[given.kind], name)
         return Primal(node, given.kind, name)
 
     def add_value(self, node: fx.Node, role: Role, name: str = "") -> None:
@@ -110,9 +115,17 @@ class _Reader:
         self.storage[node] = self.by_key[key]
 
     def add_existing_gradients(self) -> None:
-        nbytes = self.traced.existing_gradient_bytes
-        if nbytes:
-            self.values.append(Value(len(self.values), nbytes, Role.EXISTING_GRADIENT))
+        """Gradients that are there and that this step adds nothing to."""
+        added_to = sum(v.nbytes for v in self.values if v.role is Role.EXISTING_GRADIENT)
+        others = self.traced.existing_gradient_bytes - added_to
+        if others > 0:
+            self.values.append(Value(len(self.values), others, Role.EXISTING_GRADIENT))
+
+    def check_no_stale_reads(self) -> None:
+        overwritten: set[int] = set()
+        for op in self.ops:
+            assert not overwritten.intersection(op.operands), "stale read"
+            overwritten.update(op.mutates)
 
     def in_order(self) -> Iterable[fx.Node]:
         """The calls that matter, forward first."""
@@ -130,7 +143,8 @@ class _Reader:
 
     def call(self, node: fx.Node) -> None:
         """Read one call: an op, or a view of what is there already."""
-        tensors = _tensors(node.meta.get("val"))
+        mutated = _mutated(node)
+        tensors = [] if mutated else _tensors(node.meta.get("val"))
         if tensors is None:
             raise CaptureError(
                 f"{self.traced.module_name}'s step computes something other than tensors by "
@@ -138,7 +152,6 @@ class _Reader:
             )
         if "mkldnn" in target_name(node):
             raise CaptureError(f"{node.target} hands on what cannot be measured; unsupported")
-        mutated = _mutated(node)
         new = {storage_key(tensor) for tensor in tensors} - self.by_key.keys()
         if node.target is operator.getitem or (not new and not mutated):
             self.storage[node] = self.by_key[storage_key(tensors[0])] if tensors else -1
@@ -148,8 +161,6 @@ class _Reader:
             ):
                 self.bases.setdefault(self.storage[node], node)
             return
-        if mutated:
-            tensors = []
         self.add_op(node, self.distinct(node, tensors), mutated)
 
     def distinct(self, node: fx.Node, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -214,7 +225,7 @@ class _Reader:
         return tuple(
             (position[output.of], output.value)
             for output in self.joint.outputs
-            if output.kind == "gradient"
+            if output.kind in ("gradient", "accumulated")
             and isinstance(output.value, fx.Node)
             and isinstance(output.of, fx.Node)
         )
@@ -223,7 +234,17 @@ class _Reader:
         roles: dict[int, Role] = {self.storage[node]: Role.OUTPUT for node in outputs}
         roles |= {self.storage[node]: Role.GRADIENT for node in gradients}
         held = {id: role for id, role in roles.items() if self.values[id].role is Role.ACTIVATION}
-        values = tuple(replace(value, role=held.get(value.id, value.role)) for value in self.values)
+        used_up = {
+            self.storage[argument]: Role.GRADIENT
+            for node in self.calls.values()
+            if node.target is update_parameter
+            for argument in node.args[1:]
+            if isinstance(argument, fx.Node)
+        }
+        roles = {**used_up, **held}
+        values = tuple(
+            replace(value, role=roles.get(value.id, value.role)) for value in self.values
+        )
         return Program(tuple(self.ops), values, tuple(sorted(held)))
 
 
@@ -262,6 +283,8 @@ def _is_random(node: fx.Node) -> bool:
 def _mutated(node: fx.Node) -> list[fx.Node]:
     """The nodes whose memory a call writes."""
     target = node.target
+    if target is update_parameter:
+        return [argument for argument in node.args[:1] if isinstance(argument, fx.Node)]
     if not isinstance(target, OpOverload) or not target._schema.is_mutable:
         return []
     arguments = _schema_arguments(node)

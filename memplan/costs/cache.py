@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from memplan.program import OpCost
+from memplan.program import Layout, OpCost
 
-_SCHEMA = 4
+_SCHEMA = 5
 _LOG = logging.getLogger("memplan")
 
 
@@ -95,7 +95,7 @@ class CostCache:
                     cost.flops,
                     cost.workspace_bytes,
                     cost.result_bytes,
-                    cost.result_strides,
+                    [one and [one.strides, one.dtype] for one in cost.result_layouts],
                 ]
                 for signature, cost in self.entries.items()
             },
@@ -122,9 +122,12 @@ def _read(path: Path, machine: str) -> dict[str, OpCost]:
                 int(flops),
                 int(workspace),
                 tuple(map(int, sizes)),
-                tuple(None if one is None else tuple(map(int, one)) for one in strides),
+                tuple(
+                    None if one is None else Layout(tuple(map(int, one[0])), str(one[1]))
+                    for one in layouts
+                ),
             )
-            for signature, (seconds, flops, workspace, sizes, strides) in data["entries"].items()
+            for signature, (seconds, flops, workspace, sizes, layouts) in data["entries"].items()
         }
     except FileNotFoundError:
         return {}

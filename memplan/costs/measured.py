@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any
 
 import torch
 from torch import fx
-from torch.profiler import record_function
 
 from memplan.capture import Captured, call_of, unchanged_randomness
 from memplan.costs.cache import CostCache
-from memplan.errors import CaptureError
-from memplan.program import Costs, Op, OpCost
-from memplan.torch_internals import allocations, recording, spans, storage_key
+from memplan.program import Costs, Layout, Op, OpCost
+from memplan.torch_internals import (
+    phase,
+    recording,
+    span_peaks,
+    storage_key,
+    without_autocast,
+)
 
 _RUNS = 5
 _ENOUGH_S = 0.25
@@ -30,62 +33,75 @@ def measured_costs(captured: Captured, ops: Iterable[Op]) -> Costs:
     """Run every distinct op that is not in the cache; keep the result there.
 
     Workspace is the exact peak of the allocator's events inside the op, results apart, after one
-    run to warm up. Time is the median of up to five runs.
+    run to warm up. Time is the median of up to five runs. An op that refuses made-up operands has
+    a cost that says so.
     """
     ops = list(ops)
     cache = CostCache.load()
     distinct = {op.signature: op for op in ops if op.signature not in cache.entries}
     new = _measure(captured, distinct) if distinct else {}
-    cache = cache.updated(new)
-    return Costs({op.id: cache.entries[op.signature] for op in ops}, f"measured, {cache.machine}")
+    cache = cache.updated({name: cost for name, cost in new.items() if not cost.refusal})
+    known = {**cache.entries, **new}
+    return Costs({op.id: known[op.signature] for op in ops}, f"measured, {cache.machine}")
 
 
 def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost]:
     result_bytes: dict[str, tuple[int, ...]] = {}
-    result_strides: dict[str, tuple[tuple[int, ...] | None, ...]] = {}
+    result_layouts: dict[str, tuple[Layout | None, ...]] = {}
     seconds: dict[str, float] = {}
-    with unchanged_randomness(), torch.no_grad(), recording() as profile:
+    refused: dict[str, OpCost] = {}
+    with unchanged_randomness(), torch.no_grad(), without_autocast(), recording() as profile:
         for number, (signature, op) in enumerate(distinct.items()):
             _LOG.debug("measuring op %d of %d", number + 1, len(distinct))
             run, operands = _runnable(captured, op)
-            _try(run, op)
-            with record_function(f"memplan#{number}"):
+            if refusal := _refusal(run, op):
+                refused[signature] = OpCost(0.0, refusal=refusal)
+                continue
+            with phase(str(number)):
                 result = run()
             tensors = _in_recorded_places(captured, op, result)
             result_bytes[signature] = _storage_bytes(tensors, operands)
-            result_strides[signature] = tuple(t if t is None else t.stride() for t in tensors)
+            result_layouts[signature] = tuple(map(_layout, tensors))
             del result, tensors
     for number, (signature, op) in enumerate(distinct.items()):
+        if signature in refused:
+            continue
         _LOG.debug("timing op %d of %d", number + 1, len(distinct))
-        with unchanged_randomness(), torch.no_grad():
+        with unchanged_randomness(), torch.no_grad(), without_autocast():
             seconds[signature] = _seconds(_runnable(captured, op)[0])
-    peaks = _span_peaks(profile, len(distinct))
-    return {
+    names = [str(number) for number, name in enumerate(distinct) if name not in refused]
+    peaks = span_peaks(profile, names)
+    measured = {
         signature: OpCost(
             seconds=seconds[signature],
-            workspace_bytes=max(0, peaks[number] - sum(result_bytes[signature])),
+            workspace_bytes=max(0, peaks[str(number)] - sum(result_bytes[signature])),
             result_bytes=result_bytes[signature],
-            result_strides=result_strides[signature],
+            result_layouts=result_layouts[signature],
         )
         for number, signature in enumerate(distinct)
+        if signature not in refused
     }
+    return {**measured, **refused}
 
 
-def _try(run: Callable[[], object], op: Op) -> None:
-    """Run an op once, to warm up.
-
-    Raises:
-        CaptureError: naming the op, if it refuses made-up operands.
-    """
+def _refusal(run: Callable[[], object], op: Op) -> str:
+    """Run an op once, to warm up; why it refuses made-up operands, or ""."""
     try:
         run()
     except (RuntimeError, IndexError, ValueError) as error:
         cause = str(error).strip().partition("\n")[0]
-        raise CaptureError(
+        return (
             f"{op.target} (at {op.source or 'an unknown line'}) cannot be measured, because it "
             f'refuses made-up operands: {cause}. Pass Options(costs="analytic"), whose plans '
             "know no workspace."
-        ) from error
+        )
+    return ""
+
+
+def _layout(tensor: torch.Tensor | None) -> Layout | None:
+    if tensor is None:
+        return None
+    return Layout(tensor.stride(), str(tensor.dtype).removeprefix("torch."))
 
 
 def _in_recorded_places(captured: Captured, op: Op, result: object) -> list[torch.Tensor | None]:
@@ -122,22 +138,6 @@ def _seconds(run: Callable[[], object]) -> float:
         run()
         times.append(time.perf_counter() - start)
     return median(times)
-
-
-def _span_peaks(profile: torch.profiler.profile, num_spans: int) -> list[int]:
-    """The most bytes allocated, net, inside each span."""
-    events = allocations(profile)
-    times = [when for when, _ in events]
-    named = spans(profile, "memplan#")
-    peaks = []
-    for number in range(num_spans):
-        start, stop = named[f"memplan#{number}"]
-        current = peak = 0
-        for _, nbytes in events[bisect_left(times, start) : bisect_left(times, stop)]:
-            current += nbytes
-            peak = max(peak, current)
-        peaks.append(peak)
-    return peaks
 
 
 def _runnable(captured: Captured, op: Op) -> tuple[Callable[[], object], Iterable[object]]:

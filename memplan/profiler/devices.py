@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import psutil
 import pynvml
 import torch
 
-from memplan.torch_internals import allocations, recording
+from memplan.collector import paused_collector
+from memplan.profiler.step import During
+from memplan.torch_internals import allocations, phase, recording, spans
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Reading:
 
     Attributes:
         peak_bytes: the most bytes handed out by torch's allocator above those at the start.
+        phases: the same in each phase.
         timeline: (seconds from the start, bytes above those at the start); CPU only.
         reserved_bytes: the most that torch's CUDA allocator held, or None on the CPU.
         process_bytes: GPU memory of this process by NVML, or None where it cannot be told.
@@ -26,39 +31,57 @@ class Reading:
     """
 
     peak_bytes: int
+    phases: Mapping[str, int]
     timeline: tuple[tuple[float, int], ...]
     reserved_bytes: int | None
     process_bytes: int | None
     host_bytes: int
 
 
-def read_cpu(run: Callable[[], object]) -> Reading:
+def read_cpu(run: Callable[[During], object]) -> Reading:
     """Run once under torch's profiler: exact to the byte, and the same every time."""
-    with recording() as profile:
-        kept = run()
+    # What was garbage before must not be freed, and counted, inside.
+    gc.collect()
+    with paused_collector(), recording() as profile:
+        kept = run(phase)
     del kept
     events = allocations(profile)
+    ends = [(name, stop) for name, (_, stop) in spans(profile).items()]
+    ends.sort(key=lambda end: end[1])
+    phases = dict.fromkeys((name for name, _ in ends), 0)
     start_ns = events[0][0] if events else 0
     current = peak = 0
     timeline = []
     for time_ns, nbytes in events:
         current += nbytes
         peak = max(peak, current)
+        name = next((name for name, stop in ends if time_ns <= stop), None)
+        if name is not None:
+            phases[name] = max(phases[name], current)
         timeline.append(((time_ns - start_ns) / 1e9, current))
-    return Reading(peak, tuple(timeline), None, None, host_bytes())
+    return Reading(peak, phases, tuple(timeline), None, None, host_bytes())
 
 
-def read_cuda(run: Callable[[], object], device: torch.device) -> Reading:
-    """Run once between two readings of torch's statistics."""
+def read_cuda(run: Callable[[During], object], device: torch.device) -> Reading:
+    """Run once between readings of torch's statistics."""
     torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    kept = run()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    reserved = torch.cuda.max_memory_reserved(device)
+    phases: dict[str, int] = {}
+    reserved = 0
+
+    @contextlib.contextmanager
+    def during(name: str) -> Iterator[None]:
+        nonlocal reserved
+        torch.cuda.reset_peak_memory_stats(device)
+        yield
+        torch.cuda.synchronize(device)
+        phases[name] = torch.cuda.max_memory_allocated(device) - before
+        reserved = max(reserved, torch.cuda.max_memory_reserved(device))
+
+    kept = run(during)
     del kept
-    return Reading(peak, (), reserved, process_bytes(device.index or 0), host_bytes())
+    peak, process = max(phases.values()), process_bytes(device.index or 0)
+    return Reading(peak, phases, (), reserved, process, host_bytes())
 
 
 def host_bytes() -> int:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from memplan.module import PlannedModule
 from memplan.profiler.devices import Reading, read_cpu, read_cuda
-from memplan.profiler.step import clear_gradients, preserved, resident_bytes, run_step
+from memplan.profiler.step import (
+    During,
+    clear_gradients,
+    preserved,
+    resident_bytes,
+    run_step,
+)
 from memplan.sample import Sample
+from memplan.torch_internals import SpentGradient
 from memplan.units import format_bytes
 
 _LOG = logging.getLogger("memplan")
@@ -21,11 +31,14 @@ _LOG = logging.getLogger("memplan")
 
 @dataclass(frozen=True)
 class Profile:
-    """A measured training step: forward and backward, gradients None at its start.
+    """A measured training step: forward, backward and, if given, the optimizer's step.
+
+    Gradients are None at its start, and the optimizer has its state.
 
     Attributes:
         peak_bytes: the most bytes at any time, residents included.
-        resident_bytes: parameters, buffers and inputs.
+        resident_bytes: parameters, buffers, inputs and the optimizer's state.
+        phases: the most bytes in "forward", "backward" and "optimizer".
         step_s: time of a step; the median of several.
         timeline: (seconds, bytes with residents) at each event of the allocator; CPU only.
         device: where it ran.
@@ -36,6 +49,7 @@ class Profile:
 
     peak_bytes: int
     resident_bytes: int
+    phases: Mapping[str, int]
     step_s: float
     timeline: tuple[tuple[float, int], ...]
     device: str
@@ -43,9 +57,15 @@ class Profile:
     process_bytes: int | None
     host_bytes: int
 
+    @property
+    def peak_phase(self) -> str:
+        """The phase that the peak is in; the first of those that reach it."""
+        return max(self.phases, key=self.phases.__getitem__)
+
     def __str__(self) -> str:
+        phases = ", ".join(f"{name} {format_bytes(n)}" for name, n in self.phases.items())
         return (
-            f"Profile: peak {format_bytes(self.peak_bytes)}, of which "
+            f"Profile: peak {format_bytes(self.peak_bytes)} ({phases}), of which "
             f"{format_bytes(self.resident_bytes)} resident; {self.step_s * 1e3:.1f} ms a step "
             f"on {self.device}"
         )
@@ -65,9 +85,11 @@ class Comparison:
         loss_equal: whether the losses have the same bits.
         gradients_equal: whether all gradients have, those that are None included.
         buffers_equal: whether all buffers have, after the step.
+        parameters_equal: whether all parameters have, after the optimizer's step if there is one.
         rng_equal: whether torch's random state is the same after the step.
         max_gradient_error: the largest difference of any entry over the largest gradient entry
-            of the original.
+            of the original. Where gradients are used up in the backward, the updated parameters
+            are compared in their place.
         losses: the two losses.
     """
 
@@ -77,6 +99,7 @@ class Comparison:
     loss_equal: bool
     gradients_equal: bool
     buffers_equal: bool
+    parameters_equal: bool
     rng_equal: bool
     max_gradient_error: float
     losses: tuple[float, float]
@@ -89,8 +112,9 @@ class Comparison:
 
     @property
     def is_exact(self) -> bool:
-        """Whether loss, gradients, buffers and random state all have the same bits."""
-        return self.loss_equal and self.gradients_equal and self.buffers_equal and self.rng_equal
+        """Whether loss, gradients, buffers, parameters and random state have the same bits."""
+        tensors_equal = self.gradients_equal and self.buffers_equal and self.parameters_equal
+        return self.loss_equal and tensors_equal and self.rng_equal
 
     def __str__(self) -> str:
         same = "same bits" if self.is_exact else f"error {self.max_gradient_error:.1e}"
@@ -109,24 +133,31 @@ class _Outcome:
     loss: torch.Tensor
     gradients: dict[str, torch.Tensor | None]
     buffers: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]
     rng: torch.Tensor
 
 
-def profile(module: nn.Module, sample: object, *, steps: int = 3) -> Profile:
+def profile(
+    module: nn.Module, sample: object, *, steps: int = 3, optimizer: Optimizer | None = None
+) -> Profile:
     """Measure a training step of a module.
 
     Args:
         module: returns its loss, alone or among other outputs.
         sample: one batch, as in ``memplan.optimize``.
         steps: how many steps to time, after one to warm up and one to read memory.
+        optimizer: measure its step as well. A planned module's own is, without being named.
 
-    Parameters, buffers, gradients and random states are as before afterwards.
+    Parameters, buffers, gradients, the optimizer's state and random states are as before
+    afterwards.
     """
     batch = Sample.of(sample)
-    with preserved(module):
-        reading = _read(module, batch)
-        step_s = median(_time(module, batch) for _ in range(max(1, steps)))
-        return _profile(module, batch, reading, step_s)
+    if optimizer is None and isinstance(module, PlannedModule):
+        optimizer = module.optimizer
+    with preserved(module, optimizer):
+        reading = _read(module, batch, optimizer)
+        step_s = median(_time(module, batch, optimizer) for _ in range(max(1, steps)))
+        return _profile(module, batch, optimizer, reading, step_s)
 
 
 def compare(
@@ -136,44 +167,66 @@ def compare(
 
     Args:
         original: the untouched module.
-        planned: the module in its place, usually from ``memplan.optimize(original, ...)``.
+        planned: the module in its place, usually from ``memplan.optimize(original, ...)``. If it
+            was planned with an optimizer, that is part of both steps.
         sample: one batch.
         steps: how many interleaved rounds to time.
     """
     batch = Sample.of(sample)
-    with preserved(original), preserved(planned):
+    optimizer = planned.optimizer if isinstance(planned, PlannedModule) else None
+    with preserved(original, optimizer), preserved(planned, optimizer):
         _LOG.debug("comparing loss and gradients")
         rng = torch.get_rng_state()
-        mine = _outcome(original, batch, rng)
-        theirs = _outcome(planned, batch, rng)
+        mine = _outcome(original, batch, optimizer, rng)
+        theirs = _outcome(planned, batch, optimizer, rng)
         readings = []
         for module, name in ((original, "original"), (planned, "planned")):
             _LOG.debug("measuring the %s step's memory", name)
-            readings.append(_read(module, batch))
+            readings.append(_read(module, batch, optimizer))
         times: list[tuple[float, float]] = []
         for number in range(max(1, steps)):
             _LOG.debug("timing, round %d of %d", number + 1, max(1, steps))
-            times.append((_time(original, batch), _time(planned, batch)))
+            pair = (_time(original, batch, optimizer), _time(planned, batch, optimizer))
+            times.append(pair)
+        step_s = [median(each) for each in zip(*times, strict=True)]
         return Comparison(
-            original=_profile(original, batch, readings[0], median(a for a, _ in times)),
-            planned=_profile(planned, batch, readings[1], median(b for _, b in times)),
+            original=_profile(original, batch, optimizer, readings[0], step_s[0]),
+            planned=_profile(planned, batch, optimizer, readings[1], step_s[1]),
             time_ratio=median(b / a for a, b in times),
-            loss_equal=torch.equal(mine.loss, theirs.loss),
-            gradients_equal=_all_equal(mine.gradients, theirs.gradients),
-            buffers_equal=_all_equal(mine.buffers, theirs.buffers),
-            rng_equal=torch.equal(mine.rng, theirs.rng),
-            max_gradient_error=_error(mine.gradients, theirs.gradients),
-            losses=(mine.loss.item(), theirs.loss.item()),
+            **_differences(mine, theirs),
         )
 
 
-def _profile(module: nn.Module, sample: Sample, reading: Reading, step_s: float) -> Profile:
-    resident = resident_bytes(module, sample)
+def _differences(mine: _Outcome, theirs: _Outcome) -> dict[str, Any]:
+    """The fields of a comparison that are about results."""
+    pairs = (mine.gradients, theirs.gradients)
+    if any(isinstance(gradient, SpentGradient) for gradient in theirs.gradients.values()):
+        pairs = ({**mine.parameters}, {**theirs.parameters})
+    return {
+        "loss_equal": torch.equal(mine.loss, theirs.loss),
+        "gradients_equal": _all_equal(*pairs),
+        "buffers_equal": _all_equal(mine.buffers, theirs.buffers),
+        "parameters_equal": _all_equal(mine.parameters, theirs.parameters),
+        "rng_equal": torch.equal(mine.rng, theirs.rng),
+        "max_gradient_error": _error(*pairs),
+        "losses": (mine.loss.item(), theirs.loss.item()),
+    }
+
+
+def _profile(
+    module: nn.Module,
+    sample: Sample,
+    optimizer: Optimizer | None,
+    reading: Reading,
+    step_s: float,
+) -> Profile:
+    resident = resident_bytes(module, sample, optimizer)
     if isinstance(module, PlannedModule):
         resident = module.plan.resident_bytes
     return Profile(
         peak_bytes=resident + reading.peak_bytes,
         resident_bytes=resident,
+        phases={name: resident + nbytes for name, nbytes in reading.phases.items()},
         step_s=step_s,
         timeline=tuple((when, resident + nbytes) for when, nbytes in reading.timeline),
         device=str(_device(module)),
@@ -187,25 +240,26 @@ def _device(module: nn.Module) -> torch.device:
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
-def _read(module: nn.Module, sample: Sample) -> Reading:
+def _read(module: nn.Module, sample: Sample, optimizer: Optimizer | None) -> Reading:
     """Memory of one step, after one to warm up."""
-    run_step(module, sample)
+    run_step(module, sample, optimizer)
     clear_gradients(module)
     device = _device(module)
-    if device.type == "cuda":
-        reading = read_cuda(lambda: run_step(module, sample), device)
-    else:
-        reading = read_cpu(lambda: run_step(module, sample))
+
+    def run(during: During) -> object:
+        return run_step(module, sample, optimizer, during)
+
+    reading = read_cuda(run, device) if device.type == "cuda" else read_cpu(run)
     clear_gradients(module)
     return reading
 
 
-def _time(module: nn.Module, sample: Sample) -> float:
+def _time(module: nn.Module, sample: Sample, optimizer: Optimizer | None) -> float:
     is_cuda = _device(module).type == "cuda"
     if is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    run_step(module, sample)
+    run_step(module, sample, optimizer)
     if is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
@@ -213,22 +267,23 @@ def _time(module: nn.Module, sample: Sample) -> float:
     return seconds
 
 
-def _outcome(module: nn.Module, sample: Sample, rng: torch.Tensor) -> _Outcome:
-    """One step under a random state; buffers are put back."""
-    before = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    torch.set_rng_state(rng)
-    result = run_step(module, sample)
-    outcome = _Outcome(
-        loss=result.loss.detach().clone(),
-        gradients={name: p.grad for name, p in module.named_parameters()},
-        buffers={name: buffer.detach().clone() for name, buffer in module.named_buffers()},
-        rng=torch.get_rng_state(),
-    )
-    clear_gradients(module)
-    with torch.no_grad():
-        for buffer, content in before:
-            buffer.copy_(content)
-    return outcome
+def _outcome(
+    module: nn.Module, sample: Sample, optimizer: Optimizer | None, rng: torch.Tensor
+) -> _Outcome:
+    """One step under a random state; what it changes is put back."""
+    with preserved(module, optimizer):
+        torch.set_rng_state(rng)
+        result = run_step(module, sample)
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        if optimizer is not None:
+            optimizer.step()
+        return _Outcome(
+            loss=result.loss.detach().clone(),
+            gradients=gradients,
+            buffers={name: buffer.detach().clone() for name, buffer in module.named_buffers()},
+            parameters={name: p.detach().clone() for name, p in module.named_parameters()},
+            rng=torch.get_rng_state(),
+        )
 
 
 def _all_equal(

@@ -1,20 +1,26 @@
-"""One training step as the profiler runs it, and a module's state put back afterwards."""
+"""One training step as the profiler runs it, and all that it changes put back afterwards."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from memplan.errors import MemplanError
 from memplan.sample import Sample
-from memplan.torch_internals import flatten, storage_key, version_of
+from memplan.torch_internals import flatten, storage_key, version_of, without_autocast
+from memplan.update import state_bytes, state_tensors
+
+During = Callable[[str], AbstractContextManager[object]]
+"""Opened around each phase, with its name."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,19 @@ class Result:
     loss: torch.Tensor
 
 
-def run_step(module: nn.Module, sample: Sample) -> Result:
-    """Forward and backward.
+def run_step(
+    module: nn.Module,
+    sample: Sample,
+    optimizer: Optimizer | None = None,
+    during: During = contextlib.nullcontext,
+) -> Result:
+    """Forward, backward and, with an optimizer, its step. Autocast is for the forward alone.
 
     Raises:
         MemplanError: if the module does not return exactly one scalar with a gradient.
     """
-    output = module(*sample.args, **sample.kwargs)
+    with during("forward"):
+        output = module(*sample.args, **sample.kwargs)
     scalars = [
         leaf
         for leaf in flatten(output)[0]
@@ -48,13 +60,20 @@ def run_step(module: nn.Module, sample: Sample) -> Result:
             "step is measured from exactly one, the loss. Wrap the model: "
             "memplan.WithLoss(model, loss_fn)."
         )
-    torch.autograd.backward(scalars[0])
+    with during("backward"), without_autocast():
+        torch.autograd.backward(scalars[0])
+    if optimizer is not None:
+        with during("optimizer"):
+            optimizer.step()
     return Result(output, scalars[0])
 
 
 @contextlib.contextmanager
-def preserved(module: nn.Module) -> Iterator[None]:
-    """Start without gradients; put gradients, buffers and random states back at the end."""
+def preserved(module: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """Start without gradients; put gradients, buffers and random states back at the end.
+
+    With an optimizer, parameters and its state as well.
+    """
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     buffers = [
         (child, name, buffer, buffer.detach().clone())
@@ -63,7 +82,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
     ]
     parameters = [(parameter, version_of(parameter)) for parameter in module.parameters()]
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng():
+    unchanged = contextlib.nullcontext() if optimizer is None else restored(optimizer)
+    with torch.random.fork_rng(), unchanged:
         try:
             clear_gradients(module)
             yield
@@ -76,8 +96,31 @@ def preserved(module: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
     changed = any(version_of(parameter) != version for parameter, version in parameters)
-    if changed:
+    if changed and optimizer is None:
         raise MemplanError("the module's forward changes its parameters; it cannot be measured")
+
+
+@contextlib.contextmanager
+def restored(optimizer: Optimizer) -> Iterator[None]:
+    """Put parameters, state and settings back at the end; they are kept in the host's memory."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    contents = [
+        (tensor, tensor.detach().to("cpu", copy=True))
+        for tensor in (*parameters, *state_tensors(optimizer))
+    ]
+    state = {parameter: dict(own) for parameter, own in optimizer.state.items()}
+    settings = [dict(group) for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, content in contents:
+                tensor.copy_(content)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        for group, before in zip(optimizer.param_groups, settings, strict=True):
+            group.clear()
+            group.update(before)
 
 
 def clear_gradients(module: nn.Module) -> None:
@@ -86,8 +129,8 @@ def clear_gradients(module: nn.Module) -> None:
         parameter.grad = None
 
 
-def resident_bytes(module: nn.Module, sample: Sample) -> int:
-    """Bytes of parameters, buffers and inputs, each storage once."""
+def resident_bytes(module: nn.Module, sample: Sample, optimizer: Optimizer | None = None) -> int:
+    """Bytes of parameters, buffers, inputs and the optimizer's state, each storage once."""
     tensors = (*module.parameters(), *module.buffers(), *sample.tensors())
     storages = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    return sum(storages.values()) + (0 if optimizer is None else state_bytes(optimizer))

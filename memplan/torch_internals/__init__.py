@@ -3,7 +3,13 @@
 Everything here has a narrow, typed face, so that a new torch release is met in one place.
 """
 
-from memplan.torch_internals.events import allocations, recording, spans
+from memplan.torch_internals.backward import (
+    backward_keeps_graph,
+    exchanges_gradients,
+    has_gradient_hooks,
+    received_from_one_node,
+)
+from memplan.torch_internals.events import allocations, phase, recording, span_peaks, spans
 from memplan.torch_internals.fake import (
     DispatchMode,
     as_if_traced,
@@ -29,11 +35,14 @@ from memplan.torch_internals.joint import (
     is_backward,
     trace_joint,
 )
+from memplan.torch_internals.memory import Allocations, inner_tensors, without_data
+from memplan.torch_internals.spent import SpentGradient
 from memplan.torch_internals.state import (
+    Autocast,
     OpOverload,
-    backward_keeps_graph,
     enabled_attention,
     has_hooks,
+    is_under_autocast,
     storage_key,
     version_of,
     warn_of_untested_torch,
@@ -42,11 +51,14 @@ from memplan.torch_internals.state import (
 from memplan.torch_internals.trees import TreeSpec, flatten, unflatten
 
 __all__ = [
+    "Allocations",
+    "Autocast",
     "DispatchMode",
     "Joint",
     "JointInput",
     "JointOutput",
     "OpOverload",
+    "SpentGradient",
     "TreeSpec",
     "UnsupportedJointError",
     "allocations",
@@ -56,15 +68,22 @@ __all__ = [
     "copy_joint",
     "cpu_stand_ins",
     "enabled_attention",
+    "exchanges_gradients",
     "fake_mode_of",
     "flatten",
+    "has_gradient_hooks",
     "has_hooks",
+    "inner_tensors",
     "is_backward",
     "is_fake",
     "is_plain_tensor",
+    "is_under_autocast",
+    "phase",
     "questions_about_tracing",
+    "received_from_one_node",
     "recording",
     "set_origin",
+    "span_peaks",
     "spans",
     "storage_key",
     "trace_joint",
@@ -73,6 +92,7 @@ __all__ = [
     "warn_of_untested_torch",
     "without_autocast",
     "without_checkpointing",
+    "without_data",
     "without_idle_moves",
     "without_log_of_failures",
     "without_modes",

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch._C._profiler import _EventType
+
+_PREFIX = "memplan#"
 
 
 @contextlib.contextmanager
@@ -44,11 +49,31 @@ def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:
     return events
 
 
-def spans(profile: torch.profiler.profile, prefix: str) -> dict[str, tuple[int, int]]:
-    """Start and end in ns of every ``record_function`` whose name begins so (torch 2.13.0)."""
+def span_peaks(profile: torch.profiler.profile, names: Iterable[str]) -> dict[str, int]:
+    """The most bytes allocated, net, inside each ``phase`` of these names."""
+    events = allocations(profile)
+    times = [when for when, _ in events]
+    named = spans(profile)
+    peaks = {}
+    for name in names:
+        start, stop = named[name]
+        sizes = (
+            nbytes for _, nbytes in events[bisect_left(times, start) : bisect_left(times, stop)]
+        )
+        peaks[name] = max(accumulate(sizes), default=0)
+    return {name: max(0, peak) for name, peak in peaks.items()}
+
+
+def phase(name: str) -> AbstractContextManager[object]:
+    """A ``record_function`` that ``spans`` finds."""
+    return torch.profiler.record_function(f"{_PREFIX}{name}")
+
+
+def spans(profile: torch.profiler.profile) -> dict[str, tuple[int, int]]:
+    """Start and end in ns of every ``phase``, by name (torch 2.13.0)."""
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     return {
-        event.name(): (event.start_ns(), event.end_ns())
+        event.name().removeprefix(_PREFIX): (event.start_ns(), event.end_ns())
         for event in profile.profiler.kineto_results.events()
-        if event.name().startswith(prefix)
+        if event.name().startswith(_PREFIX)
     }

@@ -25,8 +25,8 @@ from torch.fx.graph import _BoxedCodeGen
 
 from memplan.torch_internals.fake import fake_mode_of
 
-PrimalKind = Literal["parameter", "buffer", "input", "constant"]
-OutputKind = Literal["output", "mutation", "gradient"]
+PrimalKind = Literal["parameter", "buffer", "input", "constant", "gradient"]
+OutputKind = Literal["output", "mutation", "gradient", "accumulated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,10 @@ class JointInput:
 
     Attributes:
         node: the placeholder.
-        kind: "parameter", "buffer", "input", "constant" (a tensor that the module does not own), or
-            "tangent".
-        name: FQN of a parameter or buffer, key of a constant, else "".
+        kind: "parameter", "buffer", "input", "constant" (a tensor that the module does not own),
+            "gradient" (one that a parameter holds when the step starts), or "tangent".
+        name: FQN of a parameter or buffer, the parameter's for a gradient, key of a constant, or
+            "".
         index: position among the inputs, or, for a tangent, among the outputs.
     """
 
@@ -53,7 +54,8 @@ class JointOutput:
 
     Attributes:
         value: its node, or a constant.
-        kind: "output", "mutation" (the new content of an input or buffer), or "gradient".
+        kind: "output", "mutation" (the new content of an input or buffer), "gradient", or
+            "accumulated" (a gradient that was added into one that was there).
         of: for an output its position; else the placeholder that is mutated or differentiated.
     """
 

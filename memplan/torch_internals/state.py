@@ -6,14 +6,16 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import nn
-from torch._C._autograd import _get_current_graph_task_keep_graph
 
 TESTED_TORCH = ("2.13",)
 """Releases that memplan's tests ran on."""
+
+_KINDS = ("cpu", "cuda")
 
 OpOverload: TypeAlias = torch._ops.OpOverload
 
@@ -59,15 +61,38 @@ def enabled_attention() -> tuple[bool, ...]:
     )
 
 
-def backward_keeps_graph() -> bool:
-    """Inside a backward: whether it was called with ``retain_graph=True`` (torch 2.13.0)."""
-    return bool(_get_current_graph_task_keep_graph())
+def is_under_autocast() -> bool:
+    """Whether ops are cast here."""
+    return any(map(torch.is_autocast_enabled, _KINDS))
+
+
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """The settings of autocast at one place."""
+
+    dtypes: tuple[tuple[str, torch.dtype], ...]
+    is_cached: bool
+
+    @classmethod
+    def here(cls) -> Autocast:
+        """As they are now."""
+        enabled = [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
+        dtypes = tuple((kind, torch.get_autocast_dtype(kind)) for kind in enabled)
+        return cls(dtypes, torch.is_autocast_cache_enabled())
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, they are so, with a cache of casts that is empty at first and at the end."""
+        with contextlib.ExitStack() as stack:
+            for kind, dtype in self.dtypes:
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self.is_cached))
+            yield
 
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
     """Inside, no op is cast: the casts are part of what was traced (torch 2.13.0)."""
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    kinds = [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
     for kind in kinds:
         torch.set_autocast_enabled(kind, False)
     try:

@@ -1,0 +1,73 @@
+"""Autocast's cache of casts, which a trace does without.
+
+In eager, a leaf that autocast casts for several ops is cast once, and its gradients are summed in
+the lower precision before they are cast back. A trace is given no leaves, so torch casts for each
+op anew. Here the cast is shared as in eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CAST = frozenset(
+    [
+        *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm"),
+        *("addbmm", "vecdot", "conv1d", "conv2d", "conv3d", "conv_tbc"),
+        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    ]
+)
+"""Functions whose arguments autocast casts down, on every device (torch/csrc, autocast_mode)."""
+
+
+class CastOnce(TorchFunctionMode):
+    """Inside, each leaf is cast once for all ops that autocast casts it for."""
+
+    def __init__(self, leaves: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._leaves = {id(leaf): leaf for leaf in leaves}
+        self._casts: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self._clear = torch.clear_autocast_cache
+
+    def __enter__(self) -> CastOnce:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        torch.clear_autocast_cache = self._cleared
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.clear_autocast_cache = self._clear
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def _cleared(self) -> None:
+        """Autocast does this when its outermost context ends."""
+        self._casts.clear()
+        self._clear()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _CAST and torch.is_autocast_cache_enabled():
+            args = tuple(map(self._cast, args))
+            kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _cast(self, value: object) -> object:
+        if id(value) not in self._leaves or not isinstance(value, torch.Tensor):
+            return value
+        kind = value.device.type
+        if value.dtype is not torch.float32 or not torch.is_autocast_enabled(kind):
+            return value
+        dtype = torch.get_autocast_dtype(kind)
+        key = (id(value), dtype)
+        if key not in self._casts:
+            self._casts[key] = value.to(dtype)
+        return self._casts[key]

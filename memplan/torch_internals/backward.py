@@ -1,0 +1,78 @@
+"""What can be known of the backward that is running."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch.autograd.graph import _engine_run_backward
+
+_LEAF = "torch::autograd::AccumulateGrad"
+_MOST_NODES = 20_000
+"""Larger graphs than this are not searched."""
+
+
+def backward_keeps_graph() -> bool:
+    """Inside a backward: whether it was called with ``retain_graph=True`` (torch 2.13.0)."""
+    return bool(_get_current_graph_task_keep_graph())
+
+
+def received_from_one_node() -> frozenset[int]:
+    """Inside ``loss.backward()``: ids of the leaves that a single edge leads to (torch 2.13.0).
+
+    Their gradient is what that edge brings; other leaves' is a sum. Empty where that cannot be
+    told, and inside ``torch.autograd.grad`` and ``backward(inputs=...)``.
+    """
+    roots = _roots()
+    edges: Counter[Any] = Counter(roots)
+    stack = list(edges)
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None:
+                if node not in edges:
+                    stack.append(node)
+                edges[node] += 1
+        if len(edges) > _MOST_NODES:
+            return frozenset()
+    leaves = (node for node, count in edges.items() if count == 1 and node.name() == _LEAF)
+    return frozenset(id(node.variable) for node in leaves)
+
+
+def _roots() -> Sequence[Any]:
+    """Nodes that the running backward started from, if it is to accumulate into all leaves."""
+    frame = next(_engine_frames(sys._getframe()), None)
+    if frame is None:
+        # Nodes of another device run in a thread of their own.
+        others = [next(_engine_frames(top), None) for top in sys._current_frames().values()]
+        found = [other for other in others if other is not None]
+        if len(found) != 1:
+            return ()
+        frame = found[0]
+    outputs, args, options = (frame.f_locals[name] for name in ("t_outputs", "args", "kwargs"))
+    inputs = args[3]
+    if not options["accumulate_grad"] or inputs:
+        return ()
+    nodes = [out.grad_fn if isinstance(out, torch.Tensor) else out.node for out in outputs]
+    return [node for node in nodes if node is not None]
+
+
+def _engine_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        if frame.f_code is _engine_run_backward.__code__:
+            yield frame
+        frame = frame.f_back
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether something is to run when a leaf's gradient arrives (torch 2.13.0)."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def exchanges_gradients() -> bool:
+    """Whether this process is one of several that train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

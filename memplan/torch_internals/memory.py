@@ -1,0 +1,90 @@
+"""Memory that ops take, followed by the lives of storages; tensors without data included."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from memplan.torch_internals.fake import DispatchMode, fake_mode_of
+from memplan.torch_internals.state import storage_key
+
+_NUMBERS: dict[torch.dtype, bool | int] = {torch.bool: True, torch.int64: 1000, torch.int32: 1000}
+
+
+class Allocations(DispatchMode):
+    """Accounts for every storage that an op makes inside, until it is gone (torch 2.13.0).
+
+    A number that is asked of a tensor is taken to be that of a step long under way.
+
+    Attributes:
+        current_bytes: what is alive of all that was made.
+        peak_bytes: the most of it.
+        traffic_bytes: operands and results of all ops.
+        num_ops: how many there were.
+    """
+
+    def __init__(self, granule_bytes: int = 1) -> None:
+        super().__init__()
+        self.granule_bytes = granule_bytes
+        self.current_bytes = self.peak_bytes = self.traffic_bytes = self.num_ops = 0
+        self._live: dict[int, int] = {}
+
+    def start_anew(self) -> None:
+        """Forget the peak, the traffic and the ops."""
+        self.peak_bytes = self.current_bytes
+        self.traffic_bytes = self.num_ops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _NUMBERS.get(args[0].dtype, 1000.0)
+        result = func(*args, **kwargs)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.num_ops += 1
+        self.traffic_bytes += sum(t.numel() * t.element_size() for t in (*given, *made))
+        known = {storage_key(tensor) for tensor in given}
+        for tensor in made:
+            if storage_key(tensor) not in known:
+                self._add(tensor.untyped_storage())
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._live:
+            return
+        blocks = -(-storage.nbytes() // self.granule_bytes)
+        self._live[key] = blocks * self.granule_bytes
+        self.current_bytes += self._live[key]
+        weakref.finalize(storage, self._remove, key).atexit = False
+
+    def _remove(self, key: int) -> None:
+        self.current_bytes -= self._live.pop(key)
+
+
+def without_data(parameters: Sequence[torch.Tensor]) -> Iterator[nn.Parameter]:
+    """Parameters of the same kind that have no data (torch 2.13.0)."""
+    with fake_mode_of(parameters):
+        for parameter in parameters:
+            device = "cpu" if parameter.is_meta else parameter.device
+            made = torch.empty_strided(
+                parameter.shape, parameter.stride(), dtype=parameter.dtype, device=device
+            )
+            yield nn.Parameter(made, parameter.requires_grad)
+
+
+def inner_tensors(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The tensors that hold a tensor's data: itself, or what it wraps (torch 2.13.0)."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return (tensor,)
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]

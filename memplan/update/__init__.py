@@ -1,0 +1,17 @@
+"""The optimizer's part of a step: what it needs, and how it runs inside the backward."""
+
+from memplan.update.cost import UpdateCost, update_cost
+from memplan.update.duplicate import state_bytes, state_tensors
+from memplan.update.given import resolve_optimizer
+from memplan.update.in_backward import InBackward
+from memplan.update.program import with_update
+
+__all__ = [
+    "InBackward",
+    "UpdateCost",
+    "resolve_optimizer",
+    "state_bytes",
+    "state_tensors",
+    "update_cost",
+    "with_update",
+]

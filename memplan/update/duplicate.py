@@ -1,0 +1,112 @@
+"""A second optimizer that steps on copies, and steps of one parameter at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from memplan.errors import MemplanError
+from memplan.torch_internals import inner_tensors, is_fake, storage_key
+
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def duplicate(optimizer: Optimizer, copies: Mapping[int, nn.Parameter]) -> Optimizer:
+    """The same optimizer over other parameters, by the ids of its own.
+
+    Its state is copied as well, unless the others have no data; its hooks are not.
+    """
+    # Schedulers wrap `step` of the instance; such a wrapper would step the original.
+    own = {name: value for name, value in optimizer.__dict__.items() if name != "step"}
+    own |= {name: OrderedDict() for name in _HOOKS}
+    if any(map(is_fake, copies.values())):
+        own["state"] = defaultdict(dict)
+    made: Optimizer = object.__new__(type(optimizer))
+    made.__dict__.update(copy.deepcopy(own, dict(copies)))
+    return made
+
+
+def step(optimizer: Optimizer) -> None:
+    """One step, as the class defines it.
+
+    Raises:
+        MemplanError: if it needs a closure.
+    """
+    try:
+        type(optimizer).step(optimizer)
+    except TypeError as error:
+        if "closure" not in str(error):
+            raise
+        raise MemplanError(
+            f"{type(optimizer).__name__}.step needs a closure, which runs the model again; "
+            "memplan plans steps whose optimizer is called without one"
+        ) from error
+
+
+def step_one(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    """The step of one parameter alone, under its own group's present settings.
+
+    Raises:
+        MemplanError: if the optimizer keeps account of more than this parameter.
+    """
+    alone: Optimizer = object.__new__(type(optimizer))
+    settings = {**group, "params": [parameter]}
+    own = {**optimizer.__dict__, "param_groups": [settings]}
+    own |= {name: OrderedDict() for name in _HOOKS}
+    own.pop("step", None)
+    alone.__dict__.update(own)
+    step(alone)
+    changed = [name for name in group if name != "params" and settings[name] is not group[name]]
+    if changed:
+        raise MemplanError(
+            f"{type(optimizer).__name__} changes {changed[0]!r} of a group in each step; it does "
+            "not treat parameters separately"
+        )
+
+
+def group_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """Each parameter's group, by id."""
+    return {
+        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
+    }
+
+
+def state_tensors(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    """All tensors that an optimizer holds, parameters and gradients apart.
+
+    What wraps tensors, as low-bit states do, is looked into.
+    """
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    stack: list[object] = list(optimizer.__dict__.values())
+    seen: set[int] = set()
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or id(item) in parameters:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            yield from inner_tensors(item)
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple | set):
+            stack.extend(item)
+
+
+def state_bytes(optimizer: Optimizer, granule_bytes: int = 1) -> int:
+    """Bytes of the state, each storage once and in whole blocks of the allocator."""
+    sizes = {
+        storage_key(tensor): tensor.untyped_storage().nbytes()
+        for tensor in state_tensors(optimizer)
+    }
+    return sum(-(-size // granule_bytes) * granule_bytes for size in sizes.values())
