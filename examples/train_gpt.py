@@ -3,8 +3,9 @@
     python examples/train_gpt.py --budget 50% --steps 100
     python examples/train_gpt.py --plain --steps 100       # the untouched module
 
-Both print the same losses, bit for bit. The text is the Python language reference, as CPython
-ships it in ``pydoc_data.topics``.
+Both print the same losses, bit for bit. The budget is for the whole step, the optimizer's state
+and update included; with --update-in-backward no set of gradients is ever alive. The text is the
+Python language reference, as CPython ships it in ``pydoc_data.topics``.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--update-in-backward", action="store_true", help="free each gradient")
     parser.add_argument("--plain", action="store_true", help="without memplan")
     arguments = parser.parse_args()
 
@@ -70,19 +72,26 @@ def main() -> None:
         vocabulary, arguments.context, depth=arguments.depth, width=arguments.width
     )
     source = batches(text, arguments.batch_size, arguments.context, arguments.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     if not arguments.plain:
         batch = next(batches(text, arguments.batch_size, arguments.context, seed=1))
-        model = plan_and_show(model, batch, arguments.budget)
-    train(model, source, arguments.steps)
+        in_backward = arguments.update_in_backward
+        model = plan_and_show(model, batch, optimizer, arguments.budget, in_backward)
+    train(model, optimizer, source, arguments.steps)
 
 
 def plan_and_show(
-    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], budget: str
+    model: nn.Module,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    budget: str,
+    update_in_backward: bool,
 ) -> nn.Module:
     """Plan, and print predicted and measured peak."""
     import memplan  # noqa: PLC0415  --plain runs without it
 
-    planned = memplan.optimize(model, batch, budget=budget)
+    options = memplan.Options(update_in_backward=update_in_backward)
+    planned = memplan.optimize(model, batch, budget=budget, optimizer=optimizer, options=options)
     measured = memplan.profile(planned, batch, steps=1)
     print(planned.plan)
     print(f"predicted peak {memplan.format_bytes(planned.plan.peak_bytes)}")
@@ -91,10 +100,12 @@ def plan_and_show(
 
 
 def train(
-    model: nn.Module, source: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    source: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
 ) -> None:
     """The usual loop, whatever the module is."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     num_tokens = 0
     start = time.perf_counter()
     for step in range(steps):

@@ -26,7 +26,7 @@ from memplan.program import Costs, Op, OpCost, Phase
 from memplan.sample import Sample
 from memplan.schedule import Recovery
 from memplan.torch_internals import is_fake
-from memplan.update import UpdateCost, update_cost, with_update
+from memplan.update import UpdateCost, resolve_optimizer, update_cost, with_update
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,12 @@ class Pricing:
     def with_optimizer(
         self, model: nn.Module, traced: Traced, optimizer: Optimizer, *, in_backward: bool
     ) -> Pricing:
-        """The same with what the optimizer costs after this step."""
+        """The same with what the optimizer costs after this step.
+
+        Raises:
+            MemplanError: if the optimizer is not one over the model's parameters any more.
+        """
+        resolve_optimizer(model, optimizer)
         device = self.device
         if device is None and (self.costs == "analytic" or not self.has_data):
             device = CPU

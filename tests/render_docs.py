@@ -1,6 +1,6 @@
 """Makes pages of the documentation from what the tests saw.
 
-pytest -m "slow or not slow" tests/test_laws.py tests/test_support.py --results results.json
+pytest -m "slow or not slow" tests/test_{laws,support,optimizers}.py --results results.json
 python tests/render_docs.py results.json docs
 """
 
@@ -15,10 +15,11 @@ import memplan
 
 
 def main(results: Path, docs: Path) -> None:
-    """Write ``laws.md`` and ``support.md``."""
+    """Write ``laws.md``, ``support.md`` and ``optimizers.md``."""
     seen = json.loads(results.read_text())
     (docs / "laws.md").write_text(laws_page(list(seen["laws"].values())))
     (docs / "support.md").write_text(support_page(seen["support"]))
+    (docs / "optimizers.md").write_text(optimizers_page(seen["optimizers"]))
 
 
 def laws_page(rows: list[dict[str, Any]]) -> str:
@@ -61,6 +62,29 @@ def support_page(rows: list[tuple[str, str, str]]) -> str:
     for feature, outcome, reason in sorted(rows, key=lambda row: row[1] == "refused"):
         text = f"refused: {reason}" if reason else outcome
         lines.append(f"| {feature} | {text.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+def optimizers_page(rows: list[dict[str, Any]]) -> str:
+    """Whole steps, with the optimizer's state and update."""
+    lines = [
+        "# The whole step",
+        "",
+        "Every row was run by `tests/test_optimizers.py`: a step planned at 50 % (or the smallest "
+        "feasible budget), the optimizer's state and update included. *Resident* is parameters, "
+        "buffers, inputs and state. *Inside* means `Options(update_in_backward=True)`. The phase "
+        "is that of the peak, in plan and measurement alike.",
+        "",
+        "| model | optimizer | update | resident | predicted | measured | difference | phase |",
+        "|---|---|---|--:|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        names = ("resident_bytes", "predicted_bytes", "measured_bytes")
+        sizes = [memplan.format_bytes(row[name]) for name in names]
+        difference = f"{row['predicted_bytes'] - row['measured_bytes']} B"
+        where = "inside" if row["in_backward"] else "at the end"
+        cells = [row["model"], row["optimizer"], where, *sizes, difference, row["phase"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 

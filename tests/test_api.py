@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import laws
 import pytest
@@ -76,11 +77,12 @@ def test_the_smallest_budget_that_an_error_names_is_feasible(step, sample):
 
 
 def test_a_slowdown_is_a_bound(step, sample):
-    plan = memplan.plan(step, sample, max_slowdown=1.1)
-    assert 1 < plan.slowdown <= 1.1
-    assert memplan.plan(step, sample).slowdown <= 1.01
+    # measured times differ from run to run
+    plan = partial(memplan.plan, step, sample, options=memplan.Options(costs="analytic"))
+    assert 1 < plan(max_slowdown=1.1).slowdown <= 1.1
+    assert plan().slowdown <= 1.01
     with pytest.raises(memplan.InfeasibleBudget, match=r"no more than 1.01x"):
-        memplan.plan(step, sample, budget="60%", max_slowdown=1.01)
+        plan(budget="60%", max_slowdown=1.01)
 
 
 def test_without_passes_nothing_comes_back(step, sample):

@@ -188,6 +188,28 @@ def test_planning_leaves_parameters_state_and_randomness_alone(net):
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_what_was_measured_is_known_again(net):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    trained = dict(net.named_parameters())
+    made = update_cost(optimizer, trained, one_by_one=True)
+    again = update_cost(torch.optim.AdamW(net.parameters(), lr=0.2), trained, one_by_one=True)
+    assert again == made
+    other = update_cost(torch.optim.AdamW(net.parameters(), amsgrad=True), trained)
+    assert other.state_bytes > made.state_bytes
+    fewer = update_cost(optimizer, {"first.weight": net.first.weight})
+    assert fewer.state_bytes < made.state_bytes
+
+
+def test_a_parameter_that_is_replaced_is_missed(net):
+    planned = memplan.optimize(net, X, optimizer=sgd)
+    updating = memplan.optimize(net, X, optimizer=sgd, options=IN_BACKWARD)
+    net.first.weight = nn.Parameter(torch.ones(32, 16))
+    with pytest.raises(memplan.MemplanError, match=r"misses 1 .*'first.weight'"):
+        planned(X[:8])
+    with refused("was replaced"):
+        updating(X).backward()
+
+
 def test_measuring_puts_parameters_and_state_back(net):
     planned = memplan.optimize(net, X, optimizer=sgd)
     laws.run_step(planned, memplan.Sample.of(X), planned.optimizer)

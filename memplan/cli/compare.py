@@ -9,6 +9,7 @@ from memplan import api, profiler
 from memplan.cli.progress import progress
 from memplan.cli.target import load_target
 from memplan.errors import InfeasibleBudget, MemplanError, UnitsError
+from memplan.module import PlannedModule
 from memplan.plan import Plan
 from memplan.profiler import Comparison
 from memplan.report import comparison_table
@@ -36,16 +37,18 @@ def compare(target: str, budget: str | None, max_slowdown: float | None, steps: 
     r"""Plan a training step and measure it beside the untouched one.
 
     TARGET is file.py:factory or package.module:factory; the factory takes no arguments and
-    returns (model, batch).
+    returns (model, batch), or (model, batch, optimizer) for the whole step.
 
     \b
     Exit codes: 0 the plan holds what it promises; 1 the factory or the capture failed;
     2 wrong usage; 3 no plan fits the budget; 4 the plan breaks a promise.
     """
-    model, batch = load_target(target)
+    model, batch, optimizer = load_target(target)
     try:
         with progress():
-            planned = api.optimize(model, batch, budget=budget, max_slowdown=max_slowdown)
+            planned = api.optimize(
+                model, batch, budget=budget, max_slowdown=max_slowdown, optimizer=optimizer
+            )
             comparison = profiler.compare(model, planned, batch, steps=steps)
     except UnitsError as error:
         raise click.BadParameter(str(error), param_hint="--budget") from error
@@ -63,7 +66,7 @@ def compare(target: str, budget: str | None, max_slowdown: float | None, steps: 
         click.echo(f"broken promise: {promise}", err=True)
     if broken:
         raise SystemExit(BROKEN_PROMISE)
-    click.echo(f"{planned.plan.num_restores} ops run again. To train so: {_next(budget)}")
+    click.echo(f"{planned.plan.num_restores} ops run again. To train so: {_next(budget, planned)}")
 
 
 def _broken_promises(comparison: Comparison, plan: Plan) -> list[str]:
@@ -77,6 +80,7 @@ def _broken_promises(comparison: Comparison, plan: Plan) -> list[str]:
     return broken
 
 
-def _next(budget: str | None) -> str:
+def _next(budget: str | None, planned: PlannedModule) -> str:
     argument = "" if budget is None else f', budget="{budget}"'
-    return f"model = memplan.optimize(model, batch{argument})"
+    optimizer = "" if planned.optimizer is None else ", optimizer=optimizer"
+    return f"model = memplan.optimize(model, batch{argument}{optimizer})"

@@ -1,4 +1,4 @@
-"""TARGET: where a command finds the model and the batch."""
+"""TARGET: where a command finds the model, the batch and, perhaps, the optimizer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ class TargetError(click.ClickException):
     exit_code = 1
 
 
-def load_target(target: str) -> tuple[nn.Module, object]:
-    """Call a factory that returns ``(model, batch)``.
+def load_target(target: str) -> tuple[nn.Module, object, object]:
+    """Call a factory that returns ``(model, batch)`` or ``(model, batch, optimizer)``.
+
+    The optimizer is one over the model's parameters, a callable that makes one, or None.
 
     Args:
         target: ``path/to/file.py:factory`` or ``package.module:factory``.
@@ -41,15 +43,20 @@ def load_target(target: str) -> tuple[nn.Module, object]:
     return _call(factory, target)
 
 
-def _call(factory: Callable[[], object], target: str) -> tuple[nn.Module, object]:
+def _call(factory: Callable[[], object], target: str) -> tuple[nn.Module, object, object]:
     try:
         made = factory()
     except Exception as error:
         raise TargetError(f"{target} raised {type(error).__name__}: {error}") from error
     match made:
         case (nn.Module() as model, batch):
-            return model, batch
-    raise TargetError(f"{target} must return (model, batch), got {type(made).__name__}")
+            return model, batch, None
+        case (nn.Module() as model, batch, optimizer):
+            return model, batch, optimizer
+    raise TargetError(
+        f"{target} must return (model, batch) or (model, batch, optimizer), got "
+        f"{type(made).__name__}"
+    )
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -29,6 +29,9 @@ def comparison_table(comparison: Comparison, plan: Plan) -> Table:
         format_bytes(above[1]),
         f"{comparison.peak_ratio:.3f}",
     )
+    for name in planned.phases:
+        peaks = [profile.phases[name] for profile in (original, planned)]
+        table.add_row(f"  in {name}", *map(format_bytes, peaks), f"{peaks[1] / peaks[0]:.3f}")
     table.add_row(
         "step time",
         f"{original.step_s * 1e3:.1f} ms",
@@ -40,6 +43,8 @@ def comparison_table(comparison: Comparison, plan: Plan) -> Table:
     )
     table.add_row("gradients", "", "", _gradients(comparison))
     table.add_row("buffers", "", "", same(comparison.buffers_equal))
+    if "optimizer" in planned.phases:
+        table.add_row("updated parameters", "", "", same(comparison.parameters_equal))
     table.add_row("random state", "", "", same(comparison.rng_equal))
     table.add_section()
     if plan.budget_bytes is not None:

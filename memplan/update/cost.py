@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from memplan.capture import unchanged_randomness
 from memplan.collector import paused_collector
-from memplan.costs import Device
+from memplan.costs import CostCache, Device
 from memplan.errors import MemplanError
 from memplan.program import OpCost
 from memplan.torch_internals import (
@@ -40,6 +40,7 @@ from memplan.update.duplicate import (
     step,
     step_one,
 )
+from memplan.update.key import parameter_key, update_key
 
 _STEPS = 7
 """Steps looked at, after one that makes the state: RAdam needs more memory after the fifth."""
@@ -86,7 +87,7 @@ def update_cost(
     versions = [version_of(parameter) for parameter in parameters_of(optimizer)]
     with unchanged_randomness(), paused_collector(), without_autocast():
         if device is None:
-            made = _measured(optimizer, trained, one_by_one)
+            made = _cached(optimizer, trained, one_by_one)
         else:
             made = _followed(optimizer, trained, one_by_one, device)
     if versions != [version_of(parameter) for parameter in parameters_of(optimizer)]:
@@ -95,6 +96,31 @@ def update_cost(
             "original; it cannot be measured"
         )
     return made
+
+
+def _cached(
+    optimizer: Optimizer, trained: Mapping[str, nn.Parameter], one_by_one: bool
+) -> UpdateCost:
+    """What was measured before, or is now."""
+    key = update_key(optimizer, trained)
+    if key is None:
+        return _measured(optimizer, trained, one_by_one)
+    numbers = _group_numbers(optimizer)
+    names = {
+        name: parameter_key(key, numbers[id(parameter)], parameter)
+        for name, parameter in trained.items()
+        if one_by_one
+    }
+    cache = CostCache.load()
+    if not {key, *names.values()} <= cache.entries.keys():
+        made = _measured(optimizer, trained, one_by_one)
+        whole = replace(made.cost, result_bytes=(made.state_bytes,))
+        cache.updated({key: whole, **{names[name]: cost for name, cost in made.each.items()}})
+        return made
+    each = {name: cache.entries[alone] for name, alone in names.items()}
+    whole = cache.entries[key]
+    cost = replace(whole, result_bytes=())
+    return UpdateCost(type(optimizer).__name__, whole.result_bytes[0], cost, each)
 
 
 def _measured(
@@ -185,14 +211,17 @@ def _distinct(
     made: Optimizer, trained: Mapping[str, nn.Parameter], one_by_one: bool
 ) -> list[list[tuple[str, nn.Parameter]]]:
     """Parameters that cost the same, together."""
-    numbers = {
-        id(p): number for number, group in enumerate(made.param_groups) for p in group["params"]
-    }
+    numbers = _group_numbers(made)
     alike: dict[object, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in trained.items() if one_by_one else ():
         layout = (parameter.shape, parameter.stride(), parameter.dtype)
         alike.setdefault((numbers[id(parameter)], layout), []).append((name, parameter))
     return list(alike.values())
+
+
+def _group_numbers(optimizer: Optimizer) -> dict[int, int]:
+    groups = enumerate(optimizer.param_groups)
+    return {id(parameter): number for number, group in groups for parameter in group["params"]}
 
 
 def _seconds(optimizer: Optimizer) -> float:

@@ -86,6 +86,11 @@ class InBackward:
                 f"the loss depends on outside of the module, several processes). {_LEAVE_OUT}"
             )
         self._groups = group_of(self.optimizer)
+        if any(id(parameter) not in self._groups for parameter in parameters):
+            raise PlanMismatch(
+                "a parameter of the model was replaced, and is not the optimizer's; build the "
+                "optimizer again, and plan with it"
+            )
 
     def update(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         """Use up one finished gradient."""
