@@ -20,12 +20,13 @@ from memplan.capture import (
     update_in_backward,
 )
 from memplan.collector import paused_collector
+from memplan.describing import describe_original, describe_plan, fingerprint
 from memplan.emit import emit
 from memplan.errors import InfeasibleBudget, MemplanError, PlanMismatch
 from memplan.module import PlannedModule
 from memplan.options import Options
 from memplan.passing import Pass
-from memplan.plan import PassRecord, Plan, describe_original, describe_plan, fingerprint
+from memplan.plan import PassRecord, Plan
 from memplan.planner import MAX_SLOWDOWN, solve
 from memplan.pricing import Pricing, offers
 from memplan.request import Request, make_request

@@ -1,0 +1,182 @@
+"""Two modules on one sample, side by side: their bits, their memory, their time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from memplan.module import PlannedModule
+from memplan.profiler.measure import Profile, describe, read_memory, time_step
+from memplan.profiler.step import preserved, run_step
+from memplan.sample import Sample
+from memplan.torch_internals import SpentGradient
+from memplan.units import format_bytes
+
+_LOG = logging.getLogger("memplan")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two modules on one sample under one random state.
+
+    Attributes:
+        original: the untouched module's profile.
+        planned: the other's.
+        time_ratio: planned over original; the median over interleaved rounds.
+        loss_equal: whether the losses have the same bits.
+        gradients_equal: whether all gradients have, those that are None included.
+        buffers_equal: whether all buffers have, after the step.
+        parameters_equal: whether all parameters have, after the optimizer's step if there is one.
+        rng_equal: whether torch's random state is the same after the step.
+        max_gradient_error: the largest difference of any entry over the largest gradient entry
+            of the original. Where gradients are used up in the backward, the updated parameters
+            are compared in their place.
+        losses: the two losses.
+    """
+
+    original: Profile
+    planned: Profile
+    time_ratio: float
+    loss_equal: bool
+    gradients_equal: bool
+    buffers_equal: bool
+    parameters_equal: bool
+    rng_equal: bool
+    max_gradient_error: float
+    losses: tuple[float, float]
+
+    @property
+    def peak_ratio(self) -> float:
+        """Planned peak over the original's, both above resident bytes."""
+        above = self.original.peak_bytes - self.original.resident_bytes
+        return (self.planned.peak_bytes - self.planned.resident_bytes) / above if above else 1.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether loss, gradients, buffers, parameters and random state have the same bits."""
+        tensors_equal = self.gradients_equal and self.buffers_equal and self.parameters_equal
+        return self.loss_equal and tensors_equal and self.rng_equal
+
+    def __str__(self) -> str:
+        same = "same bits" if self.is_exact else f"error {self.max_gradient_error:.1e}"
+        return (
+            f"Comparison: peak {format_bytes(self.original.peak_bytes)} -> "
+            f"{format_bytes(self.planned.peak_bytes)} ({self.peak_ratio:.0%} of what is above "
+            f"resident), time x{self.time_ratio:.3f}, {same}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor | None]
+    buffers: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]
+    rng: torch.Tensor
+
+
+def compare(
+    original: nn.Module, planned: nn.Module, sample: object, *, steps: int = 3
+) -> Comparison:
+    """Run two modules on one sample: their bits, their memory, their time.
+
+    Args:
+        original: the untouched module.
+        planned: the module in its place, usually from ``memplan.optimize(original, ...)``. If it
+            was planned with an optimizer, that is part of both steps.
+        sample: one batch.
+        steps: how many interleaved rounds to time.
+    """
+    batch = Sample.of(sample)
+    optimizer = planned.optimizer if isinstance(planned, PlannedModule) else None
+    with preserved(original, optimizer), preserved(planned, optimizer):
+        _LOG.debug("comparing loss and gradients")
+        rng = torch.get_rng_state()
+        mine = _outcome(original, batch, optimizer, rng)
+        theirs = _outcome(planned, batch, optimizer, rng)
+        readings = []
+        for module, name in ((original, "original"), (planned, "planned")):
+            _LOG.debug("measuring the %s step's memory", name)
+            readings.append(read_memory(module, batch, optimizer))
+        times: list[tuple[float, float]] = []
+        for number in range(max(1, steps)):
+            _LOG.debug("timing, round %d of %d", number + 1, max(1, steps))
+            pair = (time_step(original, batch, optimizer), time_step(planned, batch, optimizer))
+            times.append(pair)
+        step_s = [median(each) for each in zip(*times, strict=True)]
+        return Comparison(
+            original=describe(original, batch, optimizer, readings[0], step_s[0]),
+            planned=describe(planned, batch, optimizer, readings[1], step_s[1]),
+            time_ratio=median(b / a for a, b in times),
+            **_differences(mine, theirs),
+        )
+
+
+def _differences(mine: _Outcome, theirs: _Outcome) -> dict[str, Any]:
+    """The fields of a comparison that are about results."""
+    pairs = (mine.gradients, theirs.gradients)
+    if any(isinstance(gradient, SpentGradient) for gradient in theirs.gradients.values()):
+        pairs = ({**mine.parameters}, {**theirs.parameters})
+    return {
+        "loss_equal": torch.equal(mine.loss, theirs.loss),
+        "gradients_equal": _all_equal(*pairs),
+        "buffers_equal": _all_equal(mine.buffers, theirs.buffers),
+        "parameters_equal": _all_equal(mine.parameters, theirs.parameters),
+        "rng_equal": torch.equal(mine.rng, theirs.rng),
+        "max_gradient_error": _error(*pairs),
+        "losses": (mine.loss.item(), theirs.loss.item()),
+    }
+
+
+def _outcome(
+    module: nn.Module, sample: Sample, optimizer: Optimizer | None, rng: torch.Tensor
+) -> _Outcome:
+    """One step under a random state; what it changes is put back."""
+    with preserved(module, optimizer):
+        torch.set_rng_state(rng)
+        result = run_step(module, sample)
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        if optimizer is not None:
+            optimizer.step()
+        return _Outcome(
+            loss=result.loss.detach().clone(),
+            gradients=gradients,
+            buffers={name: buffer.detach().clone() for name, buffer in module.named_buffers()},
+            parameters={name: p.detach().clone() for name, p in module.named_parameters()},
+            rng=torch.get_rng_state(),
+        )
+
+
+def _all_equal(
+    mine: dict[str, torch.Tensor] | dict[str, torch.Tensor | None],
+    theirs: dict[str, torch.Tensor] | dict[str, torch.Tensor | None],
+) -> bool:
+    if mine.keys() != theirs.keys():
+        return False
+    pairs = [(mine[name], theirs[name]) for name in mine]
+    return all(
+        a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+    )
+
+
+def _error(mine: dict[str, torch.Tensor | None], theirs: dict[str, torch.Tensor | None]) -> float:
+    """Largest difference over the largest entry; a gradient that is missing counts as zeros."""
+    scale = max((float(g.abs().max()) for g in mine.values() if g is not None), default=0.0)
+    worst = 0.0
+    for name in mine.keys() | theirs.keys():
+        a, b = mine.get(name), theirs.get(name)
+        if a is None and b is None:
+            continue
+        difference = b if a is None else a if b is None else a - b
+        assert difference is not None
+        worst = max(worst, float(difference.abs().max()))
+    return worst / scale if scale else worst
