@@ -240,6 +240,7 @@ def _check_call(catalog: Catalog, step: Call, live: set[int], overwritten: set[i
     _require(not stale, f"runs op {op.id} ({op.target}) after values {sorted(stale)} changed")
     overwritten.update(op.mutates)
     _require(set(step.binds) <= set(op.results), f"binds what op {op.id} does not make")
+    _require(len(set(step.binds)) == len(step.binds), f"binds a result of op {op.id} twice")
     again = [value for value in step.binds if value in live]
     _require(not again, f"binds values {again}, which are alive already")
     live.update(step.binds)

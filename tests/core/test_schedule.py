@@ -15,6 +15,7 @@ from programs import chain, recompute_all, unit_costs
 
 from memplan.errors import PlanMismatch
 from memplan.planner import keep_all, solve
+from memplan.program import Op, Phase, Program, Role, Value
 from memplan.schedule import Free, Restore, Run, Schedule, check_schedule
 
 PROGRAM = chain(6)
@@ -50,6 +51,33 @@ def test_a_step_put_in_is_illegal(step, message):
     broken = replace(SCHEDULE, forward=(*SCHEDULE.forward, step))
     with pytest.raises(PlanMismatch, match=message):
         check_schedule(PROGRAM, RECOVERIES, broken)
+
+
+def test_a_result_is_bound_once():
+    index, run = next(
+        (i, s) for i, s in enumerate(SCHEDULE.forward) if isinstance(s, Run) and s.binds
+    )
+    twice = replace(run, binds=(*run.binds, run.binds[0]))
+    steps = (*SCHEDULE.forward[:index], twice, *SCHEDULE.forward[index + 1 :])
+    with pytest.raises(PlanMismatch, match="twice"):
+        check_schedule(PROGRAM, RECOVERIES, replace(SCHEDULE, forward=steps))
+
+
+def test_what_was_overwritten_is_not_read_again():
+    values = (
+        Value(0, 8, Role.PARAMETER),
+        Value(1, 8, Role.OUTPUT, producer=0),
+        Value(2, 8, Role.GRADIENT, producer=2),
+    )
+    ops = (
+        Op(0, "make", (0,), (1,)),
+        Op(1, "overwrite", (0,), (), Phase.BACKWARD, mutates=(0,)),
+        Op(2, "read", (0,), (2,), Phase.BACKWARD),
+    )
+    program = Program(ops, values, (1, 2))
+    schedule = Schedule((Run(0, (1,)),), (Run(1, ()), Run(2, (2,))))
+    with pytest.raises(PlanMismatch, match=r"after values \[0\] changed"):
+        check_schedule(program, (), schedule)
 
 
 def test_nothing_is_restored_that_no_recovery_offers():
