@@ -38,11 +38,13 @@ class Results:
         laws: columns of the law table, by "model budget".
         support: (feature, effect or "refused", reason).
         optimizers: rows of the table of optimizers.
+        freed: by optimizer, how much of the gradients' bytes updates in the backward free.
     """
 
     laws: dict[str, dict[str, Any]] = field(default_factory=dict)
     support: list[tuple[str, str, str]] = field(default_factory=list)
     optimizers: list[dict[str, Any]] = field(default_factory=list)
+    freed: dict[str, float] = field(default_factory=dict)
 
     def law(self, model: str, budget: str, **columns: Any) -> None:
         """Add columns to a row of the law table."""

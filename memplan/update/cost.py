@@ -5,7 +5,6 @@ It steps on copies of the parameters, so that neither they nor its state change.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -27,6 +26,7 @@ from memplan.torch_internals import (
     phase,
     recording,
     span_peaks,
+    spans,
     version_of,
     without_autocast,
     without_data,
@@ -139,21 +139,18 @@ def _measured(
             for index, parameters in enumerate(alone):
                 with phase(f"{index} {number}"):
                     step_one(made, parameters[0][1], groups[id(parameters[0][1])])
-    seconds = median(_seconds(made) for _ in range(3))
-    spans = ["whole", *map(str, range(len(alone)))]
-    names = {span: [f"{span} {number}" for number in range(_STEPS)] for span in spans}
-    peaks = span_peaks(profile, chain.from_iterable(names.values()))
+    kinds = ["whole", *map(str, range(len(alone)))]
+    names = {kind: [f"{kind} {number}" for number in range(_STEPS)] for kind in kinds}
+    peaks, times = span_peaks(profile, chain.from_iterable(names.values())), spans(profile)
 
-    def cost(span: str, share: float) -> OpCost:
-        return OpCost(seconds * share, workspace_bytes=max(peaks[name] for name in names[span]))
+    def cost(kind: str) -> OpCost:
+        seconds = median((times[name][1] - times[name][0]) / 1e9 for name in names[kind])
+        return OpCost(seconds, workspace_bytes=max(peaks[name] for name in names[kind]))
 
-    numel = sum(parameter.numel() for parameter in trained.values())
     each = {
-        name: cost(str(index), parameter.numel() / max(numel, 1))
-        for index, parameters in enumerate(alone)
-        for name, parameter in parameters
+        name: cost(str(index)) for index, parameters in enumerate(alone) for name, _ in parameters
     }
-    return UpdateCost(type(optimizer).__name__, state_bytes(made), cost("whole", 1.0), each)
+    return UpdateCost(type(optimizer).__name__, state_bytes(made), cost("whole"), each)
 
 
 def _followed(
@@ -222,12 +219,6 @@ def _distinct(
 def _group_numbers(optimizer: Optimizer) -> dict[int, int]:
     groups = enumerate(optimizer.param_groups)
     return {id(parameter): number for number, group in groups for parameter in group["params"]}
-
-
-def _seconds(optimizer: Optimizer) -> float:
-    start = time.perf_counter()
-    step(optimizer)
-    return time.perf_counter() - start
 
 
 def _is_known_to_be_separate(optimizer: Optimizer) -> bool:
