@@ -21,6 +21,10 @@ def make():
     model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
     return model, (torch.randn(256, 64), torch.randn(256, 64))
 
+def whole():
+    model, batch = make()
+    return model, batch, torch.optim.AdamW(model.parameters(), foreach=True)
+
 def fails():
     raise ValueError("no data here")
 
@@ -110,3 +114,10 @@ def test_the_console_script_answers():
     command = [sys.executable, "-m", "memplan", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "memplan" in result.stdout
+
+
+def test_with_an_optimizer_the_whole_step_is_compared(run):
+    result = run("whole", "--budget", "80%", "--steps", "1")
+    assert result.exit_code == 0
+    assert "in optimizer" in result.output and "updated parameters" in result.output
+    assert "optimizer=optimizer" in result.output
