@@ -39,6 +39,7 @@ class Emitted:
         num_outputs: how many of what ``forward`` returns are outputs.
         tangents: positions, among the module's outputs, whose incoming gradients are passed on.
         gradient_primals: positions of the primals that the gradients are for, in order.
+        gradient_sources: for each of them, the outputs whose incoming gradients it depends on.
         accumulated: positions of the primals whose gradients are added into what is there.
         updated: positions of the primals that are updated in the backward.
     """
@@ -51,8 +52,14 @@ class Emitted:
     num_outputs: int
     tangents: tuple[int, ...]
     gradient_primals: tuple[int, ...]
+    gradient_sources: tuple[frozenset[int], ...]
     accumulated: tuple[int, ...]
     updated: tuple[int, ...]
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Positions of the primals that get a gradient, or are updated by it."""
+        return tuple(sorted({*self.gradient_primals, *self.updated}))
 
 
 def emit(
@@ -90,6 +97,7 @@ def emit(
         num_outputs=len(results),
         tangents=tuple(position for position, _ in captured.tangents),
         gradient_primals=tuple(position for position, _ in captured.gradients),
+        gradient_sources=_sources(captured),
         accumulated=accumulated,
         updated=_updated(captured),
     )
@@ -128,6 +136,18 @@ def _read(catalog: Catalog, steps: Iterable[Step]) -> set[int]:
         if not isinstance(step, Free)
         for value in (*catalog.ops[step.op].operands, *catalog.ops[step.op].mutates)
     }
+
+
+def _sources(captured: Captured) -> tuple[frozenset[int], ...]:
+    """The outputs whose incoming gradients each gradient depends on."""
+    reached: dict[fx.Node, frozenset[int]] = {
+        node: frozenset([output]) for output, node in captured.tangents
+    }
+    none = frozenset[int]()
+    for node in captured.graph.nodes:
+        if node.op == "call_function":
+            reached[node] = none.union(*(reached.get(n, none) for n in node.all_input_nodes))
+    return tuple(reached.get(node, none) for _, node in captured.gradients)
 
 
 def _updated(captured: Captured) -> tuple[int, ...]:

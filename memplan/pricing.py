@@ -26,7 +26,7 @@ from memplan.program import Costs, Op, OpCost, Phase
 from memplan.sample import Sample
 from memplan.schedule import Recovery
 from memplan.torch_internals import is_fake
-from memplan.update import UpdateCost, resolve_optimizer, update_cost, with_update
+from memplan.update import UpdateCost, group_of, resolve_optimizer, update_cost, with_update
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,12 @@ class Pricing:
         device = self.device
         if device is None and (self.costs == "analytic" or not self.has_data):
             device = CPU
-        trained = trained_by(traced, model)
+        held = group_of(optimizer)
+        trained = {
+            name: parameter
+            for name, parameter in trained_by(traced, model).items()
+            if id(parameter) in held
+        }
         on_cuda = any(parameter.is_cuda for parameter in trained.values())
         if device is None and on_cuda:
             device = replace(CPU, name="CUDA", is_cuda=True, granule_bytes=512)

@@ -29,3 +29,14 @@ def redraw(
         return op(*args, **kwargs)
     finally:
         torch.cuda.set_rng_state(now, device) if is_cuda else torch.set_rng_state(now)
+
+
+def dropout(x: torch.Tensor, probability: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero where numbers drawn as eager draws them say so, ``x * scale`` elsewhere; and where."""
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - probability)
+    return torch.mul(x, mask.view(torch.uint8)).mul_(scale), mask
+
+
+def drop_all(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dropout with probability 1, which draws nothing."""
+    return x * torch.zeros((), dtype=x.dtype), torch.zeros_like(x, dtype=torch.bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,8 @@ class PlannedStep:
     def run(self, state: State, sample: Sample) -> Any:
         """Run the forward; what it returns has the structure that the module's output has."""
         primals = self._primals(state, sample)
-        differentiable = [primal for primal in primals if primal.requires_grad]
+        # What gets no gradient is no input of the node, or autograd would run its hooks.
+        differentiable = [primals[position] for position in self.emitted.differentiable]
         results = _PlannedFunction.apply(self, primals, *differentiable)  # type: ignore[no-untyped-call]
         outputs = [
             results[slot] if slot >= 0 else primals[~slot] for slot in self.emitted.output_slots
@@ -106,8 +107,30 @@ class PlannedStep:
             tangents.append(gradient)
         return tangents
 
+    def _arrived(self, incoming: Sequence[torch.Tensor | None]) -> frozenset[int]:
+        """The outputs that a gradient arrives at."""
+        slots = self.emitted.output_slots
+        tangents = self.emitted.tangents
+        return frozenset(output for output in tangents if incoming[slots[output]] is not None)
+
+    def gradients(
+        self, results: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """For each differentiable primal what the backward made; None where eager has none."""
+        emitted, arrived = self.emitted, self._arrived(incoming)
+        made = {
+            position: result if sources & arrived else None
+            for position, result, sources in zip(
+                emitted.gradient_primals, results, emitted.gradient_sources, strict=True
+            )
+        }
+        return [made.get(position) for position in emitted.differentiable]
+
     def start_updates(
-        self, parameters: Sequence[torch.Tensor], tangents: Iterable[torch.Tensor]
+        self,
+        parameters: Sequence[torch.Tensor],
+        tangents: Sequence[torch.Tensor],
+        incoming: Sequence[torch.Tensor | None],
     ) -> None:
         """Check that the parameters may be updated in this backward.
 
@@ -120,6 +143,11 @@ class PlannedStep:
             raise PlanMismatch(
                 "retain_graph=True asks for another backward of parameters that this one updates; "
                 "leave Options(update_in_backward=True) out"
+            )
+        if len(self._arrived(incoming)) < len(self.emitted.tangents):
+            raise PlanMismatch(
+                "the backward comes from some of the module's outputs alone, and would update "
+                "what only the others depend on; leave Options(update_in_backward=True) out"
             )
         is_loss = self.captured.output.is_loss
         self.in_backward.start(parameters, tangents if is_loss else ())
@@ -174,7 +202,6 @@ class _PlannedFunction(torch.autograd.Function):
         outputs = results[: emitted.num_outputs]
         ctx.step = step
         ctx.kept = results[emitted.num_outputs :]
-        ctx.positions = [i for i, primal in enumerate(primals) if primal.requires_grad]
         ctx.accumulated = [primals[position] for position in emitted.accumulated]
         ctx.updated = [primals[position] for position in emitted.updated]
         ctx.set_materialize_grads(False)
@@ -211,7 +238,7 @@ class _PlannedFunction(torch.autograd.Function):
                 "Call backward(retain_graph=True) the first time."
             )
         tangents = step.incoming(gradients)
-        step.start_updates(ctx.updated, tangents)
+        step.start_updates(ctx.updated, tangents, gradients)
         arguments = [*ctx.kept, *primals, *tangents, *existing_gradients(ctx.accumulated)]
         if backward_keeps_graph():
             warnings.warn(
@@ -223,6 +250,5 @@ class _PlannedFunction(torch.autograd.Function):
             ctx.kept = None
         results = step.emitted.backward(arguments)
         if step.in_backward is not None:
-            step.in_backward.finish(ctx.updated)
-        made = dict(zip(step.emitted.gradient_primals, results, strict=True))
-        return (None, None, *(made.get(position) for position in ctx.positions))
+            step.in_backward.finish()
+        return (None, None, *step.gradients(results, gradients))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rows import MODELS
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import memplan
 from memplan.costs import DEVICES
@@ -321,6 +322,148 @@ def test_a_scaled_loss_is_refused(net, updating):
     with refused("scaled"):
         scaler.scale(updating(X)).backward()
     assert all(map(torch.equal, before, net.parameters()))
+
+
+def test_settings_changed_after_the_backward_are_refused(net, updating):
+    updating(X).backward()
+    updating.optimizer.param_groups[0]["lr"] = 0.5
+    with refused("was changed between"):
+        updating.optimizer.step()
+
+
+def test_gradients_thrown_away_after_the_backward_are_refused(net, updating):
+    updating(X).backward()
+    net.zero_grad()
+    with refused("set to None between"):
+        updating.optimizer.step()
+
+
+def test_a_hook_that_clips_is_refused_whenever_it_was_registered(net, updating):
+    updating.optimizer.register_step_pre_hook(
+        lambda *_: nn.utils.clip_grad_norm_(net.parameters(), 1.0) and None
+    )
+    updating(X).backward()
+    with refused("gradients that are gone"):
+        updating.optimizer.step()
+
+
+def test_planning_leaves_no_hook(net):
+    optimizer = sgd(net.parameters())
+    for _ in range(3):
+        memplan.plan(net, X, optimizer=optimizer, options=IN_BACKWARD)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_hooks_of_all_optimizers_run_once(net, updating):
+    calls = []
+    handle = register_optimizer_step_post_hook(lambda *_: calls.append(1))
+    updating(X).backward()
+    updating.optimizer.step()
+    handle.remove()
+    assert len(calls) == 1
+
+
+class Stops(torch.optim.SGD):
+    """Is interrupted at its second parameter."""
+
+    calls = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    Stops.calls += 1
+                    if Stops.calls == 2 and p.shape == (1,):
+                        raise KeyboardInterrupt
+                    p.sub_(p.grad, alpha=group["lr"])
+
+
+def test_an_interrupted_backward_is_remembered(net):
+    optimizer = Stops(net.parameters(), lr=0.1)
+    planned = memplan.optimize(net, X, optimizer=optimizer, options=IN_BACKWARD)
+    Stops.calls = 1
+    with pytest.raises(KeyboardInterrupt):
+        planned(X).backward()
+    assert all(parameter.grad is None for parameter in net.parameters())
+    with refused("interrupted"):
+        optimizer.step()
+
+
+class Clips(torch.optim.SGD):
+    """Scales all gradients where their norm is above a bound."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in held]).norm()
+        for p in held:
+            p.sub_(p.grad / torch.clamp(norm / 100, min=1), alpha=self.param_groups[0]["lr"])
+
+
+def test_a_bound_that_small_gradients_do_not_reach_is_found(net):
+    with pytest.raises(memplan.MemplanError, match="not treat parameters separately"):
+        memplan.optimize(net, X, optimizer=partial(Clips, lr=0.1), options=IN_BACKWARD)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.first, self.second = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        x = torch.tanh(self.body(x))
+        return self.first(x).square().mean(), self.second(x).square().mean()
+
+
+def test_what_only_an_unused_output_depends_on_has_no_gradient():
+    model = TwoHeads()
+    planned = memplan.optimize(model, X)
+    gradients = []
+    for module in (planned, model):
+        model.zero_grad()
+        module(X)[0].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs)
+    assert model.second.weight.grad is None
+    model.zero_grad()
+    updating = memplan.optimize(model, X, optimizer=sgd, options=IN_BACKWARD)
+    with refused("some of the module's outputs"):
+        updating(X)[0].backward()
+
+
+def test_hooks_of_what_is_not_used_do_not_run(net):
+    net.idle = nn.Parameter(torch.ones(2))
+    net.idle.register_hook(lambda gradient: gradient.clamp(0, 1))
+    planned = memplan.optimize(net, X)
+    planned(X).backward()
+    assert net.idle.grad is None
+
+
+def test_state_of_ones_own_is_measured_anew(net):
+    optimizer = torch.optim.AdamW(net.parameters())
+    trained = dict(net.named_parameters())
+    before = update_cost(optimizer, trained)
+    for parameter in net.parameters():
+        optimizer.state[parameter]["average"] = parameter.detach().clone()
+    extra = sum(parameter.nbytes for parameter in net.parameters())
+    with pytest.raises(memplan.MemplanError, match="fails when it steps"):
+        update_cost(optimizer, trained)  # AdamW takes any state for its own
+    optimizer = sgd(net.parameters())
+    before = update_cost(optimizer, trained)
+    laws.run_step(net, memplan.Sample.of(X), optimizer)
+    for parameter in net.parameters():
+        optimizer.state[parameter]["average"] = parameter.detach().clone()
+    assert update_cost(optimizer, trained).state_bytes == before.state_bytes + extra
+
+
+def test_a_frozen_parameter_with_a_gradient_left_over(net):
+    net(X).backward()
+    net.first.requires_grad_(False)
+    plan = memplan.plan(net, X, optimizer=sgd(net.second.parameters()))
+    assert plan.phases["optimizer"] > 0
 
 
 def test_other_uses_of_gradients_are_refused(net, updating):

@@ -13,6 +13,8 @@ import memplan
 from memplan.passes import DEFAULT_PASSES, PASSES, checkpoint_activations, speed_up_dropout
 from memplan.passes.dropout import dropout_backward
 
+SMALLEST = memplan.Options(on_infeasible="smallest")
+
 
 def test_every_pass_is_named_as_its_factory_and_has_a_card():
     cards = {card.stem for card in Path(memplan.passes.__file__).parent.glob("*.md")}
@@ -45,6 +47,23 @@ def test_dropouts_kernel_is_replaced_and_exact():
         targets = {op.target for op in planned.prepare(memplan.Sample(sample)).captured.program.ops}
         assert "memplan.passes.dropout.dropout_backward" in targets
         laws.assert_same_bits(laws.step(step, sample), laws.step(planned, sample))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.04, 0.1, 0.15, 0.5, 0.71, 0.97, 1.0])
+def test_dropout_has_eagers_bits_whatever_its_probability(p, dtype):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x):
+            x = nn.functional.dropout(self.layer(x), p)
+            return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=p).square().mean()
+
+    model, x = Attends().to(dtype), torch.randn(2, 2, 8, 16, dtype=dtype)
+    planned = memplan.optimize(model, x, budget="1 B", options=SMALLEST)
+    laws.assert_same_bits(laws.step(model, x), laws.step(planned, x))
 
 
 def test_passes_that_commute_give_the_same_plan():

@@ -98,6 +98,46 @@ def test_a_weight_is_cast_as_often_as_eager_casts_it(is_cached, is_around):
     assert len(casts) == (3 if not is_cached else 1 if is_around else 2)
 
 
+class Looks(nn.Module):
+    """Uses a weight without gradients first."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.layer, self.inside = nn.Linear(32, 32), inside
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16) if self.inside else nullcontext():
+            with torch.no_grad():
+                target = self.layer(x)
+            return (self.layer(self.layer(x)) - target).float().square().mean()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_weight_that_is_used_without_gradients_first(inside):
+    model, x = Looks(inside), torch.randn(16, 32)
+    with nullcontext() if inside else torch.autocast("cpu", torch.bfloat16):
+        planned = memplan.optimize(model, x)
+        laws.assert_same_bits(laws.step(model, x), laws.step(planned, x))
+
+
+def test_bilinear_under_autocast_is_refused():
+    class Bilinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Bilinear(8, 8, 4)
+
+        def forward(self, x):
+            return self.layer(x, x).float().square().mean()
+
+    model, x = Bilinear(), torch.randn(16, 8)
+    laws.assert_same_bits(laws.step(model, x), laws.step(memplan.optimize(model, x), x))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(memplan.CaptureError, match="bilinear"),
+    ):
+        memplan.optimize(model, x)
+
+
 def test_casts_of_weights_are_counted():
     model = nn.Sequential(*[nn.Linear(128, 128) for _ in range(8)])
     step, sample = memplan.WithLoss(model, nn.functional.mse_loss), (torch.randn(4, 128),) * 2

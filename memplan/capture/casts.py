@@ -66,6 +66,8 @@ class CastOnce(TorchFunctionMode):
         kind = value.device.type
         if value.dtype is not torch.float32 or not torch.is_autocast_enabled(kind):
             return value
+        if not torch.is_grad_enabled():  # eager keeps no cast that a gradient cannot pass
+            return value
         dtype = torch.get_autocast_dtype(kind)
         key = (id(value), dtype)
         if key not in self._casts:

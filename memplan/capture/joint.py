@@ -13,7 +13,7 @@ from memplan.capture.accumulate import accumulate
 from memplan.capture.attention import CudaAttention
 from memplan.capture.attributes import unchanged_attributes, unchanged_tensors
 from memplan.capture.decisions import Decision, decide
-from memplan.capture.dropout import DropsAll, round_scales
+from memplan.capture.dropout import dropout_as_eager
 from memplan.capture.explain import explain, is_data_dependent
 from memplan.capture.flat import Differentiable, Flat, Output
 from memplan.capture.origins import origins
@@ -97,7 +97,6 @@ def trace(
         unchanged_tensors(module),
         unchanged_attributes(module),
         OneLayerAtATime() as recurrent,
-        DropsAll(),
         CudaAttention() if has_cuda_attention else contextlib.nullcontext(),
         without_checkpointing(),
         without_idle_moves(),
@@ -108,7 +107,7 @@ def trace(
         with without_autocast():  # which the backward is not under
             joint, asked = _trace(flat, given)
     refuse_after(joint)
-    round_scales(joint.graph)
+    dropout_as_eager(joint.graph)
     assert flat.seen is not None
     existing = [parameter.grad for parameter in module.parameters()]
     return Traced(

@@ -22,6 +22,7 @@ from memplan.capture.joint import Traced
 from memplan.capture.updates import update_parameter
 from memplan.errors import CaptureError
 from memplan.program import Op, Phase, Program, Role, Value
+from memplan.rng import dropout
 from memplan.torch_internals import JointInput, OpOverload, is_backward, storage_key
 
 _ROLES: dict[str, Role] = {
@@ -270,6 +271,8 @@ def _schema_arguments(node: fx.Node) -> Mapping[str, object]:
 def _is_random(node: fx.Node) -> bool:
     """Whether a call draws numbers: its op may, and its dropout probability is not zero."""
     target = node.target
+    if target is dropout:
+        return True
     if not isinstance(target, OpOverload):
         return False
     if torch.Tag.nondeterministic_seeded not in target.tags:

@@ -14,7 +14,7 @@ from torch import nn
 
 from memplan.errors import CaptureError
 from memplan.sample import Sample
-from memplan.torch_internals import Joint, has_hooks, is_plain_tensor
+from memplan.torch_internals import Joint, has_hooks, is_plain_tensor, is_under_autocast
 
 
 def refuse_before(module: nn.Module, sample: Sample) -> None:
@@ -56,6 +56,11 @@ def refuse_after(joint: Joint) -> None:
         CaptureError: naming the first.
     """
     for node in joint.graph.nodes:
+        if node.target is torch.ops.aten._trilinear.default and is_under_autocast():
+            raise CaptureError(
+                "the forward uses bilinear under autocast, which eager casts inside of the op; "
+                "leave autocast for it: with torch.autocast(..., enabled=False)"
+            )
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.layout != torch.strided:
             raise CaptureError(

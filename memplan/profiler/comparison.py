@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memplan.errors import MemplanError
 from memplan.module import PlannedModule
 from memplan.profiler.measure import Profile, describe, read_memory, time_step
-from memplan.profiler.step import preserved, run_step
+from memplan.profiler.step import preserved, run_step, unchanged_inputs
 from memplan.sample import Sample
 from memplan.torch_internals import SpentGradient
 from memplan.units import format_bytes
@@ -98,7 +99,14 @@ def compare(
     """
     batch = Sample.of(sample)
     optimizer = planned.optimizer if isinstance(planned, PlannedModule) else None
-    with preserved(original, optimizer), preserved(planned, optimizer):
+    if optimizer is not None and not {id(p) for p in original.parameters()} <= {
+        id(p) for p in planned.parameters()
+    }:
+        raise MemplanError(
+            "the optimizer is for the planned module's parameters, and the original has others; "
+            "compare with planned.original"
+        )
+    with preserved(original, optimizer), preserved(planned, optimizer), unchanged_inputs(batch):
         _LOG.debug("comparing loss and gradients")
         rng = torch.get_rng_state()
         mine = _outcome(original, batch, optimizer, rng)
@@ -170,7 +178,8 @@ def _all_equal(
 
 def _error(mine: dict[str, torch.Tensor | None], theirs: dict[str, torch.Tensor | None]) -> float:
     """Largest difference over the largest entry; a gradient that is missing counts as zeros."""
-    scale = max((float(g.abs().max()) for g in mine.values() if g is not None), default=0.0)
+    present = [g for g in mine.values() if g is not None and g.numel()]
+    scale = max((float(g.abs().max()) for g in present), default=0.0)
     worst = 0.0
     for name in mine.keys() | theirs.keys():
         a, b = mine.get(name), theirs.get(name)
@@ -178,5 +187,7 @@ def _error(mine: dict[str, torch.Tensor | None], theirs: dict[str, torch.Tensor 
             continue
         difference = b if a is None else a if b is None else a - b
         assert difference is not None
+        if not difference.numel():
+            continue
         worst = max(worst, float(difference.abs().max()))
     return worst / scale if scale else worst

@@ -19,9 +19,12 @@ from memplan.profiler.step import (
     preserved,
     resident_bytes,
     run_step,
+    unchanged_inputs,
 )
+from memplan.program import Role
 from memplan.sample import Sample
 from memplan.units import format_bytes
+from memplan.update import state_bytes
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def profile(
     batch = Sample.of(sample)
     if optimizer is None and isinstance(module, PlannedModule):
         optimizer = module.optimizer
-    with preserved(module, optimizer):
+    with preserved(module, optimizer), unchanged_inputs(batch):
         reading = read_memory(module, batch, optimizer)
         step_s = median(time_step(module, batch, optimizer) for _ in range(max(1, steps)))
         return describe(module, batch, optimizer, reading, step_s)
@@ -102,7 +105,10 @@ def describe(
     """What was read and timed, as a profile."""
     resident = resident_bytes(module, sample, optimizer)
     if isinstance(module, PlannedModule):
-        resident = module.plan.resident_bytes
+        # Constants that the capture found are among the plan's residents; state is as it is.
+        planned = module.plan.categories.get(Role.OPTIMIZER_STATE.value, 0)
+        measured = 0 if optimizer is None else state_bytes(optimizer)
+        resident = module.plan.resident_bytes - planned + measured
     return Profile(
         peak_bytes=resident + reading.peak_bytes,
         resident_bytes=resident,

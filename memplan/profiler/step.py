@@ -108,7 +108,10 @@ def restored(optimizer: Optimizer) -> Iterator[None]:
         (tensor, tensor.detach().to("cpu", copy=True))
         for tensor in (*parameters, *state_tensors(optimizer))
     ]
-    state = {parameter: dict(own) for parameter, own in optimizer.state.items()}
+    state = {
+        key: dict(own) if isinstance(own, dict) else own for key, own in optimizer.state.items()
+    }
+    attributes = dict(optimizer.__dict__)
     settings = [dict(group) for group in optimizer.param_groups]
     try:
         yield
@@ -116,11 +119,24 @@ def restored(optimizer: Optimizer) -> Iterator[None]:
         with torch.no_grad():
             for tensor, content in contents:
                 tensor.copy_(content)
+        optimizer.__dict__.clear()
+        optimizer.__dict__.update(attributes)
         optimizer.state.clear()
         optimizer.state.update(state)
         for group, before in zip(optimizer.param_groups, settings, strict=True):
             group.clear()
             group.update(before)
+
+
+@contextlib.contextmanager
+def unchanged_inputs(sample: Sample) -> Iterator[None]:
+    """Put the gradients of inputs back at the end."""
+    gradients = [(tensor, tensor.grad) for tensor in sample.tensors() if tensor.is_leaf]
+    try:
+        yield
+    finally:
+        for tensor, gradient in gradients:
+            tensor.grad = gradient
 
 
 def clear_gradients(module: nn.Module) -> None:

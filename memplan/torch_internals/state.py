@@ -83,10 +83,15 @@ class Autocast:
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Inside, they are so, with a cache of casts that is empty at first and at the end."""
-        with contextlib.ExitStack() as stack:
-            for kind, dtype in self.dtypes:
-                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self.is_cached))
-            yield
+        is_cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(self.is_cached)
+        try:
+            with contextlib.ExitStack() as stack:
+                for kind, dtype in self.dtypes:
+                    stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self.is_cached))
+                yield
+        finally:
+            torch.set_autocast_cache_enabled(is_cached)
 
 
 @contextlib.contextmanager

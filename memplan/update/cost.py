@@ -5,7 +5,7 @@ It steps on copies of the parameters, so that neither they nor its state change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from statistics import median
@@ -36,9 +36,9 @@ from memplan.update.duplicate import (
     group_of,
     parameters_of,
     state_bytes,
-    state_tensors,
     step,
     step_one,
+    tensors_in,
 )
 from memplan.update.key import parameter_key, update_key
 
@@ -85,11 +85,19 @@ def update_cost(
             with when a copy of it steps; with ``one_by_one``, if that gives other bits.
     """
     versions = [version_of(parameter) for parameter in parameters_of(optimizer)]
-    with unchanged_randomness(), paused_collector(), without_autocast():
-        if device is None:
-            made = _cached(optimizer, trained, one_by_one)
-        else:
-            made = _followed(optimizer, trained, one_by_one, device)
+    try:
+        with unchanged_randomness(), paused_collector(), without_autocast():
+            if device is None:
+                made = _cached(optimizer, trained, one_by_one)
+            else:
+                made = _followed(optimizer, trained, one_by_one, device)
+    except MemplanError:
+        raise
+    except Exception as error:
+        raise MemplanError(
+            f"the optimizer ({type(optimizer).__name__}) fails when it steps on copies of the "
+            f"parameters, to be measured: {error}"
+        ) from error
     if versions != [version_of(parameter) for parameter in parameters_of(optimizer)]:
         raise MemplanError(
             f"a copy of the optimizer ({type(optimizer).__name__}) changes the parameters of the "
@@ -232,13 +240,19 @@ def _require_separate(optimizer: Optimizer, trained: Mapping[str, nn.Parameter])
         MemplanError: naming it.
     """
     rng = torch.get_rng_state()
-    together, _ = _with_data(optimizer, trained)
+    together, others = _with_data(optimizer, trained)
     torch.set_rng_state(rng)
     apart, copies = _with_data(optimizer, trained)
     groups = group_of(apart)
-    for _ in range(2):
-        step(together)
+    for number in range(_STEPS):
+        # Some look at all gradients only where these are large.
+        scale = 10.0 ** (number % 4)
         for parameter in trained.values():
+            for gradient in (copies[id(parameter)].grad, others[id(parameter)].grad):
+                assert gradient is not None
+                gradient.mul_(scale)
+        step(together)
+        for parameter in reversed(list(trained.values())):
             copy = copies[id(parameter)]
             step_one(apart, copy, groups[id(copy)])
     mine, theirs = (_tensors(one) for one in (together, apart))
@@ -249,5 +263,9 @@ def _require_separate(optimizer: Optimizer, trained: Mapping[str, nn.Parameter])
         )
 
 
-def _tensors(optimizer: Optimizer) -> Sequence[torch.Tensor]:
-    return [*parameters_of(optimizer), *state_tensors(optimizer)]
+def _tensors(optimizer: Optimizer) -> list[torch.Tensor]:
+    """All that an optimizer holds, by parameter: their order in its state is that of the steps."""
+    parameters = parameters_of(optimizer)
+    held = [optimizer.state.get(parameter) for parameter in parameters]
+    others = {name: value for name, value in optimizer.__dict__.items() if name != "state"}
+    return [*parameters, *tensors_in([*held, others], but=parameters)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,12 @@ def step(optimizer: Optimizer) -> None:
     Raises:
         MemplanError: if it needs a closure.
     """
+    defined = type(optimizer).step
+    if getattr(defined, "hooked", False):
+        # Without what torch puts around it, such as the hooks of all optimizers.
+        defined = getattr(defined, "__wrapped__", defined)
     try:
-        type(optimizer).step(optimizer)
+        defined(optimizer)
     except TypeError as error:
         if "closure" not in str(error):
             raise
@@ -83,16 +87,20 @@ def group_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[torch.Tensor]:
-    """All tensors that an optimizer holds, parameters and gradients apart.
+    """All tensors that an optimizer holds, parameters and gradients apart."""
+    return tensors_in(optimizer.__dict__, but=parameters_of(optimizer))
+
+
+def tensors_in(container: object, but: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """All tensors in containers, each once, in a fixed order.
 
     What wraps tensors, as low-bit states do, is looked into.
     """
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    stack: list[object] = list(optimizer.__dict__.values())
-    seen: set[int] = set()
+    stack: list[object] = [container]
+    seen = set(map(id, but))
     while stack:
         item = stack.pop()
-        if id(item) in seen or id(item) in parameters:
+        if id(item) in seen:
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):

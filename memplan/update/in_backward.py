@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from memplan.errors import PlanMismatch
 from memplan.torch_internals import (
@@ -20,6 +21,7 @@ from memplan.torch_internals import (
     exchanges_gradients,
     has_gradient_hooks,
     received_from_one_node,
+    version_of,
 )
 from memplan.update.duplicate import group_of, step_one
 
@@ -36,23 +38,49 @@ class InBackward:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._is_pending = False
+        self._updated: list[torch.Tensor] = []
         self._groups: dict[int, dict[str, Any]] = {}
-        self._await_step()
+        self._settings: list[dict[str, Any]] = []
+        self._hook: RemovableHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Both are made anew by each backward; a copy has parameters of other ids.
+        return {**self.__dict__, "_groups": {}, "_hook": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._await_step()
+        if self._is_pending:
+            self._await_step()
 
     def _await_step(self) -> None:
-        self.optimizer.register_step_pre_hook(self._step)
+        """See the user's next step, after all hooks that are there."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self.optimizer.register_step_pre_hook(self._step)
 
     def _step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The user's own call: there is nothing left to do."""
+        """The user's own call: there is nothing left to do.
+
+        Raises:
+            PlanMismatch: if the ordinary loop would have made another update.
+        """
         del args, kwargs
+        if not self._is_pending:
+            return
+        if not all(isinstance(parameter.grad, SpentGradient) for parameter in self._updated):
+            raise PlanMismatch(
+                "gradients were set to None between backward() and optimizer.step(), or the "
+                f"backward was interrupted; parameters are updated already. {_LEAVE_OUT}"
+            )
+        if self._settings != _settings(optimizer):
+            raise PlanMismatch(
+                "a setting of the optimizer, such as the learning rate, was changed between "
+                "backward() and optimizer.step(), and the parameters are updated already. Change "
+                f"it before backward(). {_LEAVE_OUT}"
+            )
         self._is_pending = False
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            if isinstance(parameter.grad, SpentGradient):
-                parameter.grad = None
+        for parameter in self._updated:
+            parameter.grad = None
 
     def start(self, parameters: Sequence[torch.Tensor], scales: Iterable[torch.Tensor]) -> None:
         """Check, when a backward starts, that each gradient will be whole when it is used.
@@ -91,13 +119,19 @@ class InBackward:
                 "a parameter of the model was replaced, and is not the optimizer's; build the "
                 "optimizer again, and plan with it"
             )
+        self._settings = _settings(self.optimizer)
+        self._updated = list(parameters)
+        self._await_step()
+        self._is_pending = True
 
     def update(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         """Use up one finished gradient."""
         assert isinstance(parameter, nn.Parameter)
         parameter.grad = gradient
-        step_one(self.optimizer, parameter, self._groups[id(parameter)])
-        parameter.grad = None
+        try:
+            step_one(self.optimizer, parameter, self._groups[id(parameter)])
+        finally:
+            parameter.grad = None
 
     def updating(self) -> Callable[[torch.Tensor, torch.Tensor], None]:
         """``update`` as a function, which generated code can call."""
@@ -107,8 +141,19 @@ class InBackward:
 
         return update
 
-    def finish(self, parameters: Iterable[torch.Tensor]) -> None:
+    def finish(self) -> None:
         """Leave behind that gradients were used."""
-        self._is_pending = True
-        for parameter in parameters:
+        for parameter in self._updated:
             parameter.grad = SpentGradient(parameter)
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """All settings of the groups; tensors by how often they were written."""
+    return [
+        {
+            name: (id(value), version_of(value)) if isinstance(value, torch.Tensor) else value
+            for name, value in group.items()
+            if name != "params"
+        }
+        for group in optimizer.param_groups
+    ]
