@@ -388,6 +388,8 @@ def test_an_interrupted_backward_is_remembered(net):
     assert all(parameter.grad is None for parameter in net.parameters())
     with refused("interrupted"):
         optimizer.step()
+    planned(X).backward()
+    optimizer.step()
 
 
 class Clips(torch.optim.SGD):

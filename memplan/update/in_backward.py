@@ -67,6 +67,7 @@ class InBackward:
         del args, kwargs
         if not self._is_pending:
             return
+        self._is_pending = False  # whoever goes on after an error has been told
         if not all(isinstance(parameter.grad, SpentGradient) for parameter in self._updated):
             raise PlanMismatch(
                 "gradients were set to None between backward() and optimizer.step(), or the "
@@ -78,7 +79,6 @@ class InBackward:
                 "backward() and optimizer.step(), and the parameters are updated already. Change "
                 f"it before backward(). {_LEAVE_OUT}"
             )
-        self._is_pending = False
         for parameter in self._updated:
             parameter.grad = None
 
