@@ -34,7 +34,7 @@ def assert_same(mine, theirs):
         assert gradient is None or torch.equal(gradient, other), name
 
 
-SHORT = ("mlp", "vit", "unet", "returns_dict")
+SHORT = ("mlp", "unet", "returns_dict")
 
 
 @pytest.mark.parametrize(

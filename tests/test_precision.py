@@ -15,7 +15,7 @@ import memplan
 
 SMALLEST = memplan.Options(on_infeasible="smallest")
 RECURRENT = ("gru", "lstm")
-SHORT = ("mlp", "bert", "unet", "returns_dict", "gru")
+SHORT = ("mlp", "unet", "returns_dict")
 
 
 def rows(*left_out):
