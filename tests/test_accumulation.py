@@ -173,20 +173,20 @@ def test_a_bucket_that_holds_all_gradients(net):
 
 def test_threads_add_one_at_a_time(net):
     planned = memplan.optimize(net, X)
-    net(X).backward()
-    expected = [p.grad * 41 for p in net.parameters()]
+    for _ in range(41):
+        net(X).backward()
+    expected = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
 
     def run():
         for _ in range(10):
             planned(X).backward()
 
     planned(X).backward()
-    net.zero_grad()
-    net(X).backward()
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for parameter, gradient in zip(net.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    # all add the same, so their order does not show
+    assert all(map(torch.equal, (parameter.grad for parameter in net.parameters()), expected))

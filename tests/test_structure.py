@@ -39,3 +39,10 @@ def test_only_the_command_line_prints():
     for path in sources():
         if "cli" not in path.parts and "report" not in path.parts:
             assert not re.search(r"^\s*print\(", path.read_text(), re.MULTILINE), path
+
+
+def test_the_readmes_first_snippet_runs(capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    snippet = readme.partition("```python\n")[2].partition("```")[0]
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("Plan: peak")

@@ -21,7 +21,9 @@ def dropout_as_eager(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is not _FORWARD or node.meta["val"][0].device.type != "cpu":
             continue
-        x, probability = node.args[:2]
+        x, probability, is_training = node.args
+        if not is_training:
+            continue
         if probability == 1:
             node.target, node.args, scale = drop_all, (x,), 0.0
         else:

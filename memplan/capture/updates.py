@@ -19,7 +19,7 @@ from memplan.torch_internals import Joint, JointOutput, is_backward, storage_key
 
 def update_parameter(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
     """Marks where a parameter is updated; what does it is put here when the step is emitted."""
-    raise NotImplementedError("an update is part of a graph, and is not called by itself")
+    raise AssertionError("an update is part of a graph, and is not called by itself")
 
 
 def trained_by(traced: Traced, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -36,6 +36,7 @@ from memplan.torch_internals.joint import (
     trace_joint,
 )
 from memplan.torch_internals.memory import Allocations, inner_tensors, without_data
+from memplan.torch_internals.optimizers import attributes_without_hooks, defined_step
 from memplan.torch_internals.spent import SpentGradient
 from memplan.torch_internals.state import (
     Autocast,
@@ -63,10 +64,12 @@ __all__ = [
     "UnsupportedJointError",
     "allocations",
     "as_if_traced",
+    "attributes_without_hooks",
     "backward_keeps_graph",
     "boxed",
     "copy_joint",
     "cpu_stand_ins",
+    "defined_step",
     "enabled_attention",
     "exchanges_gradients",
     "fake_mode_of",

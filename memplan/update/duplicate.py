@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memplan.errors import MemplanError
-from memplan.torch_internals import inner_tensors, is_fake, storage_key
-
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+from memplan.torch_internals import (
+    attributes_without_hooks,
+    defined_step,
+    inner_tensors,
+    is_fake,
+    storage_key,
+)
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -27,9 +31,7 @@ def duplicate(optimizer: Optimizer, copies: Mapping[int, nn.Parameter]) -> Optim
 
     Its state is copied as well, unless the others have no data; its hooks are not.
     """
-    # Schedulers wrap `step` of the instance; such a wrapper would step the original.
-    own = {name: value for name, value in optimizer.__dict__.items() if name != "step"}
-    own |= {name: OrderedDict() for name in _HOOKS}
+    own = attributes_without_hooks(optimizer)
     if any(map(is_fake, copies.values())):
         own["state"] = defaultdict(dict)
     made: Optimizer = object.__new__(type(optimizer))
@@ -43,12 +45,8 @@ def step(optimizer: Optimizer) -> None:
     Raises:
         MemplanError: if it needs a closure.
     """
-    defined = type(optimizer).step
-    if getattr(defined, "hooked", False):
-        # Without what torch puts around it, such as the hooks of all optimizers.
-        defined = getattr(defined, "__wrapped__", defined)
     try:
-        defined(optimizer)
+        defined_step(optimizer)(optimizer)
     except TypeError as error:
         if "closure" not in str(error):
             raise
@@ -66,10 +64,7 @@ def step_one(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any
     """
     alone: Optimizer = object.__new__(type(optimizer))
     settings = {**group, "params": [parameter]}
-    own = {**optimizer.__dict__, "param_groups": [settings]}
-    own |= {name: OrderedDict() for name in _HOOKS}
-    own.pop("step", None)
-    alone.__dict__.update(own)
+    alone.__dict__.update({**attributes_without_hooks(optimizer), "param_groups": [settings]})
     step(alone)
     changed = [name for name in group if name != "params" and settings[name] is not group[name]]
     if changed:
