@@ -9,7 +9,7 @@ import laws
 import pytest
 import torch
 from rows import MODELS
-from torch import nn
+from small import Net, X
 
 import memplan
 from memplan.profiler.devices import read_cpu
@@ -61,21 +61,9 @@ def test_accumulated_gradients_are_eagers_and_no_second_set_is_alive(name):
     assert accumulating.peak_bytes <= accumulating.budget_bytes
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 1)
-
-    def forward(self, x):
-        return self.second(torch.relu(self.first(x))).square().mean()
-
-
 @pytest.fixture
 def net():
     return Net()
-
-
-X = torch.linspace(-1, 1, 64 * 16).view(64, 16)
 
 
 def both(net, run):
