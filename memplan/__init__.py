@@ -5,6 +5,8 @@
 1536
 """
 
+from pathlib import Path as _Path
+
 from memplan.api import optimize, plan
 from memplan.errors import (
     CaptureError,
@@ -48,3 +50,8 @@ __all__ = [
     "plan",
     "profile",
 ]
+
+_folder = _Path(__file__).parent
+if not (_folder / "passes").is_dir():
+    # Imported from a checkout, where the package `memplan.passes` stands beside this one.
+    __path__.append(str(_folder.parent))

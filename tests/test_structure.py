@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import memplan
@@ -41,8 +43,13 @@ def test_only_the_command_line_prints():
             assert not re.search(r"^\s*print\(", path.read_text(), re.MULTILINE), path
 
 
-def test_the_readmes_first_snippet_runs(capsys):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    snippet = readme.partition("```python\n")[2].partition("```")[0]
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("Plan: peak")
+def test_the_readmes_first_snippet_runs_in_a_checkout():
+    checkout = Path(__file__).parent.parent
+    snippet = (checkout / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    # There the folder `memplan` comes before an installed package.
+    command = [sys.executable, "-W", "error", "-c", snippet + "\nprint(memplan.__file__)"]
+    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    plan, place = result.stdout.splitlines()
+    assert plan.startswith("Plan: peak")
+    assert Path(place).parent == checkout / "memplan"
