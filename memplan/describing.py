@@ -14,7 +14,7 @@ from memplan.schedule import Catalog, Effect, Recovery, Schedule
 from memplan.timeline import (
     categories_at_peak,
     floor_bytes,
-    live_at,
+    live_during,
     peak_by_phase,
     saved_values,
     seconds,
@@ -103,7 +103,7 @@ def _largest_live(
 ) -> tuple[LiveValue, ...]:
     peak = simulate(program, catalog, schedule, costs).peak
     saved = saved_values(program, schedule)
-    ids = [*live_at(program, schedule, peak.step), *catalog.ops[peak.op].results]
+    ids = live_during(program, catalog, schedule, peak.step)
     largest = sorted(ids, key=lambda id: (-catalog.values[id].nbytes, id))[:_MOST_LIVE]
     live = []
     for id in largest:

@@ -42,6 +42,7 @@ class Emitted:
         gradient_sources: for each of them, the outputs whose incoming gradients it depends on.
         accumulated: positions of the primals whose gradients are added into what is there.
         updated: positions of the primals that are updated in the backward.
+        overwritten: positions, among the saved tensors, of those that the backward writes over.
     """
 
     forward: Callable[[list[Any]], list[torch.Tensor]]
@@ -55,6 +56,7 @@ class Emitted:
     gradient_sources: tuple[frozenset[int], ...]
     accumulated: tuple[int, ...]
     updated: tuple[int, ...]
+    overwritten: tuple[int, ...]
 
     @property
     def differentiable(self) -> tuple[int, ...]:
@@ -100,6 +102,7 @@ def emit(
         gradient_sources=_sources(captured),
         accumulated=accumulated,
         updated=_updated(captured),
+        overwritten=_overwritten(saved, schedule.backward),
     )
 
 
@@ -117,6 +120,7 @@ def saved_for_backward(captured: Captured, catalog: Catalog, schedule: Schedule)
         if isinstance(step, Free):
             made.discard(step.value)
         else:
+            made.discard(-1 if step.over is None else step.over)
             made.update(step.binds)
     saved: set[int] = set()
     for step in schedule.backward:
@@ -125,8 +129,15 @@ def saved_for_backward(captured: Captured, catalog: Catalog, schedule: Schedule)
         else:
             saved.update(made.intersection(catalog.ops[step.op].operands))
             made.difference_update(step.binds)
+            made.discard(-1 if step.over is None else step.over)
     gradients = {captured.storage[node] for _, node in captured.gradients}
     return tuple(sorted(saved | (gradients & made)))
+
+
+def _overwritten(saved: tuple[int, ...], steps: Iterable[Step]) -> tuple[int, ...]:
+    """Positions of the saved values whose memory the backward may write over."""
+    over = {step.over for step in steps if not isinstance(step, Free)}
+    return tuple(position for position, value in enumerate(saved) if value in over)
 
 
 def _read(catalog: Catalog, steps: Iterable[Step]) -> set[int]:
@@ -246,10 +257,13 @@ class _Segment:
                 self.views.pop(step.value, None)
             else:
                 op = self.catalog.ops[step.op]
-                self.bind(op, self.call(op), step.binds)
+                self.bind(op, self.call(op, step.over), step.binds)
+                if step.over is not None and step.over not in step.binds:
+                    self.copies.pop(step.over)
+                    self.views.pop(step.over, None)
 
-    def call(self, op: Op) -> fx.Node:
-        """Write one call."""
+    def call(self, op: Op, over: int | None = None) -> fx.Node:
+        """Write one call, whose result goes where the value ``over`` was."""
         kept = self.copies[op.operands[0]] if op.target == "memplan.redraw" else None
         call = call_of(self.captured, op, kept)
 
@@ -267,7 +281,11 @@ class _Segment:
         if target is update_parameter:
             assert self.update is not None, "the schedule updates parameters, and nothing does so"
             target = self.update
-        return self.graph.call_function(target, args, dict(kwargs))
+        if over is None:
+            return self.graph.call_function(target, args, dict(kwargs))
+        position, in_place = self.captured.in_place(op.id, over)
+        into = {in_place.out: args[position]} if in_place.out else {}
+        return self.graph.call_function(in_place.target, args, {**kwargs, **into})
 
     def is_accumulation(self, op: Op) -> bool:
         """Whether an op adds a gradient into one that is there."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from memplan.capture import Captured
 
-__all__ = ["Effect", "Pass", "RecoveryContext"]
+__all__ = ["Effect", "InPlace", "Pass", "RecoveryContext"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,23 @@ class RecoveryContext:
     first_value: int
 
 
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """A call that writes an op's result into the memory of one of its operands, bit for bit.
+
+    In a node's ``meta["in_place"]`` these stand under the positions of the arguments that they
+    write over. Which of them are possible (same layout, memory of its own) is found by the reader,
+    and where one is worth it by the planner.
+
+    Attributes:
+        target: called with the op's arguments.
+        out: the keyword that takes the argument to write over; "" if the target does so by itself.
+    """
+
+    target: Callable[..., object]
+    out: str = ""
+
+
 @dataclass(frozen=True)
 class Pass:
     """One memory technique.
@@ -40,7 +57,7 @@ class Pass:
         effect: what it does to the result of a step.
         arguments: what the factory was called with, as JSON.
         rewrite_joint: changes the joint forward-backward graph in place. New nodes carry ``val``
-            and ``partitioner_tag`` in their ``meta``.
+            and ``partitioner_tag`` in their ``meta``; ``in_place`` there offers ``InPlace`` calls.
         recoveries: offers ways to get values back.
     """
 

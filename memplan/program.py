@@ -93,6 +93,7 @@ class Op:
         source: ``file.py:line`` of the user's code, where known.
         signature: target, shapes, strides, dtypes and scalars: equal signatures cost the same.
         variant_of: for an op of a recovery, the captured op whose arguments it takes.
+        may_overwrite: operands in whose memory it can write its result, with the same bits.
     """
 
     id: int
@@ -106,6 +107,7 @@ class Op:
     source: str = ""
     signature: str = ""
     variant_of: int | None = None
+    may_overwrite: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,13 @@ class Program:
         """Digest of the structure: equal for equal steps, whatever the paths and file names."""
         digest = hashlib.sha256()
         for op in self.ops:
-            row = (op.signature or op.target, op.operands, op.results, op.mutates)
+            row = (
+                op.signature or op.target,
+                op.operands,
+                op.results,
+                op.mutates,
+                op.may_overwrite,
+            )
             digest.update(json.dumps([*row, op.phase.value, op.is_random]).encode())
         for value in self.values:
             resident_bytes = value.nbytes if value.role.is_resident else None

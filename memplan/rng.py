@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -19,14 +19,18 @@ def save_rng_state(device: str) -> torch.Tensor:
 
 
 def redraw(
-    state: torch.Tensor, device: str, op: Callable[..., Any], /, *args: Any, **kwargs: Any
+    state: torch.Tensor, device: str, op: Callable[..., Any] | str, /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a random op as it ran under ``state``; the generator is left as it was found."""
+    """Run a random op as it ran under ``state``; the generator is left as it was found.
+
+    An op of this file goes by its name: generated code cannot hold Python functions.
+    """
+    call = OWN_DRAWS[op] if isinstance(op, str) else op
     is_cuda = torch.device(device).type == "cuda"
     now = save_rng_state(device)
     try:
         torch.cuda.set_rng_state(state, device) if is_cuda else torch.set_rng_state(state)
-        return op(*args, **kwargs)
+        return call(*args, **kwargs)
     finally:
         torch.cuda.set_rng_state(now, device) if is_cuda else torch.set_rng_state(now)
 
@@ -34,9 +38,28 @@ def redraw(
 def dropout(x: torch.Tensor, probability: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Zero where numbers drawn as eager draws them say so, ``x * scale`` elsewhere; and where."""
     mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - probability)
-    return torch.mul(x, mask.view(torch.uint8)).mul_(scale), mask
+    return apply_mask(x, mask, scale), mask
+
+
+def draw_mask(
+    shape: tuple[int, ...], strides: tuple[int, ...], probability: float, device: str
+) -> torch.Tensor:
+    """True where dropout keeps what it is given: booleans of a shape and layout."""
+    mask = torch.empty_strided(shape, strides, dtype=torch.bool, device=device)
+    return mask.bernoulli_(1 - probability)
+
+
+def apply_mask(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """``x * scale`` where the boolean ``mask`` is True, else zero; same shape."""
+    return torch.mul(x, mask.view(torch.uint8)).mul_(scale)
 
 
 def drop_all(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Dropout with probability 1, which draws nothing."""
     return x * torch.zeros((), dtype=x.dtype), torch.zeros_like(x, dtype=torch.bool)
+
+
+OWN_DRAWS: Final[dict[str, Callable[..., Any]]] = {
+    function.__name__: function for function in (dropout, draw_mask)
+}
+"""The functions of this file that draw, by name."""

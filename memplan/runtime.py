@@ -239,8 +239,10 @@ class _PlannedFunction(torch.autograd.Function):
             )
         tangents = step.incoming(gradients)
         step.start_updates(ctx.updated, tangents, gradients)
-        arguments = [*ctx.kept, *primals, *tangents, *existing_gradients(ctx.accumulated)]
+        kept = list(ctx.kept)
         if backward_keeps_graph():
+            for position in step.emitted.overwritten:
+                kept[position] = kept[position].clone()
             warnings.warn(
                 "retain_graph=True keeps what a planned step saved to the end of its backward; "
                 "its peak may be above the plan's",
@@ -248,6 +250,8 @@ class _PlannedFunction(torch.autograd.Function):
             )
         else:
             ctx.kept = None
+        arguments = [*kept, *primals, *tangents, *existing_gradients(ctx.accumulated)]
+        del kept
         results = step.emitted.backward(arguments)
         if step.in_backward is not None:
             step.in_backward.finish()

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Literal, TypeAlias
 
 from memplan.errors import PlanMismatch
-from memplan.program import Op, Phase, Program, Value
+from memplan.program import Op, Phase, Program, Role, Value
 
 
 class Effect(str, Enum):
@@ -55,18 +55,26 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run a captured op in its place. ``binds``: the results that are held afterwards."""
+    """Run a captured op in its place.
+
+    Attributes:
+        op: its id.
+        binds: the results that are held afterwards.
+        over: the operand in whose memory the result is written, and whose copy ends so; or None.
+    """
 
     op: int
     binds: tuple[int, ...]
+    over: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Run a recovery's ``prepare`` op."""
+    """Run a recovery's ``prepare`` op. Attributes as in ``Run``."""
 
     op: int
     binds: tuple[int, ...]
+    over: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,7 @@ class Restore:
 
     op: int
     binds: tuple[int, ...]
+    over: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +145,8 @@ class Schedule:
 def _step_to_json(step: Step) -> list[object]:
     if isinstance(step, Free):
         return ["free", step.value]
-    return [type(step).__name__.lower(), step.op, list(step.binds)]
+    over = [] if step.over is None else [step.over]
+    return [type(step).__name__.lower(), step.op, list(step.binds), *over]
 
 
 def _as_list(data: object) -> list[object]:
@@ -151,6 +161,8 @@ def _step_from_json(data: object) -> Step:
             return Free(value)
         case [str(kind), int(op), [*binds]] if kind in _KINDS:
             return _KINDS[kind](op, tuple(_as_id(value) for value in binds))
+        case [str(kind), int(op), [*binds], int(over)] if kind in _KINDS:
+            return _KINDS[kind](op, tuple(_as_id(value) for value in binds), over)
     raise PlanMismatch(f"not a step of a schedule: {str(data)[:80]!r}")
 
 
@@ -205,14 +217,7 @@ def check_schedule(program: Program, recoveries: Sequence[Recovery], schedule: S
             live |= {value.id for value in program.values if value.role.value == "tangent"}
         for step in steps:
             if isinstance(step, Free):
-                _require(step.value in live, f"frees value {step.value}, which is not alive")
-                _require(
-                    step.value in catalog.values
-                    and not catalog.values[step.value].role.is_resident
-                    and step.value not in program.held,
-                    f"frees value {step.value}, which is not the schedule's to free",
-                )
-                live.discard(step.value)
+                _check_end(program, catalog, step.value, live)
                 continue
             if isinstance(step, Run):
                 is_due = step.op == next_op < len(program.ops)
@@ -225,20 +230,35 @@ def check_schedule(program: Program, recoveries: Sequence[Recovery], schedule: S
                 _require(step.op in restoring, f"restores by op {step.op}, which nothing offers")
             else:
                 _require(step.op in preparing, f"prepares by op {step.op}, which nothing offers")
-            _check_call(catalog, step, live, overwritten)
+            _check_call(program, catalog, step, live, overwritten)
     _require(next_op == len(program.ops), f"stops before op {next_op}")
     tangents = {value.id for value in program.values if value.role.value == "tangent"}
     residents = {value.id for value in program.values if value.role.is_resident}
     _require(live - residents - tangents == program.held, "leaves other values alive at its end")
 
 
-def _check_call(catalog: Catalog, step: Call, live: set[int], overwritten: set[int]) -> None:
+def _check_end(program: Program, catalog: Catalog, value: int, live: set[int]) -> None:
+    _require(value in live, f"frees value {value}, which is not alive")
+    is_own = value in catalog.values and value not in program.held
+    is_own = is_own and catalog.values[value].role is not Role.TANGENT
+    is_own = is_own and not catalog.values[value].role.is_resident
+    _require(is_own, f"frees value {value}, which is not the schedule's to free")
+    live.discard(value)
+
+
+def _check_call(
+    program: Program, catalog: Catalog, step: Call, live: set[int], overwritten: set[int]
+) -> None:
     op = catalog.ops[step.op]
     missing = [value for value in op.operands if value not in live]
     _require(not missing, f"runs op {op.id} ({op.target}) while values {missing} are not alive")
     stale = overwritten.intersection(op.operands)
     _require(not stale, f"runs op {op.id} ({op.target}) after values {sorted(stale)} changed")
     overwritten.update(op.mutates)
+    if step.over is not None:
+        is_offered = step.over in op.may_overwrite
+        _require(is_offered, f"writes op {op.id} over value {step.over}, which nothing offers")
+        _check_end(program, catalog, step.over, live)
     _require(set(step.binds) <= set(op.results), f"binds what op {op.id} does not make")
     _require(len(set(step.binds)) == len(step.binds), f"binds a result of op {op.id} twice")
     again = [value for value in step.binds if value in live]

@@ -74,6 +74,8 @@ def simulate(program: Program, catalog: Catalog, schedule: Schedule, costs: Cost
         if isinstance(step, Free):
             live -= nbytes[step.value]
             continue
+        if step.over is not None:
+            live -= nbytes[step.over]
         peak = live + result_bytes[step.op] + costs.by_op[step.op].workspace_bytes
         live += sum(nbytes[value] for value in step.binds)
         moments.append(Moment(position, step.op, peak, live))
@@ -111,8 +113,19 @@ def live_at(program: Program, schedule: Schedule, step: int) -> frozenset[int]:
         if isinstance(earlier, Free):
             live.discard(earlier.value)
         else:
+            live.discard(-1 if earlier.over is None else earlier.over)
             live.update(earlier.binds)
     return frozenset(live)
+
+
+def live_during(
+    program: Program, catalog: Catalog, schedule: Schedule, step: int
+) -> frozenset[int]:
+    """The non-resident values that are alive while a step's op runs, its results included."""
+    call = schedule.steps[step]
+    assert not isinstance(call, Free), f"step {step} calls nothing"
+    live = live_at(program, schedule, step) - {call.over}
+    return live | set(catalog.ops[call.op].results)
 
 
 def categories_at_peak(
@@ -134,8 +147,7 @@ def categories_at_peak(
     for value in program.values:
         if value.role.is_resident:
             add(value.role.value, value.nbytes)
-    live = live_at(program, schedule, peak.step)
-    for id in (*sorted(live), *catalog.ops[peak.op].results):
+    for id in sorted(live_during(program, catalog, schedule, peak.step)):
         value = catalog.values[id]
         if value.role is Role.ACTIVATION:
             add("saved activation" if id in saved else "temporary", value.nbytes)
@@ -181,6 +193,8 @@ def floor_bytes(program: Program, recoveries: Iterable[Recovery], costs: Costs) 
         base += tangent_bytes(program) if op.id >= program.num_forward else 0
         others = set(op.operands) - must_live - never
         working = sum(nbytes[id] for id in (*others, *op.results))
+        ends = [id for id in op.may_overwrite if last_use[id] == op.id or id in restorable]
+        working -= max((nbytes[id] for id in ends), default=0)
         floor = max(floor, base + working + costs.by_op[op.id].workspace_bytes)
         for id in op.results:
             if id not in restorable:

@@ -4,16 +4,28 @@ from collections.abc import Callable
 from typing import Final
 
 from memplan.passes.checkpointing import checkpoint_activations
-from memplan.passes.dropout import speed_up_dropout
+from memplan.passes.dropout import split_dropout
+from memplan.passes.in_place import reuse_operands
 from memplan.passing import Pass
 
 PASSES: Final[dict[str, Callable[..., Pass]]] = {
     "checkpoint_activations": checkpoint_activations,
-    "speed_up_dropout": speed_up_dropout,
+    "reuse_operands": reuse_operands,
+    "split_dropout": split_dropout,
 }
 """Every factory by name."""
 
-DEFAULT_PASSES: Final[tuple[str, ...]] = ("speed_up_dropout", "checkpoint_activations")
+DEFAULT_PASSES: Final[tuple[str, ...]] = (
+    "split_dropout",
+    "reuse_operands",
+    "checkpoint_activations",
+)
 """The EXACT passes that run unless they are turned off, in order."""
 
-__all__ = ["DEFAULT_PASSES", "PASSES", "checkpoint_activations", "speed_up_dropout"]
+__all__ = [
+    "DEFAULT_PASSES",
+    "PASSES",
+    "checkpoint_activations",
+    "reuse_operands",
+    "split_dropout",
+]

@@ -1,26 +1,32 @@
-"""Dropout's backward with one pass over memory less.
+"""Dropout in two ops, mask and product, and its backward by the same product.
 
-The backward of dropout multiplies the incoming gradient by the mask and by 1 / (1 - p). torch's
-kernel for the CPU turns the boolean mask into floats and scales those first, g * (float(m) * s),
-where the conversion from bool is slow. Here the mask is read as bytes, and the product is scaled
-in place, (g * m) * s. Both have the same bits: m is 0 or 1, so one of the two products is exact,
-signed zeros and NaN included; in half precision s is exact too, as captured.
+torch's kernel for the CPU draws a boolean mask and multiplies by it, ``(x * float(m)) * s``, where
+the conversion from bool is slow and takes memory; its backward does the same to the gradient. Here
+the mask is drawn by an op of its own, and read as bytes: the product can be recomputed from a mask
+that is kept (one byte an element) without drawing anew, and can be written over ``x``. All have the
+same bits: m is 0 or 1, so one of the two products is exact, signed zeros and NaN included; in half
+precision s is exact too, as captured. The numbers are drawn in the same order.
 
 Not applied to other devices, whose kernels are fused.
 """
 
 from __future__ import annotations
 
+from operator import getitem
+
 import torch
 from torch import fx
 
-from memplan.passing import Effect, Pass
+from memplan.passing import Effect, InPlace, Pass
+from memplan.rng import apply_mask, draw_mask, dropout
 
-_NAME = "speed_up_dropout"
+_NAME = "split_dropout"
+_FORWARD = torch.ops.aten.native_dropout.default
+_BACKWARD = torch.ops.aten.native_dropout_backward.default
 
 
-def speed_up_dropout() -> Pass:
-    """Replace the kernel of dropout's backward on the CPU.
+def split_dropout() -> Pass:
+    """Draw dropout's mask apart from applying it, on the CPU.
 
     Returns:
         A pass of effect ``EXACT``.
@@ -29,12 +35,41 @@ def speed_up_dropout() -> Pass:
 
 
 def _rewrite(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        is_dropout = node.target is torch.ops.aten.native_dropout_backward.default
-        if is_dropout and node.meta["val"].device.type == "cpu":
-            node.target = dropout_backward
+    for node in list(graph.nodes):
+        if node.target is _BACKWARD and node.meta["val"].device.type == "cpu":
+            node.target = apply_mask
+            node.meta["in_place"] = {0: InPlace(apply_mask_)}
+        elif _draws(node) and node.meta["val"][0].device.type == "cpu":
+            _split(graph, node)
 
 
-def dropout_backward(gradient: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """``gradient`` where the boolean ``mask`` is True, times ``scale``; same shape."""
-    return torch.mul(gradient, mask.view(torch.uint8)).mul_(scale)
+def _draws(node: fx.Node) -> bool:
+    """Whether a node is a dropout that draws numbers."""
+    if node.target is dropout:
+        return True
+    return node.target is _FORWARD and bool(node.args[2]) and 0 < float(str(node.args[1])) < 1
+
+
+def _split(graph: fx.Graph, node: fx.Node) -> None:
+    x, probability, last = node.args
+    product, mask = node.meta["val"]
+    scale = last
+    if node.target is _FORWARD:  # which scales by a number of the tensor's type
+        scale = torch.tensor(1 / (1 - float(str(probability))), dtype=product.dtype).item()
+    with graph.inserting_before(node):
+        drawn = graph.call_function(
+            draw_mask, (tuple(mask.shape), mask.stride(), probability, str(mask.device))
+        )
+        applied = graph.call_function(apply_mask, (x, drawn, scale))
+    drawn.meta = {**node.meta, "val": mask}
+    applied.meta = {**node.meta, "val": product, "in_place": {0: InPlace(apply_mask_)}}
+    for item in list(node.users):
+        assert item.target is getitem, f"{item} reads more than one result of {node}"
+        item.replace_all_uses_with(applied if item.args[1] == 0 else drawn)
+        graph.erase_node(item)
+    graph.erase_node(node)
+
+
+def apply_mask_(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """``apply_mask`` written over ``x``."""
+    return x.mul_(mask.view(torch.uint8)).mul_(scale)

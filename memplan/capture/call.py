@@ -11,7 +11,7 @@ from torch import fx
 
 from memplan.capture.captured import Captured
 from memplan.program import Op
-from memplan.rng import redraw, save_rng_state
+from memplan.rng import OWN_DRAWS, redraw, save_rng_state
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def call_of(captured: Captured, op: Op, kept: Any = None) -> OpCall:
         target = torch.ops.aten._native_batch_norm_legit.no_stats
         return OpCall(target, (x, weight, bias, training, momentum, eps), {})
     assert op.target == "memplan.redraw", f"no code for {op.target}"
-    return OpCall(redraw, (kept, device, source.target, *source.args), dict(source.kwargs))
+    names = {function: name for name, function in OWN_DRAWS.items()}
+    drawn = names.get(source.target, source.target)
+    return OpCall(redraw, (kept, device, drawn, *source.args), dict(source.kwargs))
 
 
 def first_tensor(node: fx.Node) -> torch.Tensor:

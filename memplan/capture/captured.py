@@ -12,6 +12,7 @@ from torch import fx
 from memplan.capture.decisions import Decision
 from memplan.capture.flat import Output
 from memplan.capture.joint import Difference
+from memplan.passing import InPlace
 from memplan.program import Program
 
 
@@ -67,3 +68,12 @@ class Captured:
     tangents: tuple[tuple[int, fx.Node], ...]
     guards: tuple[Decision, ...]
     differences: tuple[Difference, ...]
+
+    def in_place(self, op: int, over: int) -> tuple[int, InPlace]:
+        """How a captured op writes over a value, and the position of that argument."""
+        node = self.calls[op]
+        return next(
+            (position, in_place)
+            for position, in_place in node.meta["in_place"].items()
+            if self.storage[node.args[position]] == over
+        )

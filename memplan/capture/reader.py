@@ -22,7 +22,7 @@ from memplan.capture.joint import Traced
 from memplan.capture.updates import update_parameter
 from memplan.errors import CaptureError
 from memplan.program import Op, Phase, Program, Role, Value
-from memplan.rng import dropout
+from memplan.rng import OWN_DRAWS
 from memplan.torch_internals import JointInput, OpOverload, is_backward, storage_key
 
 _ROLES: dict[str, Role] = {
@@ -210,7 +210,20 @@ class _Reader:
                 module=module,
                 source=source,
                 signature=signature(node),
+                may_overwrite=self.overwritable(node, results),
             )
+        )
+
+    def overwritable(self, node: fx.Node, results: list[torch.Tensor]) -> tuple[int, ...]:
+        """Values in whose memory a call can write its only result, element by element."""
+        if len(results) != 1:
+            return ()
+        return tuple(
+            self.storage[operand]
+            for position in node.meta.get("in_place", ())
+            if isinstance(operand := node.args[position], fx.Node)
+            and _fills_alike(operand.meta["val"], results[0])
+            and [self.storage[n] for n in node.all_input_nodes].count(self.storage[operand]) == 1
         )
 
     def output_nodes(self) -> tuple[fx.Node, ...]:
@@ -249,6 +262,16 @@ class _Reader:
         return Program(tuple(self.ops), values, tuple(sorted(held)))
 
 
+def _fills_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are laid out alike, and fill their storages."""
+    nbytes = one.numel() * one.element_size()
+    return (
+        (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+        and one.device == other.device
+        and one.untyped_storage().nbytes() == other.untyped_storage().nbytes() == nbytes
+    )
+
+
 def _tensors(value: object) -> list[torch.Tensor] | None:
     """The tensors that an op returns, or None if it returns something else."""
     if isinstance(value, torch.Tensor):
@@ -271,7 +294,7 @@ def _schema_arguments(node: fx.Node) -> Mapping[str, object]:
 def _is_random(node: fx.Node) -> bool:
     """Whether a call draws numbers: its op may, and its dropout probability is not zero."""
     target = node.target
-    if target is dropout:
+    if target in OWN_DRAWS.values():
         return True
     if not isinstance(target, OpOverload):
         return False

@@ -23,8 +23,9 @@ from memplan.torch_internals import (
 )
 
 _RUNS = 5
+_FEWEST_RUNS = 3
 _ENOUGH_S = 0.25
-"""An op that took this long altogether is not run again."""
+"""An op that took this long altogether is run no more often than the fewest times."""
 
 _LOG = logging.getLogger("memplan")
 
@@ -133,7 +134,7 @@ def _storage_bytes(
 
 def _seconds(run: Callable[[], object]) -> float:
     times: list[float] = []
-    while len(times) < _RUNS and sum(times) < _ENOUGH_S:
+    while len(times) < _FEWEST_RUNS or (len(times) < _RUNS and sum(times) < _ENOUGH_S):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

@@ -34,7 +34,7 @@ class Decisions:
 class Call:
     """One run of an op, for captured op ``time``."""
 
-    __slots__ = ("binds", "kind", "op", "position", "time")
+    __slots__ = ("binds", "kind", "op", "over", "position", "time")
 
     def __init__(self, kind: type[Run] | type[Prepare] | type[Restore], op: int, time: int) -> None:
         self.kind = kind
@@ -42,6 +42,7 @@ class Call:
         self.time = time
         self.position = -1
         self.binds: list[int] = []
+        self.over: Copy | None = None
 
 
 class Copy:
@@ -93,7 +94,10 @@ def lower(problem: Problem, decisions: Decisions) -> Lowered:
     sweep = _Sweep(problem, decisions)
     for time in range(problem.num_ops):
         sweep.run(time)
-    return _account(problem, sweep.finish(), sweep.copies)
+    calls = sweep.finish()
+    for call, copies in sweep.overwriting:
+        call.over = next((copy for copy in copies if copy.uses[-1] is call), None)
+    return _account(problem, calls, sweep.copies)
 
 
 class _Sweep:
@@ -110,6 +114,7 @@ class _Sweep:
         self.copies: list[Copy] = []
         self.current: dict[int, Copy] = {}
         self.prepared: dict[int, Call] = {}
+        self.overwriting: list[tuple[Call, tuple[Copy, ...]]] = []
 
     def run(self, time: int) -> None:
         operands = self.problem.operands[time]
@@ -125,6 +130,8 @@ class _Sweep:
         self.calls.append(call)
         for value in operands:
             current[value].uses.append(call)
+        if time in self.problem.may_overwrite:
+            self.offer(call)
         for value in self.problem.results[time]:
             copy = current[value] = Copy(value, call)
             self.copies.append(copy)
@@ -165,11 +172,18 @@ class _Sweep:
             self.calls.append(call)
             for id in operands:
                 self.current[id].uses.append(call)
+            if op in problem.may_overwrite:
+                self.offer(call)
             for id in problem.results[op]:
                 if id not in problem.program.held:
                     copy = self.current[id] = Copy(id, call)
                     self.copies.append(copy)
             stack.pop()
+
+    def offer(self, call: Call) -> None:
+        """Remember the copies that the call could write over, if they end there."""
+        copies = tuple(self.current[id] for id in self.problem.may_overwrite[call.op])
+        self.overwriting.append((call, copies))
 
     def prepare(self, op: int) -> None:
         """Plan the run of a ``prepare`` op; ``finish`` puts it before the op that it is for."""
@@ -215,6 +229,9 @@ def _account(problem: Problem, calls: list[Call], copies: list[Copy]) -> Lowered
         delta[first] += problem.tangent_bytes
     before = np.cumsum(delta[: len(calls)])
     during = np.fromiter((problem.call_bytes[c.op] for c in calls), np.int64, len(calls))
+    for call in calls:
+        if call.over is not None:
+            during[call.position] -= problem.nbytes[call.over.value]
     seconds = sum(problem.op_seconds[call.op] for call in calls)
     return Lowered(calls, needed, before, before + during, seconds)
 
@@ -232,10 +249,13 @@ def to_schedule(problem: Problem, lowered: Lowered) -> Schedule:
     ends: dict[int, list[int]] = {}
     for copy in lowered.copies:
         if copy.value not in problem.program.held:
-            ends.setdefault(copy.uses[-1].position, []).append(copy.value)
+            last = copy.uses[-1]
+            if last.over is not copy:
+                ends.setdefault(last.position, []).append(copy.value)
     segments: tuple[list[Step], list[Step]] = ([], [])
     for call in lowered.calls:
         steps = segments[call.time >= problem.num_forward]
-        steps.append(call.kind(call.op, tuple(sorted(call.binds))))
+        over = None if call.over is None else call.over.value
+        steps.append(call.kind(call.op, tuple(sorted(call.binds)), over))
         steps.extend(Free(value) for value in sorted(ends.get(call.position, ())))
     return Schedule(tuple(segments[0]), tuple(segments[1]))

@@ -20,6 +20,7 @@ class Problem:
         catalog: ops and values of program and recoveries.
         operands: op id to the non-resident values that it reads.
         results: op id to the values that it allocates.
+        may_overwrite: op id to the operands in whose memory its result can be written.
         call_bytes: op id to the bytes of its results and workspace.
         op_seconds: op id to its time.
         nbytes: value id to its size.
@@ -33,6 +34,7 @@ class Problem:
     catalog: Catalog
     operands: dict[int, tuple[int, ...]]
     results: dict[int, tuple[int, ...]]
+    may_overwrite: dict[int, tuple[int, ...]]
     call_bytes: dict[int, int]
     op_seconds: dict[int, float]
     nbytes: dict[int, int]
@@ -77,6 +79,7 @@ def make_problem(program: Program, recoveries: Sequence[Recovery], costs: Costs)
             op.id: tuple(id for id in op.operands if id not in never) for op in catalog.ops.values()
         },
         results={op.id: op.results for op in catalog.ops.values()},
+        may_overwrite=_overwritable(program, catalog, never),
         call_bytes={
             op.id: sum(nbytes[id] for id in op.results) + costs.by_op[op.id].workspace_bytes
             for op in catalog.ops.values()
@@ -87,6 +90,25 @@ def make_problem(program: Program, recoveries: Sequence[Recovery], costs: Costs)
         producer=producer,
         tangent_bytes=tangent_bytes(program),
     )
+
+
+def _overwritable(
+    program: Program, catalog: Catalog, never: set[int]
+) -> dict[int, tuple[int, ...]]:
+    """For each op that can write over an operand, the operands that are the schedule's to end.
+
+    What a result without bytes of its own was made of may live on in it, and is left alone.
+    """
+    sizes = {value.id: value.nbytes for value in catalog.values.values()}
+    alias = {id for op in program.ops if 0 in map(sizes.get, op.results) for id in op.operands}
+    kept = never | alias | program.held
+    offered = {
+        op.id: tuple(
+            id for id in op.may_overwrite if id not in kept and sizes[id] == sizes[op.results[0]]
+        )
+        for op in catalog.ops.values()
+    }
+    return {op: values for op, values in offered.items() if values}
 
 
 def _cost(recovery: Recovery, costs: Costs) -> float:
