@@ -8,7 +8,9 @@ to its last need, needs as a source of a restore included.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +33,15 @@ class Decisions:
     breaks: frozenset[tuple[int, int]]
 
 
+Kind: TypeAlias = type[Run] | type[Prepare] | type[Restore]
+
+
 class Call:
     """One run of an op, for captured op ``time``."""
 
     __slots__ = ("binds", "kind", "op", "over", "position", "time")
 
-    def __init__(self, kind: type[Run] | type[Prepare] | type[Restore], op: int, time: int) -> None:
+    def __init__(self, kind: Kind, op: int, time: int) -> None:
         self.kind = kind
         self.op = op
         self.time = time
@@ -81,6 +86,48 @@ class Lowered:
         return int(self.peak_bytes.max(initial=0))
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """Decisions, and what they come to.
+
+    Attributes:
+        decisions: what is dropped.
+        peak: the most non-resident bytes.
+        seconds: time of the step.
+    """
+
+    decisions: Decisions
+    peak: int
+    seconds: float
+
+    @classmethod
+    def of(cls, decisions: Decisions, lowered: Lowered) -> State:
+        """The decisions with their account."""
+        return cls(decisions, lowered.peak, lowered.seconds)
+
+
+class Effort:
+    """What a search may still spend, in calls of ops that it accounts for; never in seconds."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is any."""
+        return self.left > 0
+
+    def spend(self, calls: int) -> None:
+        """Take some; what is begun is finished, so that less than nothing may be left."""
+        self.left -= calls
+
+    def part(self, share: float) -> Effort:
+        """Set a share of what is left aside."""
+        calls = max(0, int(self.left * share))
+        self.left -= calls
+        return Effort(calls)
+
+
 def keep_everything(problem: Problem) -> Decisions:
     """Keep what the backward reads. What it does not read was never kept."""
     read = {
@@ -94,10 +141,17 @@ def lower(problem: Problem, decisions: Decisions) -> Lowered:
     sweep = _Sweep(problem, decisions)
     for time in range(problem.num_ops):
         sweep.run(time)
-    calls = sweep.finish()
-    for call, copies in sweep.overwriting:
-        call.over = next((copy for copy in copies if copy.uses[-1] is call), None)
-    return _account(problem, calls, sweep.copies)
+    return _account(problem, sweep.finish(), sweep.copies, sweep.overwriting)
+
+
+def follow(problem: Problem, calls: Iterable[tuple[Kind, int, int]]) -> Lowered:
+    """Account for calls that were chosen: kind, op, and the captured op that each is for."""
+    sweep = _Sweep(problem, Decisions(frozenset(), frozenset()))
+    for kind, op, time in calls:
+        sweep.call(Call(kind, op, time))
+    for position, call in enumerate(sweep.calls):
+        call.position = position
+    return _account(problem, sweep.calls, sweep.copies, sweep.overwriting)
 
 
 class _Sweep:
@@ -126,15 +180,7 @@ class _Sweep:
             # a restore may have made what stood there before anew
             for value in operands:
                 current[value].time = time
-        call = Call(Run, time, time)
-        self.calls.append(call)
-        for value in operands:
-            current[value].uses.append(call)
-        if time in self.problem.may_overwrite:
-            self.offer(call)
-        for value in self.problem.results[time]:
-            copy = current[value] = Copy(value, call)
-            self.copies.append(copy)
+        self.call(Call(Run, time, time))
 
     def is_there(self, value: int, time: int) -> bool:
         """Whether the current copy of a value serves a need at ``time``; then it is held so far."""
@@ -168,22 +214,23 @@ class _Sweep:
                 continue
             if recovery.prepare is not None:
                 self.prepare(recovery.prepare.id)
-            call = Call(Restore, op, time)
-            self.calls.append(call)
-            for id in operands:
-                self.current[id].uses.append(call)
-            if op in problem.may_overwrite:
-                self.offer(call)
-            for id in problem.results[op]:
-                if id not in problem.program.held:
-                    copy = self.current[id] = Copy(id, call)
-                    self.copies.append(copy)
+            self.call(Call(Restore, op, time))
             stack.pop()
 
-    def offer(self, call: Call) -> None:
-        """Remember the copies that the call could write over, if they end there."""
-        copies = tuple(self.current[id] for id in self.problem.may_overwrite[call.op])
-        self.overwriting.append((call, copies))
+    def call(self, call: Call) -> None:
+        """Run an op on the current copies; what it makes is current from then on."""
+        problem, current, op = self.problem, self.current, call.op
+        self.calls.append(call)
+        for value in problem.operands[op]:
+            current[value].uses.append(call)
+        if op in problem.may_overwrite:
+            copies = tuple(current[value] for value in problem.may_overwrite[op])
+            self.overwriting.append((call, copies))
+        is_new = call.kind is not Restore
+        for value in problem.results[op]:
+            if is_new or value not in problem.program.held:
+                copy = current[value] = Copy(value, call)
+                self.copies.append(copy)
 
     def prepare(self, op: int) -> None:
         """Plan the run of a ``prepare`` op; ``finish`` puts it before the op that it is for."""
@@ -210,8 +257,15 @@ class _Sweep:
         return ordered
 
 
-def _account(problem: Problem, calls: list[Call], copies: list[Copy]) -> Lowered:
+def _account(
+    problem: Problem,
+    calls: list[Call],
+    copies: list[Copy],
+    overwriting: Iterable[tuple[Call, tuple[Copy, ...]]],
+) -> Lowered:
     held = problem.program.held
+    for call, over in overwriting:
+        call.over = next((copy for copy in over if copy.uses[-1] is call), None)
     delta = np.zeros(len(calls) + 2, dtype=np.int64)
     needed: list[Copy] = []
     for copy in copies:

@@ -1,25 +1,47 @@
-"""Drop values until the peak is within a target: the cheapest drops for the bytes first.
+"""Greedy repair: from a schedule that is over the budget to one within it.
 
-Every round looks at the gaps in which a copy lies idle while the step is over its target. A drop
-is scored by what making the value again really costs at its next use (the chain of parents that
-are not alive there included) over the bytes times the excess that it covers. A batch of the best
-is applied, and the whole step is accounted for anew.
+Every value that is idle over a stretch in which the budget is exceeded could be dropped there and
+made again at its next use. Candidates are ranked by what making it again really costs (with what
+is not alive there, and would not be made later anyway) over the bytes times the excess that it
+covers. A batch of the best is applied, and the whole step is accounted for anew.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memplan.planner.lowering import Copy, Decisions, Lowered, lower
+from memplan.planner.lowering import Call, Decisions, Effort, Lowered, lower
 from memplan.planner.problem import Problem
 
 _MAX_CHAIN = 400
 """Longest chain of parents that one drop may recompute."""
+
+_ALIKE = 1.5
+"""One round takes candidates whose score is at most this multiple of the best's."""
+
+_ROUND_CALLS = 3
+"""What a round costs, in multiples of accounting for the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Greed:
+    """How a repair chooses.
+
+    Attributes:
+        share: part of the excess, in (0, 1], that one round removes.
+        is_sharing: whether a parent that is made again later as it is costs nothing if it can be
+            made now and held. Better at budgets that are not tight, worse at others.
+        weigh: a factor for each candidate's score, for another choice.
+    """
+
+    share: float
+    is_sharing: bool
+    weigh: Callable[[Candidate], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +56,7 @@ class Candidate:
         stop: position of the next use.
         score: seconds per byte and position of excess.
         parents: parents to be made again for it.
+        sources: what all that is made of, and must be alive at the next use.
     """
 
     value: int
@@ -43,10 +66,15 @@ class Candidate:
     stop: int
     score: float
     parents: tuple[int, ...]
+    sources: frozenset[int]
 
 
 def repair(
-    problem: Problem, start: Decisions, target: int, *, share: float, max_rounds: int
+    problem: Problem,
+    start: Decisions,
+    target: int,
+    effort: Effort,
+    greed: Greed,
 ) -> Iterator[tuple[Decisions, Lowered]]:
     """Yield the start and each round's decisions, until the target is met or nothing helps.
 
@@ -54,21 +82,21 @@ def repair(
         problem: the step.
         start: decisions to begin with.
         target: non-resident bytes to get down to.
-        share: part of the excess, in (0, 1], that one round removes.
-        max_rounds: rounds to try at most.
+        effort: what may be spent, and is.
+        greed: how to choose.
     """
     decisions = start
     lowered = lower(problem, decisions)
+    effort.spend(len(lowered.calls))
     yield decisions, lowered
-    for _ in range(max_rounds):
-        if lowered.peak <= target:
-            return
-        chosen = _choose(problem, lowered, target, share)
+    while lowered.peak > target and effort.is_left:
+        chosen = _choose(problem, lowered, target, greed)
         updated = _apply(decisions, chosen)
         if updated == decisions:
             return
         decisions = updated
         lowered = lower(problem, decisions)
+        effort.spend(_ROUND_CALLS * len(lowered.calls))
         yield decisions, lowered
 
 
@@ -84,94 +112,129 @@ def _apply(decisions: Decisions, chosen: list[Candidate]) -> Decisions:
     return Decisions(frozenset(evicted), frozenset(breaks))
 
 
-def _choose(problem: Problem, lowered: Lowered, target: int, share: float) -> list[Candidate]:
+def _choose(problem: Problem, lowered: Lowered, target: int, greed: Greed) -> list[Candidate]:
     """The best candidates that together remove a share of the excess."""
     excess = np.maximum(lowered.peak_bytes - target, 0)
     area = np.concatenate([[0], np.cumsum(excess)])
     left = excess.astype(np.int64)
-    goal = float(area[-1]) * (1 - share)
+    goal = float(area[-1]) * (1 - greed.share)
+    weigh = greed.weigh
+    scored = [
+        (one.score if weigh is None else one.score * weigh(one), one.value, one.time, one)
+        for one in _Gaps(problem, lowered, greed.is_sharing, target, area).candidates()
+    ]
     chosen: list[Candidate] = []
-    for candidate in sorted(
-        _candidates(problem, lowered, area), key=lambda c: (c.score, c.value, c.time)
-    ):
+    dropped: set[int] = set()
+    relied_on: set[int] = set()
+    highest = 0.0
+    for score, *_, candidate in sorted(scored, key=lambda row: row[:3]):
         gap = slice(candidate.start, candidate.stop)
         if not left[gap].any():
             continue
+        if chosen and score > highest:
+            break
+        # The cost of a drop holds as long as what it is made of stays.
+        if candidate.value in relied_on or not dropped.isdisjoint(candidate.sources):
+            continue
+        if not chosen:
+            highest = _ALIKE * score
         chosen.append(candidate)
+        dropped.add(candidate.value)
+        relied_on |= candidate.sources
         left[gap] = np.maximum(left[gap] - problem.nbytes[candidate.value], 0)
         if float(left.sum()) <= goal:
             break
     return chosen
 
 
-def _candidates(problem: Problem, lowered: Lowered, area: NDArray[np.int64]) -> Iterator[Candidate]:
-    alive = _Alive(lowered.copies)
-    for copy in lowered.copies:
-        if copy.value not in problem.recovery or not problem.nbytes[copy.value]:
-            continue
-        previous = copy.made
-        for use in copy.uses:
-            start, stop = previous.position + 1, use.position
-            covered = int(area[stop] - area[start]) if stop > start else 0
-            if covered > 0 and use.time > previous.time:
-                cost, parents = _chain(problem, alive, copy.value, use.time, stop)
-                if parents is not None:
-                    yield Candidate(
-                        value=copy.value,
-                        time=use.time,
-                        crosses=previous.time < problem.num_forward <= use.time,
-                        start=start,
-                        stop=stop,
-                        score=cost / (problem.nbytes[copy.value] * covered),
-                        parents=parents,
-                    )
-            previous = use
+class _Gaps:
+    """Where values are idle, and what making them again would cost."""
 
-
-class _Alive:
-    """Which values are held across a position."""
-
-    def __init__(self, copies: list[Copy]) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        lowered: Lowered,
+        is_sharing: bool,
+        target: int,
+        area: NDArray[np.int64],
+    ) -> None:
+        self.problem = problem
+        self.copies = lowered.copies
+        self.peak_bytes = lowered.peak_bytes
+        self.target = target
+        self.is_sharing = is_sharing
+        self.area: list[int] = area.tolist()
         self.spans: dict[int, list[tuple[int, int]]] = {}
-        for copy in copies:
+        for copy in self.copies:
             end = copy.uses[-1].position if copy.uses else copy.made.position
             self.spans.setdefault(copy.value, []).append((copy.made.position, end))
         for spans in self.spans.values():
             spans.sort()
 
-    def at(self, value: int, position: int) -> bool:
+    def candidates(self) -> Iterator[Candidate]:
+        problem, area = self.problem, self.area
+        for copy in self.copies:
+            if copy.value not in problem.recovery or not problem.nbytes[copy.value]:
+                continue
+            previous = copy.made
+            for use in copy.uses:
+                start, stop = previous.position + 1, use.position
+                covered = area[stop] - area[start] if stop > start else 0
+                if covered > 0 and use.time > previous.time:
+                    candidate = self.candidate(copy.value, previous, use, covered)
+                    if candidate is not None:
+                        yield candidate
+                previous = use
+
+    def candidate(self, value: int, previous: Call, use: Call, covered: int) -> Candidate | None:
+        """A drop between two uses, unless the chain that it needs is too long."""
+        problem, stop = self.problem, use.position
+        recovery = problem.recovery[value]
+        seconds = problem.op_seconds[recovery.restore.id]
+        parents: list[int] = []
+        sources: set[int] = set()
+        ops = {recovery.restore.id}
+        seen = {value}
+        stack = [recovery.restore.id]
+        while stack:
+            for operand in problem.operands[stack.pop()]:
+                if operand in seen or operand in problem.producer:
+                    continue
+                seen.add(operand)
+                if operand not in problem.recovery or self.is_alive(operand, stop):
+                    sources.add(operand)
+                    continue
+                parents.append(operand)
+                op = problem.recovery[operand].restore.id
+                if op in ops:
+                    continue
+                ops.add(op)
+                stack.append(op)
+                if not (self.is_sharing and self.is_made_later_anyway(operand, stop)):
+                    seconds += problem.op_seconds[op]
+            if len(parents) > _MAX_CHAIN:
+                return None
+        return Candidate(
+            value=value,
+            time=use.time,
+            crosses=previous.time < problem.num_forward <= use.time,
+            start=previous.position + 1,
+            stop=stop,
+            score=seconds / (problem.nbytes[value] * covered),
+            parents=tuple(parents),
+            sources=frozenset(sources),
+        )
+
+    def is_alive(self, value: int, position: int) -> bool:
         spans = self.spans.get(value, [])
         index = bisect_left(spans, (position, -1)) - 1
         return index >= 0 and spans[index][1] >= position
 
-
-def _chain(
-    problem: Problem, alive: _Alive, value: int, time: int, position: int
-) -> tuple[float, tuple[int, ...] | None]:
-    """Seconds to make a value again at a position, and the parents that must be made for it.
-
-    The parents are None if the chain is too long to be worth it.
-    """
-    seconds = 0.0
-    parents: list[int] = []
-    done_ops: set[int] = set()
-    stack = [value]
-    seen = {value}
-    while stack:
-        recovery = problem.recovery[stack.pop()]
-        op = recovery.restore.id
-        if op in done_ops:
-            continue
-        done_ops.add(op)
-        seconds += problem.op_seconds[op]
-        for operand in problem.operands[op]:
-            if operand in seen or operand in problem.producer:
-                continue
-            seen.add(operand)
-            if alive.at(operand, position) or operand not in problem.recovery:
-                continue
-            parents.append(operand)
-            stack.append(operand)
-        if len(parents) > _MAX_CHAIN:
-            return seconds, None
-    return seconds, tuple(parents)
+    def is_made_later_anyway(self, value: int, position: int) -> bool:
+        """Whether a copy made now could be held until where one is made again as it is."""
+        spans = self.spans.get(value, [])
+        index = bisect_right(spans, (position, 1 << 62))
+        if index == len(spans):
+            return False
+        between = self.peak_bytes[position : spans[index][0]]
+        return int(between.max(initial=0)) + self.problem.nbytes[value] <= self.target

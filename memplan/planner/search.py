@@ -1,23 +1,23 @@
-"""Find the cheapest schedule within a budget: repair from several starts, then add back."""
+"""Find the cheapest schedule within a budget: repair, add back, search nearby."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
+from memplan.planner.improve import add_back, search_nearby
 from memplan.planner.lowering import (
-    Call,
     Decisions,
-    Lowered,
+    Effort,
+    State,
     keep_everything,
     lower,
     to_schedule,
 )
 from memplan.planner.problem import Problem, make_problem
-from memplan.planner.repair import repair
+from memplan.planner.repair import Greed, repair
 from memplan.program import Costs, Program
-from memplan.schedule import Recovery, Restore, Run, Schedule
+from memplan.schedule import Recovery, Schedule
 
 MAX_SLOWDOWN = 2.0
 """Schedules that take longer than this multiple of the captured step are not offered."""
@@ -25,14 +25,14 @@ MAX_SLOWDOWN = 2.0
 FREE_SLOWDOWN = 1.01
 """What counts as free when neither a budget nor a slowdown was asked for."""
 
-_SHARES = (0.15, 0.4)
-_ROUNDS = 60
-_ADD_BACK_CALLS = 150_000
-"""Calls of ops that adding back may account for: its effort is counted, never timed."""
+_SHARES = (0.3, 0.6, 0.15)
+_CALLS = 400_000
+_FEWEST_TIMES = 200
+_MOST_TIMES = 2500
+"""What one search may account for: so many calls, but of the step between so many times."""
 
-
-Drop: TypeAlias = tuple[int, int]
-"""A value, and the captured op for which it is made again, or -1 at the boundary."""
+_STEPS = (0.9, 0.97, 0.99)
+"""Parts of the peak that a descent tries to get down to, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,6 @@ class Solution:
     peak_bytes: int
     seconds: float
     is_feasible: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    decisions: Decisions
-    peak: int
-    seconds: float
 
 
 def solve(
@@ -91,12 +84,9 @@ def solve(
     found = _within(problem, base, target, limit)
     if found is not None:
         return _solution(problem, found)
-    pool = _ladder(problem, base, limit)
-    feasible = [state for state in pool if state.peak <= target]
-    if feasible:
-        best = min(feasible, key=lambda state: (state.seconds, state.peak))
-        return _solution(problem, _add_back(problem, best, target))
-    lowest = min(pool, key=lambda state: (state.peak, state.seconds))
+    lowest = min(_descent(problem, base, limit), key=lambda state: (state.peak, state.seconds))
+    if lowest.peak <= target:
+        return _solution(problem, _improved(problem, [lowest], target, _effort(problem)))
     return replace(_solution(problem, lowest), is_feasible=False)
 
 
@@ -106,69 +96,102 @@ def keep_all(program: Program, costs: Costs) -> Schedule:
     return to_schedule(problem, lower(problem, keep_everything(problem)))
 
 
-def _solution(problem: Problem, state: _State) -> Solution:
+def _solution(problem: Problem, state: State) -> Solution:
     lowered = lower(problem, state.decisions)
     peak = lowered.peak + problem.program.resident_bytes
     return Solution(to_schedule(problem, lowered), peak, lowered.seconds)
 
 
-def _account(problem: Problem, decisions: Decisions) -> _State:
-    return _state(decisions, lower(problem, decisions))
+def _account(problem: Problem, decisions: Decisions) -> State:
+    return State.of(decisions, lower(problem, decisions))
 
 
-def _state(decisions: Decisions, lowered: Lowered) -> _State:
-    return _State(decisions, lowered.peak, lowered.seconds)
+def _effort(problem: Problem) -> Effort:
+    num_ops = problem.num_ops
+    return Effort(min(max(_CALLS, _FEWEST_TIMES * num_ops), _MOST_TIMES * num_ops))
 
 
-def _starts(problem: Problem) -> Iterator[Decisions]:
-    yield keep_everything(problem)
-    yield Decisions(frozenset(problem.recovery), frozenset())
-
-
-def _attempts(problem: Problem, target: int) -> Iterator[list[_State]]:
-    """For each start and batch size, all states on the way to the target."""
-    for start in _starts(problem):
-        for share in _SHARES:
-            yield [
-                _state(decisions, lowered)
-                for decisions, lowered in repair(
-                    problem, start, target, share=share, max_rounds=_ROUNDS
-                )
-            ]
-
-
-def _within(problem: Problem, base: _State, target: int, limit: float) -> _State | None:
+def _within(problem: Problem, base: State, target: int, limit: float) -> State | None:
     """The cheapest state found within the target and the time limit."""
     if base.peak <= target:
         return base
-    ends = [states[-1] for states in _attempts(problem, target)]
-    ends = sorted(
-        (state for state in ends if state.peak <= target),
-        key=lambda state: (state.seconds, state.peak),
-    )
-    improved = [_add_back(problem, state, target) for state in ends[:2]]
-    within = [state for state in improved if state.seconds <= limit]
-    return min(within, key=lambda state: (state.seconds, state.peak), default=None)
+    effort = _effort(problem)
+    ends: list[State] = []
+    for decisions, greed in _attempts(problem):
+        left = effort.left
+        end = _end(problem, decisions, target, effort, greed)
+        if end.peak <= target:
+            ends.append(end)
+        if ends and 2 * (left - effort.left) > effort.left:
+            break
+    if not ends:
+        return None
+    best = _improved(problem, ends, target, effort)
+    return best if best.seconds <= limit else None
 
 
-def _ladder(problem: Problem, base: _State, limit: float) -> list[_State]:
-    """States for ever lower targets: what can be reached at all within the time limit.
+def _attempts(problem: Problem) -> Iterator[tuple[Decisions, Greed]]:
+    """Where repairs start, and how they choose."""
+    everything = Decisions(frozenset(problem.recovery), frozenset())
+    for share in _SHARES:
+        for start in (keep_everything(problem), everything):
+            for is_sharing in (True, False):
+                yield start, Greed(share, is_sharing)
+
+
+def _end(problem: Problem, start: Decisions, target: int, effort: Effort, greed: Greed) -> State:
+    """The last state of a repair."""
+    last = None
+    for decisions, lowered in repair(problem, start, target, effort, greed):
+        last = State.of(decisions, lowered)
+    assert last is not None, "a repair yields its start"
+    return last
+
+
+def _improved(problem: Problem, ends: list[State], target: int, effort: Effort) -> State:
+    """The best that can be made of states within the target."""
+
+    def worth(state: State) -> tuple[float, int]:
+        return (state.seconds, state.peak)
+
+    tried = sorted(ends, key=worth)[:2]
+    added = [add_back(problem, state, target, effort.part(0.4)) for state in tried]
+    return search_nearby(problem, min(added, key=worth), target, effort)
+
+
+def _descent(problem: Problem, base: State, limit: float) -> list[State]:
+    """States of ever lower peaks: what can be reached at all within the time limit.
 
     The targets do not depend on the budget, so that the smallest peak found is found again when
     it is asked for.
     """
-    pool = [base]
-    for percent in range(90, 0, -5):
-        target = base.peak * percent // 100
-        reached = [state for states in _attempts(problem, target) for state in states]
-        within = [state for state in reached if state.seconds <= limit]
-        pool.extend(within)
-        if min(state.peak for state in pool) > target:
-            break
-    return pool
+    reached = [base]
+    everything = Decisions(frozenset(problem.recovery), frozenset())
+    greeds = (Greed(0.6, is_sharing=True), Greed(0.6, is_sharing=False))
+    steps = iter(_STEPS)
+    step = next(steps)
+    while True:
+        lowest = reached[-1]
+        target = int(lowest.peak * step)
+        effort = _effort(problem)
+        ends = [
+            _end(problem, start, target, effort, greed)
+            for start in (lowest.decisions, everything)
+            for greed in greeds
+        ]
+        ends = [end for end in ends if end.peak <= target]
+        ends = [add_back(problem, end, target, effort.part(0.3)) for end in ends]
+        ends = [end for end in ends if end.seconds <= limit]
+        if ends:
+            reached.append(min(ends, key=lambda state: (state.seconds, state.peak)))
+            continue
+        following = next(steps, None)
+        if following is None:
+            return reached
+        step = following
 
 
-def _least_peak(problem: Problem, base: _State, limit: float) -> _State:
+def _least_peak(problem: Problem, base: State, limit: float) -> State:
     """The state of the lowest peak within the time limit, by bisection over targets."""
     best = base
     low, high = 0, base.peak
@@ -182,52 +205,3 @@ def _least_peak(problem: Problem, base: _State, limit: float) -> _State:
             if found.peak < best.peak:
                 best = found
     return best
-
-
-def _add_back(problem: Problem, state: _State, target: int) -> _State:
-    """Undo drops that the target does not need, the dearest for their bytes first."""
-    lowered = lower(problem, state.decisions)
-    kept_at_first = keep_everything(problem).evicted
-
-    def worth(drop: tuple[Drop, slice]) -> tuple[float, Drop]:
-        value, _ = drop[0]
-        seconds = problem.op_seconds[problem.recovery[value].restore.id]
-        return (-seconds / max(problem.nbytes[value], 1), drop[0])
-
-    tries = max(20, _ADD_BACK_CALLS // max(problem.num_ops, 1))
-    for (value, time), gap in sorted(dropped_gaps(problem, lowered).items(), key=worth):
-        if time < 0 and value in kept_at_first:
-            continue
-        if lowered.peak_bytes[gap].max(initial=0) + problem.nbytes[value] > target:
-            continue
-        decisions = state.decisions
-        if time < 0:
-            changed = Decisions(decisions.evicted - {value}, decisions.breaks)
-        else:
-            changed = Decisions(decisions.evicted, decisions.breaks - {(value, time)})
-        if changed == decisions:
-            continue
-        tried = lower(problem, changed)
-        if tried.peak <= target and tried.seconds <= state.seconds:
-            lowered, state = tried, _state(changed, tried)
-        tries -= 1
-        if tries == 0:
-            break
-    return state
-
-
-def dropped_gaps(problem: Problem, lowered: Lowered) -> dict[Drop, slice]:
-    """Where each dropped value is missing: positions from its last use to its next making."""
-    runs = {call.op: call for call in lowered.calls if call.kind is Run}
-    end: dict[int, Call] = {}
-    gaps: dict[Drop, slice] = {}
-    for copy in sorted(lowered.copies, key=lambda copy: copy.made.position):
-        if copy.made.kind is Restore:
-            producer = problem.program.values[copy.value].producer
-            assert producer is not None, "what is restored was produced"
-            previous = end.get(copy.value, runs[producer])
-            crosses = previous.time < problem.num_forward <= copy.made.time
-            drop = (copy.value, -1 if crosses else copy.made.time)
-            gaps[drop] = slice(previous.position + 1, copy.made.position)
-        end[copy.value] = copy.uses[-1] if copy.uses else copy.made
-    return gaps

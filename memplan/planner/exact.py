@@ -1,0 +1,67 @@
+"""The best schedule of a small program, proven: same order of ops, each restored at most once.
+
+The program is cut at every op (``windows``). Bytes while a restore runs become rows only for those
+restores whose schedule was found to break the budget; the solution is the optimum once none does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from memplan.planner.lowering import follow, to_schedule
+from memplan.planner.problem import Problem
+from memplan.planner.windows import Windows
+from memplan.schedule import Restore, Schedule
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What is proven.
+
+    Attributes:
+        schedule: the best that was found within the budget, or None.
+        seconds: its time; infinite if there is none.
+        bound_seconds: no schedule of this kind takes less.
+        is_proven: whether the schedule is the best, or it is proven that there is none.
+    """
+
+    schedule: Schedule | None
+    seconds: float
+    bound_seconds: float
+    is_proven: bool
+
+
+def solve_exactly(problem: Problem, target: int, time_limit_s: float) -> Exact:
+    """The cheapest schedule within ``target`` non-resident bytes, or a bound on its time.
+
+    Raises:
+        MemplanError: if the extra ``exact`` is not installed.
+    """
+    deadline = time.monotonic() + time_limit_s
+    windows = Windows(problem, target, range(problem.num_ops))
+    windows.restore_once()
+    base = sum(problem.op_seconds[op] for op in range(problem.num_ops))
+    bound = 0.0
+    while True:
+        left = deadline - time.monotonic()
+        answer = windows.milp.minimise(max(left, 1.0), gap=1e-6)
+        bound = max(bound, answer.bound)
+        if math.isinf(answer.bound):
+            return Exact(None, math.inf, math.inf, is_proven=True)
+        if math.isinf(answer.objective):
+            return Exact(None, math.inf, base + bound, is_proven=False)
+        lowered = follow(problem, windows.calls(answer))
+        if lowered.peak <= target:
+            schedule = to_schedule(problem, lowered)
+            return Exact(schedule, lowered.seconds, base + bound, is_proven=answer.is_optimal)
+        broken = [
+            call
+            for call, peak in zip(lowered.calls, lowered.peak_bytes.tolist(), strict=True)
+            if peak > target and call.kind is Restore
+        ]
+        if left <= 0 or not broken:
+            return Exact(None, math.inf, base + bound, is_proven=False)
+        for call in broken:
+            windows.bound_restore(call.time - 1, call.op)

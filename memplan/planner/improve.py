@@ -1,0 +1,171 @@
+"""Make a schedule within the budget faster: add back what fits, then search its neighbourhood.
+
+The second is a large-neighbourhood search (Shaw, "Using constraint programming and local search
+methods to solve vehicle routing problems", 1998): undo some of the drops, repair with randomly
+weighted scores, add back; keep what is faster. Its random numbers are its own and always the same,
+and its effort is counted, so equal problems have equal answers.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from memplan.planner.lowering import (
+    Call,
+    Decisions,
+    Effort,
+    Lowered,
+    State,
+    keep_everything,
+    lower,
+)
+from memplan.planner.problem import Problem
+from memplan.planner.repair import Candidate, Greed, repair
+from memplan.schedule import Restore, Run
+
+Drop: TypeAlias = tuple[int, int]
+"""A value, and the captured op for which it is made again, or -1 at the boundary."""
+
+_SPREAD = 0.5
+"""Standard deviation of the logarithm of the random weights."""
+
+_TRIES = 8
+"""Values that each step of the search tries to add back."""
+
+_SHARES = (0.3, 0.6, 1.0)
+_PATIENCE = 100
+"""Steps of the search without an improvement, after which it ends."""
+
+_SLACK = 0.02
+"""How much slower, as a part of the restores' time, a step of the search may be at first."""
+
+
+def add_back(
+    problem: Problem, state: State, target: int, effort: Effort, tries: int | None = None
+) -> State:
+    """Undo drops that the target does not need, the dearest for their bytes first."""
+    lowered = lower(problem, state.decisions)
+    kept_at_first = keep_everything(problem).evicted
+
+    def worth(drop: tuple[Drop, slice]) -> tuple[float, Drop]:
+        value, _ = drop[0]
+        seconds = problem.op_seconds[problem.recovery[value].restore.id]
+        return (-seconds / max(problem.nbytes[value], 1), drop[0])
+
+    for drop, gap in sorted(dropped_gaps(problem, lowered).items(), key=worth):
+        if not effort.is_left or tries == 0:
+            break
+        value, time = drop
+        if time < 0 and value in kept_at_first:
+            continue
+        if lowered.peak_bytes[gap].max(initial=0) + problem.nbytes[value] > target:
+            continue
+        changed = _without(state.decisions, {drop})
+        if changed == state.decisions:
+            continue
+        tried = lower(problem, changed)
+        effort.spend(len(tried.calls))
+        tries = None if tries is None else tries - 1
+        if tried.peak <= target and tried.seconds <= state.seconds:
+            lowered, state = tried, State.of(changed, tried)
+    return state
+
+
+def dropped_gaps(problem: Problem, lowered: Lowered) -> dict[Drop, slice]:
+    """Where each dropped value is missing: positions from its last use to its next making."""
+    runs = {call.op: call for call in lowered.calls if call.kind is Run}
+    end: dict[int, Call] = {}
+    gaps: dict[Drop, slice] = {}
+    for copy in sorted(lowered.copies, key=lambda copy: copy.made.position):
+        if copy.made.kind is Restore:
+            producer = problem.program.values[copy.value].producer
+            assert producer is not None, "what is restored was produced"
+            previous = end.get(copy.value, runs[producer])
+            crosses = previous.time < problem.num_forward <= copy.made.time
+            drop = (copy.value, -1 if crosses else copy.made.time)
+            gaps[drop] = slice(previous.position + 1, copy.made.position)
+        end[copy.value] = copy.uses[-1] if copy.uses else copy.made
+    return gaps
+
+
+def search_nearby(problem: Problem, state: State, target: int, effort: Effort) -> State:
+    """The fastest state within the target that is found near one, itself included."""
+    whole = effort.left
+    draw = random.Random(0)
+    base = sum(problem.op_seconds[op] for op in range(problem.num_ops))
+    best = current = state
+    stale = 0
+    while effort.is_left and stale < _PATIENCE:
+        stale += 1
+        undone = _some_drops(problem, current.decisions, draw)
+        effort.spend(1)
+        if not undone:
+            continue
+        slack = _SLACK * effort.left / whole * draw.random()
+        allowed = current.seconds + slack * (best.seconds - base)
+        found = _repaired(problem, _without(current.decisions, undone), target, draw, effort)
+        if found is None or found.seconds - base > 1.3 * (current.seconds - base):
+            continue
+        found = add_back(problem, found, target, effort, _TRIES)
+        if found.seconds <= allowed:
+            current = found
+        if (found.seconds, found.peak) < (best.seconds, best.peak):
+            best, stale = found, 0
+    return best
+
+
+def _repaired(
+    problem: Problem, start: Decisions, target: int, draw: random.Random, effort: Effort
+) -> State | None:
+    last = None
+    greed = Greed(draw.choice(_SHARES), draw.random() < 0.7, _random_weights(draw))
+    for decisions, lowered in repair(problem, start, target, effort, greed):
+        last = State.of(decisions, lowered)
+    return last if last is not None and last.peak <= target else None
+
+
+def _random_weights(draw: random.Random) -> Callable[[Candidate], float]:
+    weights: dict[Drop, float] = {}
+
+    def weigh(candidate: Candidate) -> float:
+        drop = (candidate.value, candidate.time)
+        if drop not in weights:
+            weights[drop] = math.exp(draw.gauss(0, _SPREAD))
+        return weights[drop]
+
+    return weigh
+
+
+def _drops(problem: Problem, decisions: Decisions) -> Iterator[Drop]:
+    """What was decided to be dropped, in order."""
+    yield from ((value, -1) for value in sorted(decisions.evicted - _never_kept(problem)))
+    yield from sorted(decisions.breaks)
+
+
+def _never_kept(problem: Problem) -> frozenset[int]:
+    return keep_everything(problem).evicted
+
+
+def _some_drops(problem: Problem, decisions: Decisions, draw: random.Random) -> set[Drop]:
+    """Drops at random: anywhere, of values made in one part of the forward, or breaks."""
+    drops = list(_drops(problem, decisions))
+    kind = draw.random()
+    if kind < 0.4:
+        share = draw.uniform(0.02, 0.3)
+        return {drop for drop in drops if draw.random() < share}
+    if kind < 0.8:
+        width = max(4, int(problem.num_forward * draw.uniform(0.03, 0.45)))
+        first = draw.randrange(-width // 2, max(problem.num_forward, 1))
+        made = {value: problem.program.values[value].producer for value, _ in drops}
+        window = range(first, first + width)
+        return {drop for drop in drops if made[drop[0]] in window}
+    return {drop for drop in drops if drop[1] >= 0 and draw.random() < 0.5}
+
+
+def _without(decisions: Decisions, drops: set[Drop]) -> Decisions:
+    """Decisions without some of the drops."""
+    at_boundary = {value for value, time in drops if time < 0}
+    return Decisions(decisions.evicted - at_boundary, decisions.breaks - drops)

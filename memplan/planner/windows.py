@@ -1,0 +1,223 @@
+"""A program within a budget as a mixed-integer program: what is alive, and what is made again.
+
+Time is cut where some captured ops run; a window reaches from one of these runs to the next. Binary
+variables say which values are alive while the op at its start runs, and which restores run in the
+window (compare R, S and FREE of Jain et al., "Checkmate", MLSys 2020,
+https://arxiv.org/abs/1910.02653). With a few cuts this is a relaxation: bytes count at the cuts
+alone. With a cut at every op it has every schedule of these ops in this order, but for the bytes
+while restores run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from memplan.planner.lowering import Kind
+from memplan.planner.milp import Answer, Milp
+from memplan.planner.problem import Problem
+from memplan.schedule import Prepare, Restore, Run
+
+_UNIT = 1000.0
+"""Rows of bytes are scaled so that the budget is this many units."""
+
+_Term = tuple[int, float]
+
+
+class Windows:
+    """Variables and rows.
+
+    Attributes:
+        milp: which minimises the seconds of restores.
+        live: (window, value) to whether the value is alive while the op at its start runs.
+        again: (window, op) to whether the restore runs in it.
+        over: (window, value) to whether the op at its start writes over the value.
+    """
+
+    def __init__(self, problem: Problem, target: int, cuts: Sequence[int]) -> None:
+        self.problem = problem
+        self.target = target
+        self.cuts = tuple(cuts)
+        self.milp = Milp()
+        self.unit = _UNIT / max(target, 1)
+        self.made_at = {v: op.id for op in problem.program.ops for v in op.results}
+        self.made_at |= problem.producer
+        self.restore = {value: r.restore.id for value, r in problem.recovery.items()}
+        self.live: dict[tuple[int, int], int] = {}
+        self.again: dict[tuple[int, int], int] = {}
+        self.over: dict[tuple[int, int], int] = {}
+        self.needed = [self._needed_from(cut) for cut in self.cuts]
+        for window in range(len(self.cuts)):
+            self._variables(window)
+        self._prepares()
+        for window in range(len(self.cuts)):
+            self._availability(window)
+            self._bytes(window)
+
+    def _stop(self, window: int) -> int:
+        """The captured op at which a window ends."""
+        following = (*self.cuts, self.problem.num_ops)
+        return following[window + 1]
+
+    def _needed_from(self, cut: int) -> list[int]:
+        """Values made before a cut that may be read at or after it."""
+        problem = self.problem
+        needed = set(problem.program.held)
+        stack = [v for op in range(cut, problem.num_ops) for v in problem.operands[op]]
+        while stack:
+            value = stack.pop()
+            if value in needed:
+                continue
+            needed.add(value)
+            recovery = problem.recovery.get(value)
+            if recovery is not None:
+                stack.extend(problem.operands[recovery.restore.id])
+        return sorted(v for v in needed if self.made_at[v] < cut)
+
+    def _variables(self, window: int) -> None:
+        problem, cut = self.problem, self.cuts[window]
+        operands = problem.operands[cut]
+        for value in self.needed[window]:
+            is_there = value in problem.program.held or value in operands
+            self.live[window, value] = self.milp.variable(0.0, 1.0 if is_there else 0.0)
+            op = self.restore.get(value)
+            if op is not None and (window, op) not in self.again:
+                self.again[window, op] = self.milp.variable(problem.op_seconds[op])
+        offered = problem.may_overwrite.get(cut, ())
+        for value in offered:
+            self.over[window, value] = self.milp.variable()
+        if len(offered) > 1:
+            self.milp.at_most(1.0, [(self.over[window, value], 1.0) for value in offered])
+
+    def _prepares(self) -> None:
+        """A recovery that keeps something is prepared once, if it is used at all."""
+        for recovery in dict.fromkeys(self.problem.recovery.values()):
+            if recovery.prepare is None:
+                continue
+            is_used = self.milp.variable(self.problem.op_seconds[recovery.prepare.id])
+            for (_, op), variable in self.again.items():
+                if op == recovery.restore.id:
+                    self.milp.at_least(0.0, [(is_used, 1.0), (variable, -1.0)])
+
+    def available(self, window: int, value: int) -> list[_Term]:
+        """Terms whose sum is at least 1 if a value is there in a window, after its first op."""
+        terms = [(self.live[window, value], 1.0)]
+        if (window, value) in self.over:
+            terms.append((self.over[window, value], -1.0))
+        op = self.restore.get(value)
+        if op is not None:
+            terms.append((self.again[window, op], 1.0))
+        return terms
+
+    def _availability(self, window: int) -> None:
+        """What is read in a window is there; and what is alive at the next was there."""
+        problem = self.problem
+        for op in range(self.cuts[window] + 1, self._stop(window)):
+            for value in problem.operands[op]:
+                if (window, value) in self.live:
+                    self.milp.at_least(1.0, self.available(window, value))
+        for (when, op), variable in list(self.again.items()):
+            if when != window:
+                continue
+            for value in problem.operands[op]:
+                if (window, value) in self.live:
+                    terms = [*self.available(window, value), (variable, -1.0)]
+                    self.milp.at_least(0.0, terms)
+        if window + 1 < len(self.cuts):
+            for value in self.needed[window + 1]:
+                if (window, value) in self.live:
+                    after = (self.live[window + 1, value], -1.0)
+                    self.milp.at_least(0.0, [*self.available(window, value), after])
+
+    def _bytes(self, window: int) -> None:
+        """While the op at the start of a window runs."""
+        nbytes, cut = self.problem.nbytes, self.cuts[window]
+        terms = [
+            (self.live[window, value], nbytes[value] * self.unit)
+            for value in self.needed[window]
+            if nbytes[value]
+        ]
+        terms += [
+            (self.over[window, value], -nbytes[value] * self.unit)
+            for value in self.problem.may_overwrite.get(cut, ())
+        ]
+        self.milp.at_most((self.target - self._fixed(cut, cut)) * self.unit, terms)
+
+    def _fixed(self, op: int, time: int) -> int:
+        """Bytes that a call takes besides what is alive."""
+        is_backward = time >= self.problem.num_forward
+        return self.problem.call_bytes[op] + is_backward * self.problem.tangent_bytes
+
+    def restore_once(self) -> None:
+        """Allow each restore in one window only."""
+        by_op: dict[int, list[int]] = {}
+        for (_, op), variable in self.again.items():
+            by_op.setdefault(op, []).append(variable)
+        for variables in by_op.values():
+            self.milp.at_most(1.0, [(variable, 1.0) for variable in variables])
+
+    def order(self, op: int) -> int:
+        """Restores of a window run in the order in which their values were made at first."""
+        return min(self.made_at[value] for value in self.problem.results[op])
+
+    def bound_restore(self, window: int, op: int) -> None:
+        """Count the bytes while a restore runs: what it reads and makes, and what is needed later.
+
+        Only for windows of one op.
+        """
+        problem = self.problem
+        later = [k for when, k in self.again if when == window and self.order(k) > self.order(op)]
+        runs = self.again[window, op]
+        fixed = self._fixed(op, self.cuts[window] + 1)
+        own_results = set(problem.results[op])
+        known = [*self.needed[window], *problem.results[self.cuts[window]]]
+        known += [kept for kept, at in problem.producer.items() if at == self.cuts[window]]
+        terms: list[_Term] = []
+        overs: list[_Term] = []
+        most = 0.0
+        for value in dict.fromkeys(known):
+            if value in own_results or not problem.nbytes[value]:
+                continue
+            size = problem.nbytes[value] * self.unit
+            most += size
+            needed = [self.again[window, k] for k in later if value in problem.operands[k]]
+            if (window + 1, value) in self.live:
+                needed.append(self.live[window + 1, value])
+            if value in problem.operands[op]:
+                fixed += problem.nbytes[value]
+                if value in problem.may_overwrite.get(op, ()):
+                    over = self.milp.variable()
+                    overs.append((over, -size))
+                    for variable in needed:
+                        self.milp.at_most(1.0, [(over, 1.0), (variable, 1.0)])
+                continue
+            is_alive = self.milp.variable(is_integer=False)
+            terms.append((is_alive, size))
+            made_later = []
+            if self.restore.get(value) in later:
+                made_later = [(self.again[window, self.restore[value]], 1.0)]
+            for variable in needed:
+                self.milp.at_least(0.0, [(is_alive, 1.0), (variable, -1.0), *made_later])
+        if len(overs) > 1:
+            self.milp.at_most(1.0, [(over, 1.0) for over, _ in overs])
+        limit = (self.target - fixed) * self.unit
+        self.milp.at_most(limit + 2 * most, [*terms, *overs, (runs, 2 * most)])
+
+    def calls(self, answer: Answer) -> Iterator[tuple[Kind, int, int]]:
+        """What a solution runs: kind, op, and the captured op that it is for."""
+        problem = self.problem
+        restores: dict[int, list[int]] = {}
+        for (window, op), variable in self.again.items():
+            if answer.values[variable] > 0.5:
+                restores.setdefault(self.cuts[window] + 1, []).append(op)
+        used = {op for ops in restores.values() for op in ops}
+        prepares: dict[int, list[int]] = {}
+        for recovery in dict.fromkeys(problem.recovery.values()):
+            if recovery.prepare is not None and recovery.restore.id in used:
+                made_by = problem.producer[recovery.keeps[0].id]
+                prepares.setdefault(made_by, []).append(recovery.prepare.id)
+        for time in range(problem.num_ops):
+            for op in sorted(restores.get(time, ()), key=self.order):
+                yield Restore, op, time
+            for op in prepares.get(time, ()):
+                yield Prepare, op, time
+            yield Run, time, time
