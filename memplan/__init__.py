@@ -7,7 +7,7 @@
 
 from pathlib import Path as _Path
 
-from memplan.api import optimize, plan
+from memplan.api import frontier, optimize, plan
 from memplan.errors import (
     CaptureError,
     InfeasibleBudget,
@@ -45,6 +45,7 @@ __all__ = [
     "WithLoss",
     "compare",
     "format_bytes",
+    "frontier",
     "optimize",
     "parse_bytes",
     "plan",

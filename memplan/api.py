@@ -1,4 +1,4 @@
-"""``optimize``, ``plan``, ``profile``, ``compare``: each reads as the main path.
+"""``optimize``, ``plan``, ``frontier``: each reads as the main path.
 
 capture -> Program + Costs -> passes offer recoveries -> planner chooses a Schedule -> emit ->
 PlannedModule -> measure.
@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
-from memplan.capture import (
-    Captured,
-    Traced,
-    rewrite,
-    trace,
-    update_in_backward,
-)
+from memplan.capture import Captured
 from memplan.collector import paused_collector
-from memplan.describing import describe_original, describe_plan, fingerprint
+from memplan.describing import fingerprint
 from memplan.emit import emit
 from memplan.errors import InfeasibleBudget, MemplanError, PlanMismatch
 from memplan.module import PlannedModule
 from memplan.options import Options
 from memplan.passing import Pass
-from memplan.plan import PassRecord, Plan
-from memplan.planner import MAX_SLOWDOWN, solve
-from memplan.pricing import Pricing, offers
+from memplan.plan import Plan
+from memplan.planner import MAX_SLOWDOWN, bound_seconds, prove, solve
+from memplan.planner import frontier as find_frontier
+from memplan.preparing import Prepared, prepare
 from memplan.request import Request, make_request
 from memplan.runtime import PlannedStep, check_emitted
 from memplan.sample import Sample
-from memplan.schedule import Effect, Recovery, Schedule, check_schedule
+from memplan.schedule import Recovery, Schedule, check_schedule
 from memplan.units import format_bytes
 
 _LOG = logging.getLogger("memplan")
@@ -114,6 +110,53 @@ def plan(
     return make_plan(model, Sample.of(sample), request)[1]
 
 
+def frontier(
+    model: nn.Module,
+    sample: object,
+    *,
+    points: int = 20,
+    passes: Iterable[Pass] = (),
+    default_passes: bool = True,
+    optimizer: object = None,
+    options: Options | None = None,
+) -> list[Plan]:
+    """What each amount of memory costs in time: plans by ascending peak and falling slowdown.
+
+    Budgets are spread evenly from the smallest feasible one to the captured step's peak. Other
+    arguments are those of ``plan``. Never runs the model.
+
+    Args:
+        model: the module.
+        sample: one batch.
+        points: budgets to plan for; fewer plans come back where one serves several.
+        passes: techniques to add to the EXACT defaults.
+        default_passes: False leaves the defaults out.
+        optimizer: whose state and update are part of the step.
+        options: the rest.
+    """
+    if points < 2:
+        raise MemplanError(f"a frontier has at least 2 points, got {points}")
+    request = make_request(
+        model,
+        budget=None,
+        max_slowdown=None,
+        passes=passes,
+        default_passes=default_passes,
+        optimizer=optimizer,
+        plan=None,
+        options=options,
+    )
+    step = prepare(model, Sample.of(sample), request)
+    solutions = find_frontier(
+        step.captured.program,
+        step.costs,
+        step.recoveries,
+        original_seconds=step.unplanned.seconds,
+        points=points,
+    )
+    return [step.describe(one.schedule, budget_bytes=one.peak_bytes) for one in solutions]
+
+
 def build_step(model: nn.Module, sample: Sample, request: Request) -> PlannedStep:
     """Capture, plan and emit one step."""
     if request.options.device is not None:
@@ -136,68 +179,67 @@ def make_plan(
     model: nn.Module, sample: Sample, request: Request
 ) -> tuple[Captured, Plan, tuple[Recovery, ...]]:
     """Capture a step and choose how it runs."""
-    _LOG.debug("capturing %s", type(model).__name__)
-    pricing = Pricing.of(model, sample, request.options)
-    is_cuda = pricing.device is not None and pricing.device.is_cuda
-    traced = trace(model, sample, request.options.differentiable_outputs, is_cuda)
-    traced = pricing.as_run(traced)
-    if request.optimizer is not None:
-        in_backward = request.in_backward is not None
-        pricing = pricing.with_optimizer(model, traced, request.optimizer, in_backward=in_backward)
-    original, original_costs = pricing.price(pricing.read(traced))
-    unplanned = describe_original(original.program, original_costs)
-    rewritten = pricing.read(_rewritten(traced, request))
-    recoveries = offers(rewritten, request.passes)
-    captured, costs = pricing.price(rewritten, recoveries)
-    records = tuple(PassRecord(p.name, p.arguments, p.effect) for p in request.passes)
-    is_rounded = any(difference.is_certain for difference in captured.differences)
-    describe = partial(
-        describe_plan,
-        captured.program,
-        recoveries,
-        costs,
-        original=unplanned,
-        passes=records,
-        captured_effect=Effect.ROUNDING if is_rounded else Effect.EXACT,
-        notes=[difference.reason for difference in captured.differences],
-    )
+    step = prepare(model, sample, request)
+    captured, recoveries = step.captured, step.recoveries
     if request.plan is not None:
         schedule, budget_bytes = _saved(request.plan, captured, recoveries)
     else:
-        budget_bytes = None
-        if request.budget is not None:
-            resident_bytes = captured.program.resident_bytes
-            budget_bytes = request.budget.resolve(resident_bytes, unplanned.peak_bytes)
-        _LOG.debug("planning %d ops", len(captured.program.ops))
-        solution = solve(
-            captured.program,
-            costs,
-            recoveries,
-            budget_bytes=budget_bytes,
-            max_slowdown=request.max_slowdown,
-            original_seconds=unplanned.seconds,
-        )
-        schedule = solution.schedule
-        if not solution.is_feasible:
-            smallest = describe(schedule, budget_bytes=solution.peak_bytes)
-            if request.options.on_infeasible == "raise":
-                raise _infeasible(budget_bytes or 0, smallest, request.max_slowdown)
-            budget_bytes = solution.peak_bytes
+        schedule, budget_bytes = _solved(step, request)
     check_schedule(captured.program, recoveries, schedule)
-    chosen = describe(schedule, budget_bytes=budget_bytes)
+    chosen = step.describe(schedule, budget_bytes=budget_bytes)
     if budget_bytes is not None and chosen.peak_bytes > budget_bytes:
         raise PlanMismatch(
             f"the saved plan needs {chosen.peak_bytes} bytes here, more than its budget of "
             f"{budget_bytes}: kernels differ between machines. Plan this one with memplan.plan."
         )
+    if request.options.with_bound:
+        chosen = replace(chosen, slowdown_bound=_slowdown_bound(step, chosen, request))
     return captured, chosen, recoveries
 
 
-def _rewritten(traced: Traced, request: Request) -> Traced:
-    """What the passes make of a trace."""
-    rewrites = [one.rewrite_joint for one in request.passes if one.rewrite_joint is not None]
-    rewritten = rewrite(traced, rewrites)
-    return rewritten if request.in_backward is None else update_in_backward(rewritten)
+def _solved(step: Prepared, request: Request) -> tuple[Schedule, int | None]:
+    """The schedule that was asked for, and the budget in bytes."""
+    program, costs, options = step.captured.program, step.costs, request.options
+    budget_bytes = step.resolve(request.budget)
+    _LOG.debug("planning %d ops", len(program.ops))
+    solution = solve(
+        program,
+        costs,
+        step.recoveries,
+        budget_bytes=budget_bytes,
+        max_slowdown=request.max_slowdown,
+        original_seconds=step.unplanned.seconds,
+    )
+    if options.solver == "exact":
+        if budget_bytes is None:
+            raise MemplanError('Options(solver="exact") needs a budget')
+        solution = prove(
+            program,
+            costs,
+            step.recoveries,
+            solution,
+            budget_bytes=budget_bytes,
+            time_limit_s=options.solver_limit_s,
+        )
+    if solution.is_feasible:
+        return solution.schedule, budget_bytes
+    if options.on_infeasible == "raise":
+        smallest = step.describe(solution.schedule, budget_bytes=solution.peak_bytes)
+        raise _infeasible(budget_bytes or 0, smallest, request.max_slowdown)
+    return solution.schedule, solution.peak_bytes
+
+
+def _slowdown_bound(step: Prepared, chosen: Plan, request: Request) -> float:
+    """No plan within the same budget has a lower slowdown."""
+    budget_bytes = chosen.budget_bytes
+    seconds = bound_seconds(
+        step.captured.program,
+        step.costs,
+        step.recoveries,
+        budget_bytes=chosen.peak_bytes if budget_bytes is None else budget_bytes,
+        time_limit_s=request.options.solver_limit_s,
+    )
+    return seconds / step.unplanned.seconds
 
 
 def _saved(

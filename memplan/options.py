@@ -24,6 +24,12 @@ class Options:
         cache_size: how many signatures a planned module remembers.
         differentiable_outputs: "all", or positions among the leaves of the output; None is the
             loss alone where there is exactly one.
+        solver: "search" is fast and near the optimum. "exact" (extra ``exact``) goes on until the
+            plan is proven the fastest within its budget among those that restore each op at most
+            once, or ``solver_limit_s`` is over; for steps of up to about a hundred ops.
+        with_bound: prove how fast any plan within the budget can be: ``Plan.slowdown_bound`` (extra
+            ``exact``).
+        solver_limit_s: seconds that each of these proofs may take.
         update_in_backward: update each parameter as soon as its gradient is finished, and free the
             gradient; the user's ``optimizer.step()`` then changes nothing. Exact for optimizers
             that treat parameters separately; others are refused, and so are clipping by the norm
@@ -35,4 +41,7 @@ class Options:
     on_infeasible: Literal["raise", "smallest"] = "raise"
     cache_size: int = 8
     differentiable_outputs: Differentiable = None
+    solver: Literal["search", "exact"] = "search"
+    with_bound: bool = False
+    solver_limit_s: float = 60.0
     update_in_backward: bool = False

@@ -12,7 +12,7 @@ from memplan.program import Phase, Role
 from memplan.schedule import Effect, Schedule
 from memplan.units import format_bytes
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,8 @@ class Plan:
         saved_bytes: activations held when the forward ends.
         seconds: predicted time of the step.
         original_seconds: predicted time with nothing recomputed.
+        slowdown_bound: no plan of these ops in this order within the budget has a lower slowdown;
+            None if that was not asked for.
         num_ops: ops that the captured step runs.
         num_restores: runs of ops that restore something.
         categories: bytes by category at the peak.
@@ -84,6 +86,7 @@ class Plan:
     saved_bytes: int
     seconds: float
     original_seconds: float
+    slowdown_bound: float | None
     num_ops: int
     num_restores: int
     categories: Mapping[str, int]
@@ -123,10 +126,11 @@ class Plan:
         )
         unknown = ", kernels' workspace unknown" if self.costs_source.startswith("analytic") else ""
         effects = ", ".join(effect.value for effect in self.effects)
+        bound = "" if self.slowdown_bound is None else f" (at least {self.slowdown_bound:.3f}x)"
         return (
             f"Plan: peak {format_bytes(self.peak_bytes)}{budget} "
             f"({format_bytes(self.original_peak_bytes)} unplanned; {share:.0%} of what is above "
-            f"{format_bytes(self.resident_bytes)} resident), {self.slowdown:.3f}x the time, "
+            f"{format_bytes(self.resident_bytes)} resident), {self.slowdown:.3f}x the time{bound}, "
             f"{self.num_restores} of {self.num_ops} ops run again, {effects}{unknown}"
         )
 
@@ -228,6 +232,8 @@ def _checked(data: dict[str, Any]) -> dict[str, Any]:
             _require(type(data[name]) in (int, float), name)
         for name in ("peak_op", "costs_source", "fingerprint"):
             _require(type(data[name]) is str, name)
+        is_number = type(data["slowdown_bound"]) in (int, float, type(None))
+        _require(is_number, "slowdown_bound")
         _require(data["budget_bytes"] is None or type(data["budget_bytes"]) is int, "budget_bytes")
         for name in ("categories", "phases"):
             pairs = data[name].items()

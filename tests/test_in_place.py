@@ -70,7 +70,7 @@ def arguments(op, shape, dtype):
 def test_an_op_over_an_operand_has_the_bits_of_the_op(op):
     graph = fx.Graph()
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for shape in ((3, 5), (64, 129), (300, 1027)):
+        for shape in ((3, 5), (130, 515)):
             given = arguments(op, shape, dtype)
             nodes = [graph.placeholder("x") if isinstance(a, torch.Tensor) else a for a in given]
             node = graph.call_function(op, tuple(nodes))

@@ -10,12 +10,15 @@ in small ones, moments around it add to it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from memplan.planner.lowering import keep_everything, lower
-from memplan.planner.problem import Problem
+from memplan.planner.problem import Problem, make_problem
 from memplan.planner.windows import Windows
+from memplan.program import Costs, Program
+from memplan.schedule import Recovery
 
 _MOST_CELLS = 2000
 """Ops times moments of one bound; the program is small enough for some seconds then."""
@@ -47,3 +50,16 @@ def least_seconds(problem: Problem, target: int, time_limit_s: float = 10.0) -> 
         if math.isinf(least):
             break
     return base.seconds + least
+
+
+def bound_seconds(
+    program: Program,
+    costs: Costs,
+    recoveries: Sequence[Recovery],
+    *,
+    budget_bytes: int,
+    time_limit_s: float = 10.0,
+) -> float:
+    """``least_seconds`` of a step within a budget, residents included."""
+    problem = make_problem(program, recoveries, costs)
+    return least_seconds(problem, budget_bytes - program.resident_bytes, time_limit_s)

@@ -6,14 +6,21 @@ restores whose schedule was found to break the budget; the solution is the optim
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memplan.planner.lowering import follow, to_schedule
-from memplan.planner.problem import Problem
+from memplan.planner.problem import Problem, make_problem
+from memplan.planner.search import Solution
 from memplan.planner.windows import Windows
-from memplan.schedule import Restore, Schedule
+from memplan.program import Costs, Program
+from memplan.schedule import Catalog, Recovery, Restore, Schedule
+from memplan.timeline import simulate
+
+_LOG = logging.getLogger("memplan")
 
 
 @dataclass(frozen=True)
@@ -65,3 +72,28 @@ def solve_exactly(problem: Problem, target: int, time_limit_s: float) -> Exact:
             return Exact(None, math.inf, base + bound, is_proven=False)
         for call in broken:
             windows.bound_restore(call.time - 1, call.op)
+
+
+def prove(
+    program: Program,
+    costs: Costs,
+    recoveries: Sequence[Recovery],
+    found: Solution,
+    *,
+    budget_bytes: int,
+    time_limit_s: float,
+) -> Solution:
+    """The faster of what a search found within a budget and of what ``solve_exactly`` finds."""
+    problem = make_problem(program, recoveries, costs)
+    exact = solve_exactly(problem, budget_bytes - program.resident_bytes, time_limit_s)
+    _LOG.info(
+        "exact solver: %s within %.0f s, at least %.6f s",
+        "proven" if exact.is_proven else "not proven",
+        time_limit_s,
+        exact.bound_seconds,
+    )
+    if exact.schedule is None or (found.is_feasible and found.seconds <= exact.seconds):
+        return found
+    catalog = Catalog.of(program, recoveries)
+    peak_bytes = simulate(program, catalog, exact.schedule, costs).peak_bytes
+    return Solution(exact.schedule, peak_bytes, exact.seconds)

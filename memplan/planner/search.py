@@ -18,6 +18,7 @@ from memplan.planner.problem import Problem, make_problem
 from memplan.planner.repair import Greed, repair
 from memplan.program import Costs, Program
 from memplan.schedule import Recovery, Schedule
+from memplan.timeline import floor_bytes
 
 MAX_SLOWDOWN = 2.0
 """Schedules that take longer than this multiple of the captured step are not offered."""
@@ -28,11 +29,11 @@ FREE_SLOWDOWN = 1.01
 _SHARES = (0.3, 0.6, 0.15)
 _CALLS = 400_000
 _FEWEST_TIMES = 200
-_MOST_TIMES = 2500
+_MOST_TIMES = 1500
 """What one search may account for: so many calls, but of the step between so many times."""
 
-_STEPS = (0.9, 0.97, 0.99)
-"""Parts of the peak that a descent tries to get down to, one after the other."""
+_PROBES = 8
+"""Targets that a descent tries between the floor and the lowest peak so far."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,21 @@ def solve(
         original_seconds: what slowdowns refer to; by default the program with everything kept.
     """
     problem = make_problem(program, recoveries, costs)
-    base = _account(problem, keep_everything(problem))
+    base = account(problem, keep_everything(problem))
     reference = base.seconds if original_seconds is None else original_seconds
     if budget_bytes is None:
         slowdown = FREE_SLOWDOWN if max_slowdown is None else max_slowdown
-        return _solution(problem, _least_peak(problem, base, reference * slowdown))
+        return solution_of(problem, _least_peak(problem, base, reference * slowdown))
     limit = reference * (MAX_SLOWDOWN if max_slowdown is None else max_slowdown)
     target = budget_bytes - program.resident_bytes
-    found = _within(problem, base, target, limit)
+    floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
+    found = within(problem, base, target, limit) if target >= floor else None
     if found is not None:
-        return _solution(problem, found)
-    lowest = min(_descent(problem, base, limit), key=lambda state: (state.peak, state.seconds))
+        return solution_of(problem, found)
+    lowest = descend(problem, base, floor, limit)[-1]
     if lowest.peak <= target:
-        return _solution(problem, _improved(problem, [lowest], target, _effort(problem)))
-    return replace(_solution(problem, lowest), is_feasible=False)
+        return solution_of(problem, _improved(problem, [lowest], target, effort_for(problem)))
+    return replace(solution_of(problem, lowest), is_feasible=False)
 
 
 def keep_all(program: Program, costs: Costs) -> Schedule:
@@ -96,26 +98,29 @@ def keep_all(program: Program, costs: Costs) -> Schedule:
     return to_schedule(problem, lower(problem, keep_everything(problem)))
 
 
-def _solution(problem: Problem, state: State) -> Solution:
+def solution_of(problem: Problem, state: State) -> Solution:
+    """A state as steps."""
     lowered = lower(problem, state.decisions)
     peak = lowered.peak + problem.program.resident_bytes
     return Solution(to_schedule(problem, lowered), peak, lowered.seconds)
 
 
-def _account(problem: Problem, decisions: Decisions) -> State:
+def account(problem: Problem, decisions: Decisions) -> State:
+    """Decisions with their account."""
     return State.of(decisions, lower(problem, decisions))
 
 
-def _effort(problem: Problem) -> Effort:
+def effort_for(problem: Problem) -> Effort:
+    """What one search may spend on a problem of this size."""
     num_ops = problem.num_ops
     return Effort(min(max(_CALLS, _FEWEST_TIMES * num_ops), _MOST_TIMES * num_ops))
 
 
-def _within(problem: Problem, base: State, target: int, limit: float) -> State | None:
+def within(problem: Problem, base: State, target: int, limit: float) -> State | None:
     """The cheapest state found within the target and the time limit."""
     if base.peak <= target:
         return base
-    effort = _effort(problem)
+    effort = effort_for(problem)
     ends: list[State] = []
     for decisions, greed in _attempts(problem):
         left = effort.left
@@ -159,36 +164,48 @@ def _improved(problem: Problem, ends: list[State], target: int, effort: Effort) 
     return search_nearby(problem, min(added, key=worth), target, effort)
 
 
-def _descent(problem: Problem, base: State, limit: float) -> list[State]:
+def descend(problem: Problem, base: State, floor: int, limit: float) -> list[State]:
     """States of ever lower peaks: what can be reached at all within the time limit.
 
-    The targets do not depend on the budget, so that the smallest peak found is found again when
-    it is asked for.
+    Bisects between the floor and the lowest peak so far. The targets do not depend on a budget, so
+    that the smallest peak found is found again when it is asked for.
     """
     reached = [base]
+    low = floor
+    for _ in range(_PROBES):
+        if reached[-1].peak <= low + 1:
+            break
+        target = (low + reached[-1].peak) // 2
+        found, lowest = _reach(problem, reached[-1], target, limit)
+        if found is None:
+            low = target
+            found = lowest
+        if found is not None and found.peak < reached[-1].peak:
+            reached.append(found)
+    return reached
+
+
+def _reach(
+    problem: Problem, state: State, target: int, limit: float
+) -> tuple[State | None, State | None]:
+    """From a state, or from nothing kept: the fastest within a target; and the lowest passed."""
+    effort = effort_for(problem)
     everything = Decisions(frozenset(problem.recovery), frozenset())
-    greeds = (Greed(0.6, is_sharing=True), Greed(0.6, is_sharing=False))
-    steps = iter(_STEPS)
-    step = next(steps)
-    while True:
-        lowest = reached[-1]
-        target = int(lowest.peak * step)
-        effort = _effort(problem)
-        ends = [
-            _end(problem, start, target, effort, greed)
-            for start in (lowest.decisions, everything)
-            for greed in greeds
-        ]
-        ends = [end for end in ends if end.peak <= target]
-        ends = [add_back(problem, end, target, effort.part(0.3)) for end in ends]
-        ends = [end for end in ends if end.seconds <= limit]
-        if ends:
-            reached.append(min(ends, key=lambda state: (state.seconds, state.peak)))
-            continue
-        following = next(steps, None)
-        if following is None:
-            return reached
-        step = following
+    within_target: list[State] = []
+    passed: list[State] = []
+    for start in (state.decisions, everything):
+        for is_sharing in (True, False):
+            greed = Greed(0.6, is_sharing)
+            states = [
+                State.of(decisions, lowered)
+                for decisions, lowered in repair(problem, start, target, effort, greed)
+            ]
+            passed += [one for one in states if one.seconds <= limit]
+            if states[-1].peak <= target:
+                end = add_back(problem, states[-1], target, effort.part(0.3))
+                within_target += [end] if end.seconds <= limit else []
+    fastest = min(within_target, key=lambda one: (one.seconds, one.peak), default=None)
+    return fastest, min(passed, key=lambda one: (one.peak, one.seconds), default=None)
 
 
 def _least_peak(problem: Problem, base: State, limit: float) -> State:
@@ -197,7 +214,7 @@ def _least_peak(problem: Problem, base: State, limit: float) -> State:
     low, high = 0, base.peak
     for _ in range(8):
         target = (low + high) // 2
-        found = _within(problem, base, target, limit)
+        found = within(problem, base, target, limit)
         if found is None:
             low = target
         else:

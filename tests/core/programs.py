@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from itertools import combinations
 
 from hypothesis import strategies as st
 
 from memplan.program import Costs, Op, OpCost, Phase, Program, Role, Value
-from memplan.schedule import Recovery
+from memplan.schedule import Catalog, Free, Recovery
 
 
 class Builder:
@@ -79,7 +80,11 @@ def programs(draw, max_forward: int = 12) -> tuple[Program, Costs]:
     for i in range(num_forward):
         operands = draw(st.lists(st.sampled_from(known[-6:]), min_size=1, max_size=3))
         sizes = draw(st.lists(st.integers(0, 50), min_size=1, max_size=2))
-        known += b.op(f"f{i}", operands, sizes, is_random=draw(st.integers(0, 5)) == 0)
+        over = ()
+        if b.values[operands[0]].producer is not None and draw(st.booleans()):
+            over, sizes = (operands[0],), [b.values[operands[0]].nbytes]
+        is_random = not over and draw(st.integers(0, 5)) == 0
+        known += b.op(f"f{i}", operands, sizes, is_random=is_random, may_overwrite=over)
     made = [id for id in known if b.values[id].producer is not None]
     output = made[-1]
     backward = [b.value(draw(st.integers(1, 50)), Role.TANGENT)]
@@ -87,7 +92,10 @@ def programs(draw, max_forward: int = 12) -> tuple[Program, Costs]:
     for i in range(draw(st.integers(2, num_forward))):
         reads = draw(st.lists(st.sampled_from(known), min_size=0, max_size=3))
         reads.append(draw(st.sampled_from(backward[-3:])))
-        results = b.op(f"b{i}", reads, [draw(st.integers(0, 50))], Phase.BACKWARD)
+        size, over = draw(st.integers(0, 50)), ()
+        if b.values[reads[-1]].producer is not None and draw(st.booleans()):
+            over, size = (reads[-1],), b.values[reads[-1]].nbytes
+        results = b.op(f"b{i}", reads, [size], Phase.BACKWARD, may_overwrite=over)
         backward += results
         if draw(st.booleans()):
             gradients[results[0]] = Role.GRADIENT
@@ -102,7 +110,55 @@ def programs(draw, max_forward: int = 12) -> tuple[Program, Costs]:
     return program, costs
 
 
+def training_step(seed: int, num_forward: int) -> tuple[Program, Costs]:
+    """A random step whose backward visits the forward's values in reverse, as autograd does."""
+    draw = random.Random(seed)
+    b = Builder()
+    known = [b.value(draw.randint(1, 50), Role.INPUT) for _ in range(2)]
+    for i in range(num_forward):
+        near = [min(len(known), 1 + int(draw.expovariate(0.4))) for _ in range(draw.randint(1, 3))]
+        operands = [known[-distance] for distance in near]
+        known += b.op(f"f{i}", operands, [draw.randint(1, 50)], is_random=draw.random() < 0.1)
+    gradients = [b.value(5, Role.TANGENT)]
+    held = {known[-1]: Role.OUTPUT}
+    for i, id in enumerate(reversed(known[2:])):
+        reads = [id] * (draw.random() < 0.8) + [id - 1] * (draw.random() < 0.6)
+        size = draw.randint(1, 50)
+        gradients += b.op(f"b{i}", [*reads, gradients[-1]], [size], Phase.BACKWARD)
+        if draw.random() < 0.3:
+            held[gradients[-1]] = Role.GRADIENT
+    program = b.program(held)
+    num_ops = len(program.ops) + 2 * sum(op.is_random for op in program.ops)
+    costs = {
+        id: OpCost(draw.randint(1, 9), workspace_bytes=draw.randint(0, 10)) for id in range(num_ops)
+    }
+    return program, Costs(costs)
+
+
 def subsets(items: list[int]):
     """All subsets, small ones first."""
     for size in range(len(items) + 1):
         yield from combinations(items, size)
+
+
+def replay(program, recoveries, costs, schedule) -> int:
+    """The peak, slow and obvious: a dictionary of what is alive."""
+    catalog = Catalog.of(program, recoveries)
+    alive = {v.id: v.nbytes for v in program.values if v.role.is_resident}
+    peak = sum(alive.values())
+    for position, step in enumerate(schedule.steps):
+        if position == len(schedule.forward):
+            alive |= {v.id: v.nbytes for v in program.values if v.role is Role.TANGENT}
+        if isinstance(step, Free):
+            del alive[step.value]
+            continue
+        op = catalog.ops[step.op]
+        assert step.over is None or step.over in op.may_overwrite
+        assert all(value in alive for value in op.operands)
+        if step.over is not None:
+            del alive[step.over]
+        results = {value: catalog.values[value].nbytes for value in op.results}
+        inside = sum(results.values()) + costs.by_op[op.id].workspace_bytes
+        peak = max(peak, sum(alive.values()) + inside)
+        alive |= {value: results[value] for value in step.binds}
+    return peak

@@ -8,34 +8,11 @@ from pathlib import Path
 from hypothesis import given, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import chain, programs, recompute_all, subsets, unit_costs
+from programs import chain, programs, recompute_all, replay, unit_costs
 
 from memplan.planner import MAX_SLOWDOWN, keep_all, solve
-from memplan.planner.lowering import Decisions, keep_everything, lower
-from memplan.planner.problem import make_problem
-from memplan.program import Role
-from memplan.schedule import Catalog, Free, Restore, check_schedule
+from memplan.schedule import Catalog, Restore, check_schedule
 from memplan.timeline import floor_bytes, simulate
-
-
-def replay(program, recoveries, costs, schedule) -> int:
-    """The peak, slow and obvious: a dictionary of what is alive."""
-    catalog = Catalog.of(program, recoveries)
-    alive = {v.id: v.nbytes for v in program.values if v.role.is_resident}
-    peak = sum(alive.values())
-    for position, step in enumerate(schedule.steps):
-        if position == len(schedule.forward):
-            alive |= {v.id: v.nbytes for v in program.values if v.role is Role.TANGENT}
-        if isinstance(step, Free):
-            del alive[step.value]
-            continue
-        op = catalog.ops[step.op]
-        assert all(value in alive for value in op.operands)
-        results = {value: catalog.values[value].nbytes for value in op.results}
-        inside = sum(results.values()) + costs.by_op[op.id].workspace_bytes
-        peak = max(peak, sum(alive.values()) + inside)
-        alive |= {value: results[value] for value in step.binds}
-    return peak
 
 
 def test_a_chain_within_a_tenth_of_its_memory_takes_less_than_twice_the_time():
@@ -104,24 +81,3 @@ def test_random_programs_keep_every_law_of_schedules(made):
         random_ops = {op.id for op in program.ops if op.is_random}
         restored = [step.op for step in solution.schedule.steps if isinstance(step, Restore)]
         assert not random_ops.intersection(restored)
-
-
-@settings(max_examples=60, deadline=None)
-@given(programs(max_forward=6))
-def test_small_programs_are_near_the_best_of_all_saved_sets(made):
-    """Against every choice of what to keep across the boundary, breaks left aside."""
-    program, costs = made
-    recoveries = recompute_all(program)
-    problem = make_problem(program, recoveries, costs)
-    base = lower(problem, keep_everything(problem))
-    choices = sorted(problem.recovery)
-    every = [lower(problem, Decisions(frozenset(s), frozenset())) for s in subsets(choices)]
-    target = int(0.75 * base.peak)
-    feasible = [
-        one for one in every if one.peak <= target and one.seconds <= MAX_SLOWDOWN * base.seconds
-    ]
-    budget = target + program.resident_bytes
-    solution = solve(program, costs, recoveries, budget_bytes=budget)
-    if solution.is_feasible and feasible:
-        best = min(one.seconds for one in feasible)
-        assert solution.seconds <= 1.5 * best

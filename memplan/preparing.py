@@ -1,0 +1,86 @@
+"""From a module and a sample to a step that can be planned: captured, rewritten, priced."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from memplan.capture import Captured, Traced, rewrite, trace, update_in_backward
+from memplan.collector import paused_collector
+from memplan.describing import Original, describe_original, describe_plan
+from memplan.plan import PassRecord, Plan
+from memplan.pricing import Pricing, offers
+from memplan.program import Costs
+from memplan.request import Request
+from memplan.sample import Sample
+from memplan.schedule import Effect, Recovery
+from memplan.units import Budget
+
+_LOG = logging.getLogger("memplan")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step that was captured and priced, and can be planned.
+
+    Attributes:
+        captured: with what the passes made of it.
+        recoveries: what the passes offer.
+        costs: of every op that may run.
+        unplanned: peak and time of the captured step, no pass taken part.
+        describe: makes a plan of a schedule.
+    """
+
+    captured: Captured
+    recoveries: tuple[Recovery, ...]
+    costs: Costs
+    unplanned: Original
+    describe: Callable[..., Plan]
+
+    def resolve(self, budget: Budget | None) -> int | None:
+        """A budget in bytes."""
+        resident_bytes = self.captured.program.resident_bytes
+        if budget is None:
+            return None
+        return budget.resolve(resident_bytes, self.unplanned.peak_bytes)
+
+
+@paused_collector()
+def prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
+    """Capture a step, let the passes at it, and price every op."""
+    _LOG.debug("capturing %s", type(model).__name__)
+    pricing = Pricing.of(model, sample, request.options)
+    is_cuda = pricing.device is not None and pricing.device.is_cuda
+    traced = trace(model, sample, request.options.differentiable_outputs, is_cuda)
+    traced = pricing.as_run(traced)
+    if request.optimizer is not None:
+        in_backward = request.in_backward is not None
+        pricing = pricing.with_optimizer(model, traced, request.optimizer, in_backward=in_backward)
+    original, original_costs = pricing.price(pricing.read(traced))
+    unplanned = describe_original(original.program, original_costs)
+    rewritten = pricing.read(_rewritten(traced, request))
+    recoveries = offers(rewritten, request.passes)
+    captured, costs = pricing.price(rewritten, recoveries)
+    is_rounded = any(difference.is_certain for difference in captured.differences)
+    describe = partial(
+        describe_plan,
+        captured.program,
+        recoveries,
+        costs,
+        original=unplanned,
+        passes=tuple(PassRecord(p.name, p.arguments, p.effect) for p in request.passes),
+        captured_effect=Effect.ROUNDING if is_rounded else Effect.EXACT,
+        notes=[difference.reason for difference in captured.differences],
+    )
+    return Prepared(captured, recoveries, costs, unplanned, describe)
+
+
+def _rewritten(traced: Traced, request: Request) -> Traced:
+    """What the passes make of a trace."""
+    rewrites = [one.rewrite_joint for one in request.passes if one.rewrite_joint is not None]
+    rewritten = rewrite(traced, rewrites)
+    return rewritten if request.in_backward is None else update_in_backward(rewritten)
