@@ -48,7 +48,7 @@ def frontier(
         target = lowest.peak + (base.peak - lowest.peak) * point // max(points - 1, 1)
         found = within(problem, base, target, limit)
         # What fits into less fits here as well, and there is room to add back.
-        carried = add_back(problem, best[-1], target, effort_for(problem).part(0.5))
+        carried = add_back(problem, best[-1], target, effort_for(problem))
         best.append(min([carried, *([found] if found else [])], key=_worth))
     return [solution_of(problem, state) for state in _undominated(best)]
 

@@ -8,7 +8,8 @@ to its last need, needs as a source of a restore included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -121,11 +122,13 @@ class Effort:
         """Take some; what is begun is finished, so that less than nothing may be left."""
         self.left -= calls
 
-    def part(self, share: float) -> Effort:
-        """Set a share of what is left aside."""
-        calls = max(0, int(self.left * share))
-        self.left -= calls
-        return Effort(calls)
+    @contextmanager
+    def part(self, share: float) -> Iterator[Effort]:
+        """A share of what is left; what it leaves is there again afterwards."""
+        part = Effort(max(0, int(self.left * share)))
+        self.left -= part.left
+        yield part
+        self.left += part.left
 
 
 def keep_everything(problem: Problem) -> Decisions:

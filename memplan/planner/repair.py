@@ -8,6 +8,7 @@ covers. A batch of the best is applied, and the whole step is accounted for anew
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ _MAX_CHAIN = 400
 
 _ALIKE = 1.5
 """One round takes candidates whose score is at most this multiple of the best's."""
+
+_PATIENCE = 8
+"""Rounds without less excess, after which a repair gives up."""
 
 _ROUND_CALLS = 3
 """What a round costs, in multiples of accounting for the step."""
@@ -89,7 +93,8 @@ def repair(
     lowered = lower(problem, decisions)
     effort.spend(len(lowered.calls))
     yield decisions, lowered
-    while lowered.peak > target and effort.is_left:
+    least, stale = math.inf, 0
+    while lowered.peak > target and effort.is_left and stale < _PATIENCE:
         chosen = _choose(problem, lowered, target, greed)
         updated = _apply(decisions, chosen)
         if updated == decisions:
@@ -97,6 +102,9 @@ def repair(
         decisions = updated
         lowered = lower(problem, decisions)
         effort.spend(_ROUND_CALLS * len(lowered.calls))
+        excess = int(np.maximum(lowered.peak_bytes - target, 0).sum())
+        stale = 0 if excess < least else stale + 1
+        least = min(least, excess)
         yield decisions, lowered
 
 

@@ -29,8 +29,11 @@ FREE_SLOWDOWN = 1.01
 _SHARES = (0.3, 0.6, 0.15)
 _CALLS = 400_000
 _FEWEST_TIMES = 200
-_MOST_TIMES = 1500
+_MOST_TIMES = 5000
 """What one search may account for: so many calls, but of the step between so many times."""
+
+_ENDS = 4
+"""How many repaired schedules are improved; the neighbourhood of the best is searched first."""
 
 _PROBES = 8
 """Targets that a descent tries between the floor and the lowest peak so far."""
@@ -159,9 +162,19 @@ def _improved(problem: Problem, ends: list[State], target: int, effort: Effort) 
     def worth(state: State) -> tuple[float, int]:
         return (state.seconds, state.peak)
 
-    tried = sorted(ends, key=worth)[:2]
-    added = [add_back(problem, state, target, effort.part(0.4)) for state in tried]
-    return search_nearby(problem, min(added, key=worth), target, effort)
+    best = sorted(dict.fromkeys(ends), key=worth)[:_ENDS]
+    added = [_added_back(problem, state, target, effort) for state in best]
+    found = [
+        search_nearby(problem, state, target, effort)
+        for state in sorted(added, key=worth)
+        if effort.is_left
+    ]
+    return min([*added, *found], key=worth)
+
+
+def _added_back(problem: Problem, state: State, target: int, effort: Effort) -> State:
+    with effort.part(0.4) as part:
+        return add_back(problem, state, target, part)
 
 
 def descend(problem: Problem, base: State, floor: int, limit: float) -> list[State]:
@@ -202,8 +215,10 @@ def _reach(
             ]
             passed += [one for one in states if one.seconds <= limit]
             if states[-1].peak <= target:
-                end = add_back(problem, states[-1], target, effort.part(0.3))
+                end = _added_back(problem, states[-1], target, effort)
                 within_target += [end] if end.seconds <= limit else []
+        if within_target:
+            break
     fastest = min(within_target, key=lambda one: (one.seconds, one.peak), default=None)
     return fastest, min(passed, key=lambda one: (one.peak, one.seconds), default=None)
 
