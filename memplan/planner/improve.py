@@ -48,7 +48,6 @@ def add_back(
 ) -> State:
     """Undo drops that the target does not need, the dearest for their bytes first."""
     lowered = lower(problem, state.decisions)
-    kept_at_first = keep_everything(problem).evicted
 
     def worth(drop: tuple[Drop, slice]) -> tuple[float, Drop]:
         value, _ = drop[0]
@@ -58,10 +57,7 @@ def add_back(
     for drop, gap in sorted(dropped_gaps(problem, lowered).items(), key=worth):
         if not effort.is_left or tries == 0:
             break
-        value, time = drop
-        if time < 0 and value in kept_at_first:
-            continue
-        if lowered.peak_bytes[gap].max(initial=0) + problem.nbytes[value] > target:
+        if lowered.peak_bytes[gap].max(initial=0) + problem.nbytes[drop[0]] > target:
             continue
         changed = _without(state.decisions, {drop})
         if changed == state.decisions:
@@ -121,7 +117,12 @@ def _repaired(
     problem: Problem, start: Decisions, target: int, draw: random.Random, effort: Effort
 ) -> State | None:
     last = None
-    greed = Greed(draw.choice(_SHARES), draw.random() < 0.7, _random_weights(draw))
+    greed = Greed(
+        share=draw.choice(_SHARES),
+        is_sharing=draw.random() < 0.7,
+        may_stretch=draw.random() < 0.7,
+        weigh=_random_weights(draw),
+    )
     for decisions, lowered in repair(problem, start, target, effort, greed):
         last = State.of(decisions, lowered)
     return last if last is not None and last.peak <= target else None

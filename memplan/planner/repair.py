@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memplan.planner.lowering import Call, Decisions, Effort, Lowered, lower
 from memplan.planner.problem import Problem
+from memplan.schedule import Run
 
 _MAX_CHAIN = 400
 """Longest chain of parents that one drop may recompute."""
@@ -26,7 +27,7 @@ _ALIKE = 1.5
 """One round takes candidates whose score is at most this multiple of the best's."""
 
 _PATIENCE = 8
-"""Rounds without less excess, after which a repair gives up."""
+"""Rounds without less excess, after which a repair stretches no more, and then gives up."""
 
 _ROUND_CALLS = 3
 """What a round costs, in multiples of accounting for the step."""
@@ -40,11 +41,14 @@ class Greed:
         share: part of the excess, in (0, 1], that one round removes.
         is_sharing: whether a parent that is made again later as it is costs nothing if it can be
             made now and held. Better at budgets that are not tight, worse at others.
+        may_stretch: whether a missing parent may be held longer instead of being made again. Two
+            drops can then undo each other: a repair ends without.
         weigh: a factor for each candidate's score, for another choice.
     """
 
     share: float
     is_sharing: bool
+    may_stretch: bool = True
     weigh: Callable[[Candidate], float] | None = None
 
 
@@ -60,6 +64,7 @@ class Candidate:
         stop: position of the next use.
         score: seconds per byte and position of excess.
         parents: parents to be made again for it.
+        stretched: parents to be held to the next use instead.
         sources: what all that is made of, and must be alive at the next use.
     """
 
@@ -70,6 +75,7 @@ class Candidate:
     stop: int
     score: float
     parents: tuple[int, ...]
+    stretched: tuple[int, ...]
     sources: frozenset[int]
 
 
@@ -94,11 +100,13 @@ def repair(
     effort.spend(len(lowered.calls))
     yield decisions, lowered
     least, stale = math.inf, 0
-    while lowered.peak > target and effort.is_left and stale < _PATIENCE:
-        chosen = _choose(problem, lowered, target, greed)
-        updated = _apply(decisions, chosen)
-        if updated == decisions:
-            return
+    while lowered.peak > target and effort.is_left:
+        updated = _apply(decisions, _choose(problem, lowered, target, greed))
+        if stale == _PATIENCE or updated == decisions:
+            if not greed.may_stretch:
+                return
+            greed, stale = replace(greed, may_stretch=False), 0
+            continue
         decisions = updated
         lowered = lower(problem, decisions)
         effort.spend(_ROUND_CALLS * len(lowered.calls))
@@ -114,8 +122,10 @@ def _apply(decisions: Decisions, chosen: list[Candidate]) -> Decisions:
     for candidate in chosen:
         if candidate.crosses:
             evicted.add(candidate.value)
+            evicted.difference_update(candidate.stretched)
         else:
             breaks.add((candidate.value, candidate.time))
+        breaks.difference_update((parent, candidate.time) for parent in candidate.stretched)
         breaks.update((parent, candidate.time) for parent in candidate.parents)
     return Decisions(frozenset(evicted), frozenset(breaks))
 
@@ -129,7 +139,7 @@ def _choose(problem: Problem, lowered: Lowered, target: int, greed: Greed) -> li
     weigh = greed.weigh
     scored = [
         (one.score if weigh is None else one.score * weigh(one), one.value, one.time, one)
-        for one in _Gaps(problem, lowered, greed.is_sharing, target, area).candidates()
+        for one in _Gaps(problem, lowered, greed, target, area).candidates()
     ]
     chosen: list[Candidate] = []
     dropped: set[int] = set()
@@ -162,7 +172,7 @@ class _Gaps:
         self,
         problem: Problem,
         lowered: Lowered,
-        is_sharing: bool,
+        greed: Greed,
         target: int,
         area: NDArray[np.int64],
     ) -> None:
@@ -170,8 +180,9 @@ class _Gaps:
         self.copies = lowered.copies
         self.peak_bytes = lowered.peak_bytes
         self.target = target
-        self.is_sharing = is_sharing
+        self.greed = greed
         self.area: list[int] = area.tolist()
+        self.position_of_run = {c.op: c.position for c in lowered.calls if c.kind is Run}
         self.spans: dict[int, list[tuple[int, int]]] = {}
         for copy in self.copies:
             end = copy.uses[-1].position if copy.uses else copy.made.position
@@ -189,14 +200,45 @@ class _Gaps:
                 start, stop = previous.position + 1, use.position
                 covered = area[stop] - area[start] if stop > start else 0
                 if covered > 0 and use.time > previous.time:
-                    candidate = self.candidate(copy.value, previous, use, covered)
-                    if candidate is not None:
-                        yield candidate
+                    yield from self.drops(copy.value, previous, use, covered)
                 previous = use
 
-    def candidate(self, value: int, previous: Call, use: Call, covered: int) -> Candidate | None:
-        """A drop between two uses, unless the chain that it needs is too long."""
+    def drops(self, value: int, previous: Call, use: Call, covered: int) -> Iterator[Candidate]:
+        """A drop between two uses: with missing parents made again, or held until then."""
         problem, stop = self.problem, use.position
+        restore = problem.recovery[value].restore
+        saved = problem.nbytes[value] * covered
+        operands = [id for id in problem.operands[restore.id] if id not in problem.producer]
+        alive = [id for id in operands if self.is_alive(id, stop)]
+        missing = tuple(id for id in operands if id not in alive and id in problem.recovery)
+
+        def candidate(
+            seconds: float, saved: int, parents: tuple[int, ...], sources: frozenset[int]
+        ) -> Candidate:
+            return Candidate(
+                value=value,
+                time=use.time,
+                crosses=previous.time < problem.num_forward <= use.time,
+                start=previous.position + 1,
+                stop=stop,
+                score=seconds / saved,
+                parents=parents,
+                stretched=() if parents else missing,
+                sources=sources,
+            )
+
+        if missing and self.greed.may_stretch:
+            held = sum(problem.nbytes[id] * self.area_since(id, stop) for id in missing)
+            if held < saved:
+                seconds = problem.op_seconds[restore.id]
+                yield candidate(seconds, saved - held, (), frozenset(operands))
+        seconds, parents, sources = self.chain(value, stop)
+        if len(parents) <= _MAX_CHAIN:
+            yield candidate(seconds, saved, parents, sources)
+
+    def chain(self, value: int, stop: int) -> tuple[float, tuple[int, ...], frozenset[int]]:
+        """What making a value again at a position takes: seconds, missing parents, and the rest."""
+        problem = self.problem
         recovery = problem.recovery[value]
         seconds = problem.op_seconds[recovery.restore.id]
         parents: list[int] = []
@@ -218,20 +260,24 @@ class _Gaps:
                     continue
                 ops.add(op)
                 stack.append(op)
-                if not (self.is_sharing and self.is_made_later_anyway(operand, stop)):
+                if not (self.greed.is_sharing and self.is_made_later_anyway(operand, stop)):
                     seconds += problem.op_seconds[op]
             if len(parents) > _MAX_CHAIN:
-                return None
-        return Candidate(
-            value=value,
-            time=use.time,
-            crosses=previous.time < problem.num_forward <= use.time,
-            start=previous.position + 1,
-            stop=stop,
-            score=seconds / (problem.nbytes[value] * covered),
-            parents=tuple(parents),
-            sources=frozenset(sources),
-        )
+                break
+        return seconds, tuple(parents), frozenset(sources)
+
+    def area_since(self, value: int, position: int) -> int:
+        """The excess between the end of the copy before a position and that position."""
+        spans = self.spans.get(value, [])
+        index = bisect_left(spans, (position, -1)) - 1
+        start = spans[index][1] + 1 if index >= 0 else self.made_at(value)
+        return self.area[position] - self.area[min(start, position)]
+
+    def made_at(self, value: int) -> int:
+        """Position after which a value that nothing holds could be held."""
+        producer = self.problem.program.values[value].producer
+        assert producer is not None, "what is restored was produced"
+        return self.position_of_run[producer] + 1
 
     def is_alive(self, value: int, position: int) -> bool:
         spans = self.spans.get(value, [])
