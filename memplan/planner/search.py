@@ -26,11 +26,16 @@ MAX_SLOWDOWN = 2.0
 FREE_SLOWDOWN = 1.01
 """What counts as free when neither a budget nor a slowdown was asked for."""
 
-_SHARES = (0.3, 0.6, 0.15)
+_SHARES = (0.6, 0.3, 0.15)
 _CALLS = 400_000
-_FEWEST_TIMES = 200
+"""Calls of ops that one search accounts for: about a second."""
+
 _MOST_TIMES = 5000
-"""What one search may account for: so many calls, but of the step between so many times."""
+_FEWEST_TIMES = 200
+"""But small and large steps between so many times, ..."""
+
+_LARGE_CALLS, _LARGE_TIMES = 600_000, 70
+"""... and very large ones at most so many calls, and so many times."""
 
 _ENDS = 4
 """How many repaired schedules are improved; the neighbourhood of the best is searched first."""
@@ -116,7 +121,8 @@ def account(problem: Problem, decisions: Decisions) -> State:
 def effort_for(problem: Problem) -> Effort:
     """What one search may spend on a problem of this size."""
     num_ops = problem.num_ops
-    return Effort(min(max(_CALLS, _FEWEST_TIMES * num_ops), _MOST_TIMES * num_ops))
+    fewest = min(_FEWEST_TIMES * num_ops, _LARGE_CALLS + _LARGE_TIMES * num_ops)
+    return Effort(min(max(_CALLS, fewest), _MOST_TIMES * num_ops))
 
 
 def within(problem: Problem, base: State, target: int, limit: float) -> State | None:
