@@ -188,9 +188,10 @@ def floor_bytes(program: Program, recoveries: Iterable[Recovery], costs: Costs) 
     must_live: set[int] = set()
     must_bytes = 0
     floor = program.resident_bytes
+    tangents = tangent_bytes(program)
     for op in program.ops:
         base = program.resident_bytes + must_bytes
-        base += tangent_bytes(program) if op.id >= program.num_forward else 0
+        base += tangents if op.id >= program.num_forward else 0
         others = set(op.operands) - must_live - never
         working = sum(nbytes[id] for id in (*others, *op.results))
         ends = [id for id in op.may_overwrite if last_use[id] == op.id or id in restorable]
