@@ -1,0 +1,316 @@
+"""How good plans are: against proven bounds, and against what a user would pick instead.
+
+    python examples/benchmarks/planner.py bounds               # every model of the law table
+    python examples/benchmarks/planner.py peers mlp gpt2       # measured, beside torch's own ways
+
+``bounds`` prints, for each model and budget, the predicted overhead of the plan over the same step
+with nothing recomputed, the proven lower bound on that overhead, and the seconds of planning
+(extra ``exact``). ``peers`` measures peak and time of memplan's plans, the untouched module,
+``torch.utils.checkpoint`` around every block and around every sqrt(n) blocks, and torch's
+``activation_memory_budget`` (backend ``aot_eager``), all interleaved in one process; and asks, for
+every point that one of those reaches with right gradients, whether a plan dominates it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+from torch._functorch import config as functorch_config
+from torch.utils.checkpoint import checkpoint
+
+import memplan
+from memplan.collector import paused_collector
+from memplan.planner import bound_seconds, keep_all, solve
+from memplan.preparing import prepare
+from memplan.request import make_request
+from memplan.timeline import floor_bytes, seconds
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parent))
+import budgets
+from rows import MODELS as ROWS
+
+SHARES = (0.5, 0.4, 0.3)
+KNOB = (1.0, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.04, 0.02, 0.0)
+POINTS = ("100%", "80%", "60%", "50%", "40%", "35%", "30%", "25%", "20%", "15%")
+MARGIN = 1.02
+"""A plan dominates a point if its peak is no higher, and its time at most this multiple."""
+
+
+def bounds(names: Iterable[str]) -> list[dict[str, Any]]:
+    """One row for each model and budget: overhead, bound, and what planning took."""
+    made = {**ROWS, **{f"{n} (large)": f for n, f in budgets.MODELS.items()}}
+    rows = []
+    for name in names or made:
+        torch.manual_seed(0)
+        model, sample, *_ = made[name]()
+        request = make_request(
+            model, budget=None, max_slowdown=None, passes=(), default_passes=True,
+            optimizer=None, plan=None, options=None,
+        )  # fmt: skip
+        step = prepare(model, memplan.Sample.of(sample), request)
+        program, costs, recoveries = step.captured.program, step.costs, step.recoveries
+        base = seconds(keep_all(program, costs), costs)
+        resident = program.resident_bytes
+        floor = floor_bytes(program, recoveries, costs) - resident
+        for share in SHARES:
+            budget = resident + int(share * (step.unplanned.peak_bytes - resident))
+            start = time.perf_counter()
+            with paused_collector():
+                found = solve(
+                    program, costs, recoveries,
+                    budget_bytes=budget, original_seconds=step.unplanned.seconds,
+                )  # fmt: skip
+            planning_s = time.perf_counter() - start
+            bound = bound_seconds(program, costs, recoveries, budget_bytes=budget)
+            rows.append(
+                {
+                    "model": name,
+                    "ops": len(program.ops),
+                    "share": share,
+                    "is_feasible": found.is_feasible,
+                    "budget_over_floor": (budget - resident) / floor,
+                    "overhead": found.seconds / base - 1,
+                    "bound": None if math.isinf(bound) else bound / base - 1,
+                    "slowdown": found.seconds / step.unplanned.seconds,
+                    "planning_s": planning_s,
+                    "smallest_over_floor": None
+                    if found.is_feasible
+                    else (found.peak_bytes - resident) / floor,
+                }
+            )
+            print(_bound_line(rows[-1]), flush=True)
+    return rows
+
+
+def _bound_line(row: dict[str, Any]) -> str:
+    bound = "none" if row["bound"] is None else f"{row['bound']:.1%}"
+    if row["is_feasible"]:
+        result = f"overhead {row['overhead']:.1%}, slowdown {row['slowdown']:.3f}x"
+    elif row["bound"] is None or row["budget_over_floor"] < 1:
+        result = "proven infeasible"
+    else:
+        result = (
+            f"unsolved, at {row['budget_over_floor']:.2f}x floor "
+            f"(smallest found {row['smallest_over_floor']:.2f}x)"
+        )
+    return (
+        f"{row['model']:18} {row['ops']:5} ops  {row['share']:.0%}  bound {bound:>6}  {result}, "
+        f"{row['planning_s']:.2f} s"
+    )
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Geometric means over the cells that were solved."""
+    lines = []
+    for share in SHARES:
+        solved = [row for row in rows if row["share"] == share and row["is_feasible"]]
+        if not solved:
+            continue
+        ratios = [
+            row["overhead"] / row["bound"]
+            if row["bound"] >= 0.005
+            else (1 + row["overhead"]) / (1 + row["bound"])
+            for row in solved
+        ]
+        slowdowns = [row["slowdown"] for row in solved]
+        lines.append(
+            f"{share:.0%}: {len(solved)} solved, overhead / bound {_mean(ratios):.3f}, predicted "
+            f"slowdown {_mean(slowdowns):.3f}x"
+        )
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(max(value, 1e-9)) for value in values) / len(values))
+
+
+def every_sqrt(model: nn.Module) -> nn.Module:
+    """A copy with runs of about sqrt(n) blocks under one checkpoint each."""
+    copied = copy.deepcopy(model)
+    lists = [m for m in copied.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    name, blocks = max(
+        (
+            (name, child)
+            for parent in copied.modules()
+            for name, child in parent.named_children()
+            if child in lists
+        ),
+        key=lambda pair: len(pair[1]),
+    )
+    parent = next(m for m in copied.modules() if getattr(m, name, None) is blocks)
+    run = max(1, round(math.sqrt(len(blocks))))
+    groups = [list(blocks)[i : i + run] for i in range(0, len(blocks), run)]
+    if isinstance(blocks, nn.Sequential):
+        grouped: nn.Module = nn.Sequential(*(Group(group) for group in groups))
+    else:
+        grouped = nn.ModuleList(Group(group) for group in groups)
+    setattr(parent, name, grouped)
+    return copied
+
+
+class Group(nn.Module):
+    """Some blocks under one checkpoint."""
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the last block returns."""
+        return checkpoint(self._run, x, *args, use_reentrant=False, **kwargs)
+
+    def _run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for block in self.blocks:
+            x = block(x, *args, **kwargs)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+def peers(name: str, rounds: int) -> list[dict[str, Any]]:
+    """Peak, time and gradients of memplan's plans and of all else."""
+    torch.manual_seed(0)
+    model, sample, per_block = budgets.MODELS[name]()
+    batch = memplan.Sample.of(sample)
+    modules: dict[str, nn.Module] = {
+        "untouched": model,
+        "checkpoint per block": per_block,
+        "checkpoint every sqrt(n)": every_sqrt(model),
+    }
+    plans: dict[str, memplan.Plan] = {}
+    for budget in POINTS:
+        options = memplan.Options(on_infeasible="smallest", with_bound=True, solver_limit_s=3)
+        planned = memplan.optimize(model, sample, budget=budget, options=options)
+        modules[f"memplan {budget}"], plans[f"memplan {budget}"] = planned, planned.plan
+    for knob in KNOB:
+        modules[f"torch {knob}"] = _compiled(copy.deepcopy(model), batch, knob)
+    peaks = {}
+    for key, module in modules.items():
+        print(f"{name}: measuring {key}", file=sys.stderr)
+        peaks[key] = memplan.profile(module, sample, steps=1)
+    exact = {key: budgets._same_gradients(model, one, batch) for key, one in modules.items()}
+    times = budgets._interleaved(modules, batch, rounds, name)
+    rows = [
+        {
+            "model": name,
+            "run": key,
+            "peak_bytes": peaks[key].peak_bytes,
+            "above_bytes": peaks[key].peak_bytes - peaks["untouched"].resident_bytes,
+            "predicted_bytes": plans[key].peak_bytes if key in plans else None,
+            "predicted_slowdown": plans[key].slowdown if key in plans else None,
+            "slowdown_bound": plans[key].slowdown_bound if key in plans else None,
+            "time_ratio": median(b / a for a, b in zip(times["untouched"], spent, strict=True)),
+            "to_memplan_100": median(
+                b / a for a, b in zip(times["memplan 100%"], spent, strict=True)
+            ),
+            "step_s": median(spent),
+            "same_gradients": exact[key],
+        }
+        for key, spent in times.items()
+    ]
+    return [{**row, "dominated_by": _dominating(row, rows)} for row in rows]
+
+
+def _compiled(model: nn.Module, batch: memplan.Sample, knob: float) -> nn.Module:
+    """The model under torch's own planner; compiled here, while the knob is set."""
+    torch._dynamo.reset()
+    with functorch_config.patch(activation_memory_budget=knob):
+        compiled = torch.compile(model, backend="aot_eager")
+        budgets.run_step(compiled, batch)
+        budgets.clear_gradients(compiled)
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
+def _dominating(row: dict[str, Any], rows: list[dict[str, Any]]) -> str | None:
+    """The fastest plan of no higher peak and about the time of a point, or of less."""
+    plans = [
+        other
+        for other in rows
+        if other["run"].startswith("memplan")
+        and other["peak_bytes"] <= row["peak_bytes"]
+        and other["time_ratio"] <= MARGIN * row["time_ratio"]
+    ]
+    best = min(plans, key=lambda other: other["time_ratio"], default=None)
+    return None if best is None else str(best["run"])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The peers' rows as Markdown."""
+    lines = [
+        "| model | run | above resident | time | predicted | bound | gradients | dominated by |",
+        "|---|---|--:|--:|--:|--:|---|---|",
+    ]
+    for row in rows:
+        bound = "" if row["slowdown_bound"] is None else f"{row['slowdown_bound']:.2f}x"
+        predicted = row["predicted_slowdown"]
+        is_peer = not row["run"].startswith("memplan") and row["same_gradients"]
+        lines.append(
+            f"| {row['model']} | {row['run']} | {memplan.format_bytes(row['above_bytes'])} "
+            f"| {row['time_ratio']:.2f}x | {'' if predicted is None else f'{predicted:.2f}x'} "
+            f"| {bound} | {'same bits' if row['same_gradients'] else 'differ'} "
+            f"| {(row['dominated_by'] or 'none') if is_peer else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time over memory, one panel a model; needs matplotlib."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    _, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False)
+    styles = {"memplan": "o-", "torch": "x", "checkpoint": "s", "untouched": "*"}
+    for axis, name in zip(axes[0], names, strict=True):
+        for kind, style in styles.items():
+            points = sorted(
+                (row["above_bytes"] / 2**20, row["time_ratio"], row["same_gradients"])
+                for row in rows
+                if row["model"] == name and row["run"].startswith(kind)
+            )
+            axis.plot([p[0] for p in points], [p[1] for p in points], style, label=kind)
+        axis.set(title=name, xlabel="peak above resident (MiB)", ylabel="step time / untouched")
+        axis.legend()
+    plt.tight_layout()
+    plt.savefig(path)
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("bounds", "peers"))
+    parser.add_argument("models", nargs="*", metavar="MODEL")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--figure", type=Path, help="draw the peers' curves here")
+    arguments = parser.parse_args()
+    if arguments.what == "bounds":
+        rows = bounds(arguments.models)
+        print(summary(rows))
+    else:
+        rows = []
+        for name in arguments.models or budgets.MODELS:
+            rows += peers(name, arguments.rounds)
+        print(table(rows))
+        if arguments.figure is not None:
+            figure(rows, arguments.figure)
+    if arguments.json is not None:
+        machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
