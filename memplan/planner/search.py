@@ -41,7 +41,7 @@ _ENDS = 4
 """How many repaired schedules are improved; the neighbourhood of the best is searched first."""
 
 _PROBES = 8
-"""Targets that a descent tries between the floor and the lowest peak so far."""
+"""Targets that are tried on the way to the least peak."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,13 @@ def effort_for(problem: Problem) -> Effort:
     return Effort(min(max(_CALLS, fewest), _MOST_TIMES * num_ops))
 
 
-def within(problem: Problem, base: State, target: int, limit: float) -> State | None:
+def within(
+    problem: Problem, base: State, target: int, limit: float, effort: Effort | None = None
+) -> State | None:
     """The cheapest state found within the target and the time limit."""
     if base.peak <= target:
         return base
-    effort = effort_for(problem)
+    effort = effort_for(problem) if effort is None else effort
     ends: list[State] = []
     for decisions, greed in _attempts(problem):
         left = effort.left
@@ -233,9 +235,10 @@ def _least_peak(problem: Problem, base: State, limit: float) -> State:
     """The state of the lowest peak within the time limit, by bisection over targets."""
     best = base
     low, high = 0, base.peak
-    for _ in range(8):
+    for _ in range(_PROBES):
         target = (low + high) // 2
-        found = within(problem, base, target, limit)
+        effort = Effort(effort_for(problem).left // 4)
+        found = within(problem, base, target, limit, effort)
         if found is None:
             low = target
         else:
