@@ -36,7 +36,7 @@ _TRIES = 8
 """Values that each step of the search tries to add back."""
 
 _SHARES = (0.3, 0.6, 1.0)
-_PATIENCE = 150
+_PATIENCE = 100
 """Steps of the search without an improvement, after which it ends."""
 
 _SLACK = 0.02

@@ -30,7 +30,7 @@ _SHARES = (0.6, 0.3, 0.15)
 _CALLS = 400_000
 """Calls of ops that one search accounts for: about a second."""
 
-_MOST_TIMES = 5000
+_MOST_TIMES = 2500
 _FEWEST_TIMES = 200
 """But small and large steps between so many times, ..."""
 
