@@ -1,7 +1,7 @@
 """Dropout in two ops, mask and product, and its backward by the same product.
 
 torch's kernel for the CPU draws a boolean mask and multiplies by it, ``(x * float(m)) * s``, where
-the conversion from bool is slow and takes memory; its backward does the same to the gradient. Here
+the conversion from bool is slow; its backward does the same to the gradient. Here
 the mask is drawn by an op of its own, and read as bytes: the product can be recomputed from a mask
 that is kept (one byte an element) without drawing anew, and can be written over ``x``. All have the
 same bits: m is 0 or 1, so one of the two products is exact, signed zeros and NaN included; in half

@@ -87,6 +87,32 @@ def test_an_op_over_an_operand_has_the_bits_of_the_op(op):
                 assert torch.equal(result.nan_to_num(), expected.nan_to_num())
 
 
+OTHERS = {
+    "a number": lambda dtype: 1 / 3,
+    "an integer": lambda dtype: 3,
+    "a scalar tensor": lambda dtype: torch.tensor(0.3),
+    "a row": lambda dtype: torch.randn(515).to(dtype),
+    "a column": lambda dtype: torch.randn(130, 1).to(dtype),
+    "bytes": lambda dtype: torch.randint(0, 5, (130, 515)).to(torch.uint8),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "div"])
+def test_the_other_operand_may_be_smaller_or_of_another_type(name, dtype, other):
+    op = getattr(aten, name).Tensor
+    x, y = torch.randn(130, 515).to(dtype), OTHERS[other](dtype)
+    for arguments, position in (((x, y), 0), ((y, x), 1)):
+        expected = op(*arguments)
+        assert expected.dtype is dtype
+        over = x.clone()
+        again = [over if index == position else y for index in (0, 1)]
+        result = in_place._OVER_ANY[op][0](*again, out=over)
+        assert result is over
+        assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+
+
 def test_a_mask_is_applied_over_its_operand():
     x, mask = torch.randn(100, 30), torch.rand(100, 30) < 0.9
     expected = apply_mask(x, mask, 1 / 0.9)

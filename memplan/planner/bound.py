@@ -2,9 +2,9 @@
 
 Look at one moment, while a captured op runs. What later ops need must be alive then, or be made
 again afterwards; so must what those restores need. The cheapest such choice whose bytes fit into
-the budget is a closure-knapsack, and no schedule of these ops in this order, with these recoveries,
-takes less time. One moment, the unplanned peak, gives nearly the whole bound of larger programs;
-in small ones, moments around it add to it.
+the budget is a closure-knapsack: no schedule of these ops in this order, with the cheapest recovery
+of each value, takes less time. One moment, the unplanned peak, gives nearly the whole bound of
+larger programs; in small ones, moments around it add to it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from memplan.planner.lowering import (
@@ -92,11 +92,14 @@ def search_nearby(problem: Problem, state: State, target: int, effort: Effort) -
     whole = effort.left
     draw = random.Random(0)
     base = sum(problem.op_seconds[op] for op in range(problem.num_ops))
+    never_kept = keep_everything(problem).evicted
     best = current = state
     stale = 0
     while effort.is_left and stale < _PATIENCE:
         stale += 1
-        undone = _some_drops(problem, current.decisions, draw)
+        evicted = sorted(current.decisions.evicted - never_kept)
+        drops = [*((value, -1) for value in evicted), *sorted(current.decisions.breaks)]
+        undone = _some_of(problem, drops, draw)
         effort.spend(1)
         if not undone:
             continue
@@ -140,19 +143,8 @@ def _random_weights(draw: random.Random) -> Callable[[Candidate], float]:
     return weigh
 
 
-def _drops(problem: Problem, decisions: Decisions) -> Iterator[Drop]:
-    """What was decided to be dropped, in order."""
-    yield from ((value, -1) for value in sorted(decisions.evicted - _never_kept(problem)))
-    yield from sorted(decisions.breaks)
-
-
-def _never_kept(problem: Problem) -> frozenset[int]:
-    return keep_everything(problem).evicted
-
-
-def _some_drops(problem: Problem, decisions: Decisions, draw: random.Random) -> set[Drop]:
+def _some_of(problem: Problem, drops: Sequence[Drop], draw: random.Random) -> set[Drop]:
     """Drops at random: anywhere, of values made in one part of the forward, or breaks."""
-    drops = list(_drops(problem, decisions))
     kind = draw.random()
     if kind < 0.4:
         share = draw.uniform(0.02, 0.3)

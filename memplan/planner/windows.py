@@ -136,6 +136,12 @@ class Windows:
             for value in self.needed[window]
             if nbytes[value]
         ]
+        # What a recovery keeps is made directly before the op.
+        terms += [
+            (self.live[window + 1, kept], nbytes[kept] * self.unit)
+            for kept, made_by in self.problem.producer.items()
+            if made_by == cut and (window + 1, kept) in self.live
+        ]
         terms += [
             (self.over[window, value], -nbytes[value] * self.unit)
             for value in self.problem.may_overwrite.get(cut, ())
