@@ -87,7 +87,8 @@ def solve(
     reference = base.seconds if original_seconds is None else original_seconds
     if budget_bytes is None:
         slowdown = FREE_SLOWDOWN if max_slowdown is None else max_slowdown
-        return solution_of(problem, _least_peak(problem, base, reference * slowdown))
+        floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
+        return solution_of(problem, _least_peak(problem, base, floor, reference * slowdown))
     limit = reference * (MAX_SLOWDOWN if max_slowdown is None else max_slowdown)
     target = budget_bytes - program.resident_bytes
     floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
@@ -231,18 +232,18 @@ def _reach(
     return fastest, min(passed, key=lambda one: (one.peak, one.seconds), default=None)
 
 
-def _least_peak(problem: Problem, base: State, limit: float) -> State:
-    """The state of the lowest peak within the time limit, by bisection over targets."""
+def _least_peak(problem: Problem, base: State, floor: int, limit: float) -> State:
+    """The state of the lowest peak within the time limit: the floor, or by bisection above it."""
     best = base
-    low, high = 0, base.peak
+    low, target = floor - 1, floor
     for _ in range(_PROBES):
-        target = (low + high) // 2
         effort = Effort(effort_for(problem).left // 4)
         found = within(problem, base, target, limit, effort)
         if found is None:
             low = target
-        else:
-            high = target
-            if found.peak < best.peak:
-                best = found
+        elif found.peak < best.peak:
+            best = found
+        if best.peak <= low + 1:
+            break
+        target = (low + best.peak) // 2
     return best

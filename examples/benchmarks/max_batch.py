@@ -1,0 +1,415 @@
+"""The largest batch in 16 GB at no more than one extra forward pass, beside published numbers.
+
+    python examples/benchmarks/max_batch.py                       # six networks, some minutes
+    python examples/benchmarks/max_batch.py VGG-19 --no-step
+
+The setting is that of Jain et al., "Checkmate", 2020, figure 6: 16e9 bytes, float32, multiply-adds
+as time. Every network is planned twice.
+
+*Layers*: in Checkmate's account. Layers are ops and their outputs are values of 4 bytes an element;
+the gradient of a layer's output reads that output, and outputs and gradients of its consumers;
+parameters count twice; inputs and the workspace of kernels count nothing. All of it is linear in
+the batch, so the least peak of one image gives the largest batch; like there, as a real number.
+*Keep all* holds every output to the end, as there. *At most* follows from the largest working set
+of a single op: no plan beats it. (For VGG-19 both are Checkmate's number, 289.03; what it gives for
+FCN8, 60, is above what this account allows, and needs parameters that count once.)
+
+*Step*: the training step that torch runs, captured on tensors without data: parameters, gradients,
+inputs, masks, indices and statistics in their own types, convolutions' workspace apart.
+
+A run on real data follows: ``--run-bytes`` of memory, measured kernels, predicted peak against
+measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+import memplan
+from memplan.planner import keep_all, solve
+from memplan.preparing import Prepared, prepare
+from memplan.program import Costs, Op, OpCost, Phase, Program, Role, Value
+from memplan.request import make_request
+from memplan.schedule import Catalog, Recovery
+from memplan.timeline import floor_bytes, simulate
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import published
+
+BYTES = 16_000_000_000
+FLOAT_BYTES = 4
+PUBLISHED = {
+    "U-Net": 61,
+    "FCN8": 60,
+    "SegNet": 62,
+    "ResNet-50": 193,
+    "VGG-19": 289,
+    "MobileNet": 1105,
+}
+"""Checkmate's largest batches."""
+
+PUBLISHED_KEEP_ALL = {"U-Net": 16, "VGG-19": 167, "MobileNet": 217}
+"""And those with everything kept, where they are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer of a network, for one image.
+
+    Attributes:
+        inputs: positions of the layers that it reads; the network's own input is left out.
+        elements: of its output.
+        macs: multiply-adds of its forward.
+    """
+
+    inputs: tuple[int, ...]
+    elements: int
+    macs: int
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_own = isinstance(
+            m,
+            published.Together
+            | published.Padded
+            | published.PaddedPool
+            | published.Add
+            | published.Concat
+            | published.Crop,
+        )
+        return is_own or super().is_leaf_module(m, module_qualified_name)
+
+
+def layers_of(model: nn.Module, size: tuple[int, int]) -> list[Layer]:
+    """A network's layers as its authors count them, in the order in which they run."""
+    graph = fx.GraphModule(model, _Tracer().trace(model))
+    ShapeProp(graph).propagate(torch.empty(1, 3, *size, device="meta"))
+    place: dict[fx.Node, int] = {}
+    layers: list[Layer] = []
+
+    def add(inputs: Iterable[int], shape: Iterable[int], macs: int = 0) -> int:
+        layers.append(Layer(tuple(i for i in inputs if i >= 0), math.prod(shape), macs))
+        return len(layers) - 1
+
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            place[node] = -1
+        if node.op != "call_module":
+            continue
+        module = graph.get_submodule(str(node.target))
+        shapes = [source.meta["tensor_meta"].shape for source in node.all_input_nodes]
+        shape = node.meta["tensor_meta"].shape
+        inputs = [place[source] for source in node.all_input_nodes]
+        if isinstance(module, published.Padded | published.PaddedPool):
+            n, c, h, w = shapes[0]
+            inputs = [add(inputs, (n, c, h + module.kept, w + module.kept))]
+        if isinstance(module, published.Crop):
+            inputs = [add(inputs[:1], (*shapes[0][:3], shape[3]))]
+        place[node] = add(inputs, shape, macs_of(module, shapes, shape))
+    if not isinstance(module, nn.Linear):  # which has its softmax inside
+        add([len(layers) - 1], shape, math.prod(shape))
+    return layers
+
+
+def macs_of(module: nn.Module, shapes: list[torch.Size], shape: torch.Size) -> int:
+    """Multiply-adds of a layer, as Checkmate counts them."""
+    elements = math.prod(shape)
+    if isinstance(module, published.Together):
+        module = module[0]
+    if isinstance(module, nn.ConvTranspose2d):
+        return elements * module.in_channels
+    if isinstance(module, nn.Conv2d):
+        return elements * module.in_channels // module.groups * math.prod(module.kernel_size)
+    if isinstance(module, nn.Linear):
+        return elements * module.in_features
+    if isinstance(module, nn.BatchNorm2d):
+        return 4 * elements
+    if isinstance(module, nn.ReLU | nn.ReLU6 | nn.Upsample):
+        return elements
+    return elements * len(shapes) if isinstance(module, published.Add) else 0
+
+
+def program_of(layers: list[Layer]) -> tuple[Program, Costs, tuple[Recovery, ...]]:
+    """One image's step over layers, in Checkmate's account; seconds are multiply-adds.
+
+    Ops and values: the layers, the loss, and the gradients of the layers' outputs in reverse.
+    """
+    loss = len(layers)
+    readers: dict[int, list[int]] = {i: [] for i in range(loss)}
+    for position, layer in enumerate(layers):
+        for source in layer.inputs:
+            readers[source].append(position)
+    readers[loss - 1].append(loss)
+    ops = [
+        Op(i, "layer", tuple(dict.fromkeys(layer.inputs)), (i,)) for i, layer in enumerate(layers)
+    ]
+    ops.append(Op(loss, "loss", (loss - 1,), (loss,)))
+    elements = [*(layer.elements for layer in layers), 1]
+    seconds = [*(layer.macs for layer in layers), 0]
+    for i, layer in reversed(list(enumerate(layers))):
+        gradients = [2 * loss - j for j in readers[i] if j != loss]
+        operands = tuple(dict.fromkeys([i, *readers[i], *gradients]))
+        ops.append(Op(len(ops), "gradient", operands, (len(ops),), Phase.BACKWARD))
+        elements.append(layer.elements)
+        seconds.append(2 * layer.macs)
+    values = [Value(i, FLOAT_BYTES * n, Role.ACTIVATION, i) for i, n in enumerate(elements)]
+    costs = Costs({op.id: OpCost(float(seconds[op.id])) for op in ops}, "multiply-adds")
+    recoveries = tuple(Recovery("recompute", op.results, op) for op in ops[:loss])
+    return Program(tuple(ops), tuple(values), ()), costs, recoveries
+
+
+def everything_kept(program: Program) -> Program:
+    """The same, with all outputs of the forward read by the last op as well."""
+    *others, last = program.ops
+    kept = [value for op in others if op.phase is Phase.FORWARD for value in op.results]
+    last = replace(last, operands=tuple(dict.fromkeys([*last.operands, *kept])))
+    return replace(program, ops=(*others, last))
+
+
+def extra_forward(program: Program, costs: Costs) -> float:
+    """The slowdown of a step with its forward run twice."""
+    spent = {
+        phase: sum(costs.by_op[op.id].seconds for op in program.ops if op.phase is phase)
+        for phase in (Phase.FORWARD, Phase.BACKWARD)
+    }
+    return 1 + spent[Phase.FORWARD] / sum(spent.values())
+
+
+def in_layers(name: str) -> dict[str, Any]:
+    """A row of the table in Checkmate's account."""
+    make, size = published.MODELS[name]
+    with torch.device("meta"):
+        model = make()
+    layers = layers_of(model, size)
+    program, costs, recoveries = program_of(layers)
+    weights = sum(t.numel() for t in [*model.parameters(), *model.buffers()] if t.dim() > 0)
+    room = BYTES - 2 * FLOAT_BYTES * weights
+    kept = everything_kept(program)
+    keep_all_bytes = simulate(kept, Catalog.of(kept, ()), keep_all(kept, costs), costs).peak_bytes
+    start = time.perf_counter()
+    limit = extra_forward(program, costs)
+    found = solve(program, costs, recoveries, max_slowdown=limit)
+    base = sum(costs.by_op[op.id].seconds for op in program.ops)
+    return {
+        "model": name,
+        "layers": len(layers),
+        "parameters": weights,
+        "macs": sum(layer.macs for layer in layers),
+        "output_bytes": FLOAT_BYTES * sum(layer.elements for layer in layers),
+        "published_keep_all": PUBLISHED_KEEP_ALL.get(name),
+        "keep_all": room / keep_all_bytes,
+        "published": PUBLISHED[name],
+        "batch": room / found.peak_bytes,
+        "at_most": room / floor_bytes(program, recoveries, costs),
+        "slowdown": found.seconds / base,
+        "allowed_slowdown": limit,
+        "planning_s": time.perf_counter() - start,
+    }
+
+
+def training_step(name: str, batch: int, costs: str, device: str) -> tuple[Prepared, Any, Any]:
+    """The captured and priced step of a network with a loss; the module, and what it is given."""
+    make, (height, width) = published.MODELS[name]
+    with torch.device("meta"):
+        logits = make()(torch.empty(batch, 3, height, width))
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = memplan.WithLoss(make(), nn.functional.cross_entropy)
+        images = torch.randn(batch, 3, height, width)
+        targets = torch.randint(logits.shape[1], (batch, *logits.shape[2:]))
+    request = make_request(
+        model, budget=None, max_slowdown=None, passes=(), default_passes=True, optimizer=None,
+        plan=None, options=memplan.Options(costs=costs),
+    )  # fmt: skip
+    return prepare(model, memplan.Sample((images, targets)), request), model, (images, targets)
+
+
+def arithmetic(step: Prepared) -> Costs:
+    """Multiply-adds instead of seconds: of products and convolutions; else one an element."""
+
+    def cost(op: int, of: int, found: OpCost) -> OpCost:
+        node = step.captured.calls.get(of)
+        value = None if node is None else node.meta["val"]
+        results = value if isinstance(value, list | tuple) else (value,)
+        elements = sum(one.numel() for one in results if isinstance(one, torch.Tensor))
+        return replace(found, seconds=float(found.flops // 2 or elements))
+
+    offered = [one for r in step.recoveries for one in (r.restore, r.prepare) if one is not None]
+    ops = {op.id: op for op in (*offered, *step.captured.program.ops)}
+    return Costs(
+        {
+            id: cost(id, id if ops[id].variant_of is None else ops[id].variant_of, found)
+            for id, found in step.costs.by_op.items()
+        },
+        "multiply-adds",
+    )
+
+
+def fits(step: Prepared, budget_bytes: int, *, is_planned: bool) -> bool:
+    """Whether a step is within the bytes: planned with one extra forward at most, or as it is."""
+    program, costs = step.captured.program, arithmetic(step)
+    if not is_planned:
+        return step.unplanned.peak_bytes <= budget_bytes
+    limit = extra_forward(program, costs)
+    found = solve(program, costs, step.recoveries, budget_bytes=budget_bytes, max_slowdown=limit)
+    return found.is_feasible
+
+
+def largest(start: int, does_fit: Callable[[int], bool]) -> int:
+    """The largest batch that fits, found from a guess by doubling and bisection."""
+    low, high = 0, max(1, start)
+    width = max(1, start // 16)
+    if does_fit(high):
+        while does_fit(high):
+            low, high, width = high, high + width, 2 * width
+    else:
+        while high - width > 0 and not does_fit(high - width):
+            high, width = high - width, 2 * width
+        low = max(0, high - width)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if does_fit(middle) else (low, middle)
+    return low
+
+
+def in_step(name: str, budget_bytes: int = BYTES) -> dict[str, Any]:
+    """The same question of the step that torch runs, without the workspace of its kernels."""
+    start = time.perf_counter()
+    steps: dict[int, Prepared] = {}
+
+    def step(batch: int) -> Prepared:
+        if batch not in steps:
+            steps[batch] = training_step(name, batch, "analytic", "meta")[0]
+        return steps[batch]
+
+    # Peaks are linear in the batch, or nearly so.
+    small, large = (step(batch).unplanned.peak_bytes for batch in (8, 16))
+    guess = int(8 + 8 * (budget_bytes - small) / (large - small))
+    kept = largest(guess, lambda batch: fits(step(batch), budget_bytes, is_planned=False))
+    guess = expected_batch(step(16), 16, budget_bytes)
+    batch = largest(guess, lambda batch: fits(step(batch), budget_bytes, is_planned=True))
+    return {
+        "ops": len(step(16).captured.program.ops),
+        "step_keep_all": kept,
+        "step_batch": batch,
+        "step_planning_s": time.perf_counter() - start,
+    }
+
+
+def expected_batch(step: Prepared, batch: int, budget_bytes: int) -> int:
+    """The batch that fits if the least peak of a step is linear in it."""
+    program, costs = step.captured.program, arithmetic(step)
+    limit = extra_forward(program, costs)
+    lowest = solve(program, costs, step.recoveries, max_slowdown=limit).peak_bytes
+    fixed = program.resident_bytes
+    return max(1, int(batch * (budget_bytes - fixed) / (lowest - fixed)))
+
+
+def run(name: str, run_bytes: int) -> dict[str, Any]:
+    """Train one step of the largest batch that fits into some bytes here; kernels are measured."""
+    expected = in_step(name, run_bytes)
+    batch = expected["step_batch"]
+    while True:
+        print(f"{name}: measuring kernels at batch {batch}", file=sys.stderr)
+        step, model, given = training_step(name, batch, "measured", "cpu")
+        if fits(step, run_bytes, is_planned=True):
+            break
+        # What kernels need inside is seen only here.
+        batch = min(batch - 1, expected_batch(step, batch, run_bytes))
+    module = memplan.optimize(model, given, budget=run_bytes)
+    profile = memplan.profile(module, given, steps=1)
+    eager = memplan.profile(model, given, steps=1)
+    return {
+        "model": name,
+        "run_bytes": run_bytes,
+        "batch": batch,
+        "batch_without_workspace": expected["step_batch"],
+        "keep_all_without_workspace": expected["step_keep_all"],
+        "predicted_bytes": module.plan.peak_bytes,
+        "measured_bytes": profile.peak_bytes,
+        "eager_bytes": eager.peak_bytes,
+        "predicted_slowdown": module.plan.slowdown,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown."""
+    lines = [
+        "| network | parameters | GMAC | keep all (published) | Checkmate | memplan, its account "
+        "| at most | slowdown (allowed) | keep all, torch's step | memplan, torch's step |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        known = row["published_keep_all"]
+        lines.append(
+            f"| {row['model']} | {row['parameters'] / 1e6:.2f} M | {row['macs'] / 1e9:.2f} "
+            f"| {row['keep_all']:.1f} ({known or 'unknown'}) | {row['published']} "
+            f"| {row['batch']:.1f} | {row['at_most']:.1f} "
+            f"| {row['slowdown']:.2f}x ({row['allowed_slowdown']:.2f}x) "
+            f"| {row.get('step_keep_all', '')} | {row.get('step_batch', '')} |"
+        )
+    return "\n".join(lines)
+
+
+def ran(row: dict[str, Any]) -> str:
+    """The real run as a sentence."""
+    peak, measured, eager = (
+        memplan.format_bytes(row[f"{key}_bytes"]) for key in ("predicted", "measured", "eager")
+    )
+    return (
+        f"{row['model']} in {memplan.format_bytes(row['run_bytes'])}, really run: batch "
+        f"{row['batch']} ({row['batch_without_workspace']} without the workspace of kernels; with "
+        f"everything kept {row['keep_all_without_workspace']}); predicted peak {peak}, measured "
+        f"{measured} ({row['predicted_bytes'] - row['measured_bytes']:+d} B), the untouched module "
+        f"{eager}; predicted slowdown {row['predicted_slowdown']:.2f}x"
+    )
+
+
+def main() -> None:
+    """Plan, print, run, and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(published.MODELS))
+    parser.add_argument("--no-step", action="store_true", help="leave torch's step out")
+    parser.add_argument("--run", default="MobileNet", help="the network to run")
+    parser.add_argument("--run-bytes", default="512MiB", help="its budget; 0 for no run")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    arguments = parser.parse_args()
+    for name in [*arguments.models, arguments.run]:
+        if name not in published.MODELS:
+            parser.error(f"there is no network {name!r}; there is {', '.join(published.MODELS)}")
+    rows = []
+    for name in arguments.models or published.MODELS:
+        row = in_layers(name)
+        print(f"{name}: {row['batch']:.1f} in layers, {row['planning_s']:.1f} s", file=sys.stderr)
+        if not arguments.no_step:
+            row |= in_step(name)
+            print(
+                f"{name}: {row['step_batch']} in torch's step, {row['step_planning_s']:.1f} s",
+                file=sys.stderr,
+            )
+        rows.append(row)
+    print(table(rows))
+    run_bytes = memplan.parse_bytes(arguments.run_bytes)
+    result = None if run_bytes == 0 else run(arguments.run, run_bytes)
+    if result is not None:
+        print(ran(result))
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"rows": rows, "run": result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
