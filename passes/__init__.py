@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Final
 
 from memplan.passes.checkpointing import checkpoint_activations
+from memplan.passes.dead_operands import drop_dead_operands
 from memplan.passes.dropout import split_dropout
 from memplan.passes.in_place import reuse_operands
 from memplan.passing import Pass
 
 PASSES: Final[dict[str, Callable[..., Pass]]] = {
     "checkpoint_activations": checkpoint_activations,
+    "drop_dead_operands": drop_dead_operands,
     "reuse_operands": reuse_operands,
     "split_dropout": split_dropout,
 }
@@ -17,6 +19,7 @@ PASSES: Final[dict[str, Callable[..., Pass]]] = {
 
 DEFAULT_PASSES: Final[tuple[str, ...]] = (
     "split_dropout",
+    "drop_dead_operands",
     "reuse_operands",
     "checkpoint_activations",
 )
@@ -26,6 +29,7 @@ __all__ = [
     "DEFAULT_PASSES",
     "PASSES",
     "checkpoint_activations",
+    "drop_dead_operands",
     "reuse_operands",
     "split_dropout",
 ]

@@ -181,6 +181,19 @@ def autoencoder() -> Made:
     return Autoencoder(), torch.randn(4, 3, 32, 32)
 
 
+def frozen() -> Made:
+    """Frozen convolutions and norms over one that trains; pooling and padding of what ends."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)]
+    for step in range(4):
+        layers += [nn.Conv2d(16, 16, 3, padding=1, bias=step == 0), nn.BatchNorm2d(16), nn.SiLU()]
+    layers += [nn.ReflectionPad2d(1), nn.Conv2d(16, 8, 1), nn.SiLU(), nn.MaxPool2d(2), nn.SiLU()]
+    layers += [nn.AvgPool2d(2), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)]
+    body = nn.Sequential(*layers).train()
+    for layer in body[2:-1]:
+        layer.eval().requires_grad_(False)
+    return _classifier(body, torch.randn(4, 3, 32, 32), classes=10)
+
+
 class Counting(nn.Module):
     """Writes two buffers in its forward and reads one of them; ties two layers' weights."""
 
@@ -229,6 +242,6 @@ MODELS: dict[str, Callable[[], Made]] = {
     made.__name__: made
     for made in (
         gpt2, bert, vit, llama, t5, resnet, convnext, mobilenet, lstm, gru, experts, unet,
-        autoencoder, mlp, returns_tuple, returns_dict, returns_dataclass,
+        autoencoder, mlp, frozen, returns_tuple, returns_dict, returns_dataclass,
     )
 }  # fmt: skip
