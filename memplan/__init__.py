@@ -48,6 +48,7 @@ __all__ = [
     "frontier",
     "optimize",
     "parse_bytes",
+    "passes",
     "plan",
     "profile",
 ]
@@ -56,3 +57,6 @@ _folder = _Path(__file__).parent
 if not (_folder / "passes").is_dir():
     # Imported from a checkout, where the package `memplan.passes` stands beside this one.
     __path__.append(str(_folder.parent))
+
+# Last: passes import the kernel.
+from memplan import passes  # noqa: E402

@@ -16,8 +16,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from memplan.accumulation import accumulate
-from memplan.capture import Captured, update_parameter
-from memplan.capture.call import call_of
+from memplan.capture import Captured, call_of, reads_kept, update_parameter
 from memplan.program import Op, Phase, Role
 from memplan.schedule import Catalog, Free, Recovery, Schedule, Step
 from memplan.torch_internals import boxed
@@ -264,7 +263,7 @@ class _Segment:
 
     def call(self, op: Op, over: int | None = None) -> fx.Node:
         """Write one call, whose result goes where the value ``over`` was."""
-        kept = self.copies[op.operands[0]] if op.target == "memplan.redraw" else None
+        kept = self.copies[op.operands[0]] if reads_kept(op) else None
         call = call_of(self.captured, op, kept)
 
         def translate(node: fx.Node) -> fx.Node:

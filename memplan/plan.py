@@ -12,7 +12,7 @@ from memplan.program import Phase, Role
 from memplan.schedule import Effect, Schedule
 from memplan.units import format_bytes
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,8 @@ class Recovery:
         restores: the values that come back; all are results of one captured op.
         restore: the op that brings them back; its results are ``restores``. Either a captured op,
             or a new one whose id and whose kept operands lie past the program's.
-        prepare: an op to run directly before the producing op, whose results are ``keeps``.
+        prepare: an op whose results are ``keeps``: run directly before the producing op, or after
+            it if it reads ``restores``.
         keeps: what is held instead of the values from then on.
         exactness: ``EXACT`` if the copy has the bits of the original.
     """

@@ -7,11 +7,13 @@ from memplan.passes.checkpointing import checkpoint_activations
 from memplan.passes.dead_operands import drop_dead_operands
 from memplan.passes.dropout import split_dropout
 from memplan.passes.in_place import reuse_operands
+from memplan.passes.packed_masks import pack_masks
 from memplan.passing import Pass
 
 PASSES: Final[dict[str, Callable[..., Pass]]] = {
     "checkpoint_activations": checkpoint_activations,
     "drop_dead_operands": drop_dead_operands,
+    "pack_masks": pack_masks,
     "reuse_operands": reuse_operands,
     "split_dropout": split_dropout,
 }
@@ -22,6 +24,7 @@ DEFAULT_PASSES: Final[tuple[str, ...]] = (
     "drop_dead_operands",
     "reuse_operands",
     "checkpoint_activations",
+    "pack_masks",
 )
 """The EXACT passes that run unless they are turned off, in order."""
 
@@ -30,6 +33,7 @@ __all__ = [
     "PASSES",
     "checkpoint_activations",
     "drop_dead_operands",
+    "pack_masks",
     "reuse_operands",
     "split_dropout",
 ]

@@ -1,6 +1,6 @@
 """From a module and a sample to a program: forward graph, joint graph, ``Captured``."""
 
-from memplan.capture.call import OpCall, call_of
+from memplan.capture.call import OpCall, call_of, made_up_kept, reads_kept
 from memplan.capture.captured import Captured, Primal
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.joint import Traced, rewrite, trace
@@ -18,8 +18,10 @@ __all__ = [
     "Primal",
     "Traced",
     "call_of",
+    "made_up_kept",
     "other_layouts",
     "read",
+    "reads_kept",
     "rewrite",
     "trace",
     "trained_by",

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from memplan.capture.captured import Captured
+from memplan.packing import pack, unpack
 from memplan.program import Op
 from memplan.rng import OWN_DRAWS, redraw, save_rng_state
 
@@ -31,7 +32,7 @@ def call_of(captured: Captured, op: Op, kept: Any = None) -> OpCall:
         op: the op.
         kept: what stands for the value that a recovery kept, where the op reads one.
     """
-    source = captured.calls[op.id if op.variant_of is None else op.variant_of]
+    source = source_of_call(captured, op)
     assert callable(source.target)
     if op.variant_of is None:
         return OpCall(source.target, tuple(source.args), dict(source.kwargs))
@@ -42,10 +43,34 @@ def call_of(captured: Captured, op: Op, kept: Any = None) -> OpCall:
         x, weight, bias, _, _, training, momentum, eps = source.args
         target = torch.ops.aten._native_batch_norm_legit.no_stats
         return OpCall(target, (x, weight, bias, training, momentum, eps), {})
+    if op.target == "memplan.pack_mask":
+        return OpCall(pack, (source,), {})
+    if op.target == "memplan.unpack_mask":
+        mask = first_tensor(source)
+        return OpCall(unpack, (kept, tuple(mask.shape), mask.stride()), {})
     assert op.target == "memplan.redraw", f"no code for {op.target}"
     names = {function: name for name, function in OWN_DRAWS.items()}
     drawn = names.get(source.target, source.target)
     return OpCall(redraw, (kept, device, drawn, *source.args), dict(source.kwargs))
+
+
+def source_of_call(captured: Captured, op: Op) -> fx.Node:
+    """The node of a captured op, or of the one whose arguments a new op takes."""
+    return captured.calls[op.id if op.variant_of is None else op.variant_of]
+
+
+def made_up_kept(captured: Captured, op: Op) -> torch.Tensor | None:
+    """A tensor like the one that an op of a recovery reads and that was kept for it."""
+    if op.target == "memplan.redraw":
+        return torch.get_rng_state()
+    if op.target == "memplan.unpack_mask":
+        return torch.zeros(first_tensor(source_of_call(captured, op)).numel() // 8).byte()
+    return None
+
+
+def reads_kept(op: Op) -> bool:
+    """Whether the first operand of an op is what a recovery kept."""
+    return op.target in ("memplan.redraw", "memplan.unpack_mask")
 
 
 def first_tensor(node: fx.Node) -> torch.Tensor:

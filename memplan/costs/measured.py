@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memplan.capture import Captured, call_of, unchanged_randomness
+from memplan.capture import Captured, call_of, made_up_kept, unchanged_randomness
 from memplan.costs.cache import CostCache
 from memplan.program import Costs, Layout, Op, OpCost
 from memplan.torch_internals import (
@@ -143,7 +143,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _runnable(captured: Captured, op: Op) -> tuple[Callable[[], object], Iterable[object]]:
     """The op on made-up operands of the recorded layout (floats 0.5, integers 0); the operands."""
-    call = call_of(captured, op, torch.get_rng_state())
+    call = call_of(captured, op, made_up_kept(captured, op))
     made: dict[fx.Node, Any] = {}
 
     def operand(node: fx.Node) -> Any:

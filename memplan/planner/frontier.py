@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from memplan.planner.improve import add_back
 from memplan.planner.lowering import State, keep_everything
-from memplan.planner.problem import make_problem
+from memplan.planner.problem import Problem, make_problems
 from memplan.planner.search import (
     MAX_SLOWDOWN,
     Solution,
@@ -38,29 +38,32 @@ def frontier(
         original_seconds: what slowdowns refer to; by default the program with everything kept.
         points: budgets to plan for, evenly spread; schedules that others beat are left out.
     """
-    problem = make_problem(program, recoveries, costs)
-    base = account(problem, keep_everything(problem))
+    problems = make_problems(program, recoveries, costs)
+    base = account(problems[0], keep_everything(problems[0]))
     limit = MAX_SLOWDOWN * (base.seconds if original_seconds is None else original_seconds)
     floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
-    lowest = descend(problem, base, floor, limit)[-1]
-    best = [lowest]
+    lowest = descend(problems[-1], base, floor, limit)[-1]
+    best = [(problems[-1], lowest)]
     for point in range(1, points):
         target = lowest.peak + (base.peak - lowest.peak) * point // max(points - 1, 1)
-        found = within(problem, base, target, limit)
+        found = ((problem, within(problem, base, target, limit)) for problem in problems)
+        first = next(((problem, state) for problem, state in found if state is not None), None)
         # What fits into less fits here as well, and there is room to add back.
-        carried = add_back(problem, best[-1], target, effort_for(problem))
-        best.append(min([carried, *([found] if found else [])], key=_worth))
-    return [solution_of(problem, state) for state in _undominated(best)]
+        problem, state = best[-1]
+        carried = (problem, add_back(problem, state, target, effort_for(problem)))
+        best.append(min([carried, *([first] if first else [])], key=_worth))
+    return [solution_of(problem, state) for problem, state in _undominated(best)]
 
 
-def _worth(state: State) -> tuple[float, int]:
+def _worth(found: tuple[Problem, State]) -> tuple[float, int]:
+    _, state = found
     return (state.seconds, state.peak)
 
 
-def _undominated(states: Sequence[State]) -> list[State]:
+def _undominated(found: Sequence[tuple[Problem, State]]) -> list[tuple[Problem, State]]:
     """Those that are faster than all of lower peaks, by ascending peak."""
-    kept: list[State] = []
-    for state in sorted(states, key=lambda state: (state.peak, state.seconds)):
-        if not kept or state.seconds < kept[-1].seconds:
-            kept.append(state)
+    kept: list[tuple[Problem, State]] = []
+    for problem, state in sorted(found, key=lambda one: (one[1].peak, one[1].seconds)):
+        if not kept or state.seconds < kept[-1][1].seconds:
+            kept.append((problem, state))
     return kept

@@ -171,6 +171,8 @@ class _Sweep:
         self.copies: list[Copy] = []
         self.current: dict[int, Copy] = {}
         self.prepared: dict[int, Call] = {}
+        self.first: dict[int, Copy] = {}
+        self.read_after = {v for op in problem.prepared_after for v in problem.operands[op]}
         self.overwriting: list[tuple[Call, tuple[Copy, ...]]] = []
 
     def run(self, time: int) -> None:
@@ -234,27 +236,36 @@ class _Sweep:
             if is_new or value not in problem.program.held:
                 copy = current[value] = Copy(value, call)
                 self.copies.append(copy)
+                if value in self.read_after and is_new:
+                    self.first[value] = copy
 
     def prepare(self, op: int) -> None:
-        """Plan the run of a ``prepare`` op; ``finish`` puts it before the op that it is for."""
+        """Plan the run of a ``prepare`` op; ``finish`` puts it beside the op that it is for."""
         if op in self.prepared:
             return
         kept = self.problem.results[op]
         call = Call(Prepare, op, self.problem.producer[kept[0]])
         self.prepared[op] = call
+        for value in self.problem.operands[op]:
+            self.first[value].uses.insert(0, call)
         for value in kept:
             copy = self.current[value] = Copy(value, call)
             self.copies.append(copy)
 
     def finish(self) -> list[Call]:
         before: dict[int, list[Call]] = {}
+        after: dict[int, list[Call]] = {}
         for call in self.prepared.values():
-            before.setdefault(call.time, []).append(call)
+            beside = after if call.op in self.problem.prepared_after else before
+            beside.setdefault(call.time, []).append(call)
         ordered: list[Call] = []
         for call in self.calls:
-            if call.kind is Run and call.time in before:
+            is_run = call.kind is Run
+            if is_run and call.time in before:
                 ordered.extend(before[call.time])
             ordered.append(call)
+            if is_run and call.time in after:
+                ordered.extend(after[call.time])
         for position, call in enumerate(ordered):
             call.position = position
         return ordered

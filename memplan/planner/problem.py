@@ -25,7 +25,9 @@ class Problem:
         op_seconds: op id to its time.
         nbytes: value id to its size.
         recovery: value id to its recovery, for values that have one.
-        producer: kept value to the captured op before whose run it is prepared.
+        producer: kept value to the captured op directly before or after whose run it is prepared.
+        prepared_after: ``prepare`` ops that run after the captured op that they are for, whose
+            results they read.
         tangent_bytes: bytes that the caller allocates when the backward starts.
     """
 
@@ -40,7 +42,14 @@ class Problem:
     nbytes: dict[int, int]
     recovery: dict[int, Recovery]
     producer: dict[int, int]
+    prepared_after: frozenset[int]
     tangent_bytes: int
+
+    def restore_seconds(self, value: int) -> float:
+        """Time of the restore of a value, and of what prepares it."""
+        recovery = self.recovery[value]
+        prepare = 0.0 if recovery.prepare is None else self.op_seconds[recovery.prepare.id]
+        return prepare + self.op_seconds[recovery.restore.id]
 
     @property
     def num_ops(self) -> int:
@@ -53,11 +62,23 @@ class Problem:
         return self.program.num_forward
 
 
-def make_problem(program: Program, recoveries: Sequence[Recovery], costs: Costs) -> Problem:
-    """Tabulate, and choose each value's cheapest recovery (ties: the first offered)."""
+def make_problem(
+    program: Program, recoveries: Sequence[Recovery], costs: Costs, *, is_lean: bool = False
+) -> Problem:
+    """Tabulate, and choose one recovery for each value.
+
+    The cheapest, or, for a problem that is lean, the one that keeps the fewest bytes; among equals
+    the other counts, and then the first offered is chosen.
+    """
     catalog = Catalog.of(program, recoveries)
     never = {v.id for v in program.values if v.role.is_resident or v.role is Role.TANGENT}
     nbytes = {value.id: value.nbytes for value in catalog.values.values()}
+
+    def rank(recovery: Recovery) -> tuple[float, float]:
+        seconds = _cost(recovery, costs)
+        kept_bytes = sum(value.nbytes for value in recovery.keeps)
+        return (kept_bytes, seconds) if is_lean else (seconds, kept_bytes)
+
     chosen: dict[int, Recovery] = {}
     producer: dict[int, int] = {}
     for recovery in recoveries:
@@ -65,7 +86,7 @@ def make_problem(program: Program, recoveries: Sequence[Recovery], costs: Costs)
             current = chosen.get(id)
             if id in program.held:
                 continue
-            if current is None or _cost(recovery, costs) < _cost(current, costs):
+            if current is None or rank(recovery) < rank(current):
                 chosen[id] = recovery
         for kept in recovery.keeps:
             made_by = program.values[recovery.restores[0]].producer
@@ -88,8 +109,20 @@ def make_problem(program: Program, recoveries: Sequence[Recovery], costs: Costs)
         nbytes=nbytes,
         recovery=chosen,
         producer=producer,
+        prepared_after=frozenset(
+            r.prepare.id for r in recoveries if r.prepare is not None and r.prepare.operands
+        ),
         tangent_bytes=tangent_bytes(program),
     )
+
+
+def make_problems(
+    program: Program, recoveries: Sequence[Recovery], costs: Costs
+) -> tuple[Problem, ...]:
+    """With the fastest recoveries; and, where those are others, with the ones that keep least."""
+    fast = make_problem(program, recoveries, costs)
+    lean = make_problem(program, recoveries, costs, is_lean=True)
+    return (fast,) if fast.recovery == lean.recovery else (fast, lean)
 
 
 def _overwritable(

@@ -230,7 +230,7 @@ class _Gaps:
         if missing and self.greed.may_stretch:
             held = sum(problem.nbytes[id] * self.area_since(id, stop) for id in missing)
             if held < saved:
-                seconds = problem.op_seconds[restore.id]
+                seconds = problem.restore_seconds(value)
                 yield candidate(seconds, saved - held, (), frozenset(operands))
         seconds, parents, sources = self.chain(value, stop)
         if len(parents) <= _MAX_CHAIN:
@@ -240,7 +240,7 @@ class _Gaps:
         """What making a value again at a position takes: seconds, missing parents, and the rest."""
         problem = self.problem
         recovery = problem.recovery[value]
-        seconds = problem.op_seconds[recovery.restore.id]
+        seconds = problem.restore_seconds(value)
         parents: list[int] = []
         sources: set[int] = set()
         ops = {recovery.restore.id}
@@ -261,7 +261,7 @@ class _Gaps:
                 ops.add(op)
                 stack.append(op)
                 if not (self.greed.is_sharing and self.is_made_later_anyway(operand, stop)):
-                    seconds += problem.op_seconds[op]
+                    seconds += problem.restore_seconds(operand)
             if len(parents) > _MAX_CHAIN:
                 break
         return seconds, tuple(parents), frozenset(sources)

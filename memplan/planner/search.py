@@ -14,7 +14,7 @@ from memplan.planner.lowering import (
     lower,
     to_schedule,
 )
-from memplan.planner.problem import Problem, make_problem
+from memplan.planner.problem import Problem, make_problem, make_problems
 from memplan.planner.repair import Greed, repair
 from memplan.program import Costs, Program
 from memplan.schedule import Recovery, Schedule
@@ -82,23 +82,30 @@ def solve(
             schedule of least peak within it is sought. Neither: ``FREE_SLOWDOWN``.
         original_seconds: what slowdowns refer to; by default the program with everything kept.
     """
-    problem = make_problem(program, recoveries, costs)
-    base = account(problem, keep_everything(problem))
+    problems = make_problems(program, recoveries, costs)
+    base = account(problems[0], keep_everything(problems[0]))
     reference = base.seconds if original_seconds is None else original_seconds
+    floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
     if budget_bytes is None:
         slowdown = FREE_SLOWDOWN if max_slowdown is None else max_slowdown
-        floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
-        return solution_of(problem, _least_peak(problem, base, floor, reference * slowdown))
+        limit = reference * slowdown
+        found = [solution_of(one, _least_peak(one, base, floor, limit)) for one in problems]
+        return min(found, key=lambda one: (one.peak_bytes, one.seconds))
     limit = reference * (MAX_SLOWDOWN if max_slowdown is None else max_slowdown)
     target = budget_bytes - program.resident_bytes
-    floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
-    found = within(problem, base, target, limit) if target >= floor else None
-    if found is not None:
-        return solution_of(problem, found)
-    lowest = descend(problem, base, floor, limit)[-1]
-    if lowest.peak <= target:
-        return solution_of(problem, _improved(problem, [lowest], target, effort_for(problem)))
-    return replace(solution_of(problem, lowest), is_feasible=False)
+    for problem in problems if target >= floor else ():
+        state = within(problem, base, target, limit)
+        if state is not None:
+            return solution_of(problem, state)
+    *others, lean = problems
+    lowest = descend(lean, base, floor, limit)[-1]
+    goal = max(target, lowest.peak)
+    found = [solution_of(lean, _improved(lean, [lowest], goal, effort_for(lean)))]
+    for problem in others:
+        state = within(problem, base, goal, limit)
+        found += [] if state is None else [solution_of(problem, state)]
+    best = min(found, key=lambda one: (one.seconds, one.peak_bytes))
+    return best if best.peak_bytes <= budget_bytes else replace(best, is_feasible=False)
 
 
 def keep_all(program: Program, costs: Costs) -> Schedule:

@@ -41,7 +41,16 @@ class Windows:
         self.unit = _UNIT / max(target, 1)
         self.made_at = {v: op.id for op in problem.program.ops for v in op.results}
         self.made_at |= problem.producer
-        self.restore = {value: r.restore.id for value, r in problem.recovery.items()}
+        self.recoveries = [
+            r for r in problem.recoveries if not problem.program.held.issuperset(r.restores)
+        ]
+        self.restores: dict[int, list[int]] = {}
+        for recovery in self.recoveries:
+            for value in recovery.restores:
+                ops = self.restores.setdefault(value, [])
+                if value not in problem.program.held and recovery.restore.id not in ops:
+                    ops.append(recovery.restore.id)
+        self.made_after = {v for op in problem.prepared_after for v in problem.results[op]}
         self.live: dict[tuple[int, int], int] = {}
         self.again: dict[tuple[int, int], int] = {}
         self.over: dict[tuple[int, int], int] = {}
@@ -68,9 +77,8 @@ class Windows:
             if value in needed:
                 continue
             needed.add(value)
-            recovery = problem.recovery.get(value)
-            if recovery is not None:
-                stack.extend(problem.operands[recovery.restore.id])
+            for op in self.restores.get(value, ()):
+                stack.extend(problem.operands[op])
         return sorted(v for v in needed if self.made_at[v] < cut)
 
     def _variables(self, window: int) -> None:
@@ -79,9 +87,9 @@ class Windows:
         for value in self.needed[window]:
             is_there = value in problem.program.held or value in operands
             self.live[window, value] = self.milp.variable(0.0, 1.0 if is_there else 0.0)
-            op = self.restore.get(value)
-            if op is not None and (window, op) not in self.again:
-                self.again[window, op] = self.milp.variable(problem.op_seconds[op])
+            for op in self.restores.get(value, ()):
+                if (window, op) not in self.again:
+                    self.again[window, op] = self.milp.variable(problem.op_seconds[op])
         offered = problem.may_overwrite.get(cut, ())
         for value in offered:
             self.over[window, value] = self.milp.variable()
@@ -90,7 +98,7 @@ class Windows:
 
     def _prepares(self) -> None:
         """A recovery that keeps something is prepared once, if it is used at all."""
-        for recovery in dict.fromkeys(self.problem.recovery.values()):
+        for recovery in self.recoveries:
             if recovery.prepare is None:
                 continue
             is_used = self.milp.variable(self.problem.op_seconds[recovery.prepare.id])
@@ -103,9 +111,7 @@ class Windows:
         terms = [(self.live[window, value], 1.0)]
         if (window, value) in self.over:
             terms.append((self.over[window, value], -1.0))
-        op = self.restore.get(value)
-        if op is not None:
-            terms.append((self.again[window, op], 1.0))
+        terms += [(self.again[window, op], 1.0) for op in self.restores.get(value, ())]
         return terms
 
     def _availability(self, window: int) -> None:
@@ -136,11 +142,11 @@ class Windows:
             for value in self.needed[window]
             if nbytes[value]
         ]
-        # What a recovery keeps is made directly before the op.
+        # What a recovery keeps is made directly before the op, if it does not read its results.
         terms += [
             (self.live[window + 1, kept], nbytes[kept] * self.unit)
             for kept, made_by in self.problem.producer.items()
-            if made_by == cut and (window + 1, kept) in self.live
+            if made_by == cut and (window + 1, kept) in self.live and kept not in self.made_after
         ]
         terms += [
             (self.over[window, value], -nbytes[value] * self.unit)
@@ -198,9 +204,9 @@ class Windows:
                 continue
             is_alive = self.milp.variable(is_integer=False)
             terms.append((is_alive, size))
-            made_later = []
-            if self.restore.get(value) in later:
-                made_later = [(self.again[window, self.restore[value]], 1.0)]
+            made_later = [
+                (self.again[window, k], 1.0) for k in self.restores.get(value, ()) if k in later
+            ]
             for variable in needed:
                 self.milp.at_least(0.0, [(is_alive, 1.0), (variable, -1.0), *made_later])
         if len(overs) > 1:
@@ -216,14 +222,18 @@ class Windows:
             if answer.values[variable] > 0.5:
                 restores.setdefault(self.cuts[window] + 1, []).append(op)
         used = {op for ops in restores.values() for op in ops}
-        prepares: dict[int, list[int]] = {}
-        for recovery in dict.fromkeys(problem.recovery.values()):
+        before: dict[int, list[int]] = {}
+        after: dict[int, list[int]] = {}
+        for recovery in self.recoveries:
             if recovery.prepare is not None and recovery.restore.id in used:
                 made_by = problem.producer[recovery.keeps[0].id]
-                prepares.setdefault(made_by, []).append(recovery.prepare.id)
+                beside = after if recovery.prepare.id in problem.prepared_after else before
+                beside.setdefault(made_by, []).append(recovery.prepare.id)
         for time in range(problem.num_ops):
             for op in sorted(restores.get(time, ()), key=self.order):
                 yield Restore, op, time
-            for op in prepares.get(time, ()):
+            for op in before.get(time, ()):
                 yield Prepare, op, time
             yield Run, time, time
+            for op in after.get(time, ()):
+                yield Prepare, op, time

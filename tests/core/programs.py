@@ -51,7 +51,10 @@ STATE_BYTES = 3
 
 
 def recompute_all(program: Program) -> tuple[Recovery, ...]:
-    """Every deterministic forward op may run again, every random one under its kept state."""
+    """Every deterministic forward op may run again, every random one under its kept state.
+
+    What a random op alone made may be kept packed as well.
+    """
     recoveries = []
     next_op, next_value = len(program.ops), len(program.values)
     for op in program.ops[: program.num_forward]:
@@ -63,7 +66,21 @@ def recompute_all(program: Program) -> tuple[Recovery, ...]:
         state = Value(next_value, STATE_BYTES, Role.KEPT, next_op)
         recoveries.append(Recovery("test", op.results, draw, save, (state,)))
         next_op, next_value = next_op + 2, next_value + 1
+        if len(op.results) > 1:
+            continue
+        nbytes = 1 + program.values[op.results[0]].nbytes // 8
+        pack = Op(next_op, "pack", op.results, (next_value,))
+        unpack = Op(next_op + 1, "unpack", (next_value,), op.results)
+        bits = Value(next_value, nbytes, Role.KEPT, next_op)
+        recoveries.append(Recovery("test", op.results, unpack, pack, (bits,)))
+        next_op, next_value = next_op + 2, next_value + 1
     return tuple(recoveries)
+
+
+def num_all_ops(program: Program) -> int:
+    """Ops of a program and of ``recompute_all``."""
+    catalog = Catalog.of(program, recompute_all(program))
+    return len(catalog.ops)
 
 
 def unit_costs(program: Program) -> Costs:
@@ -100,7 +117,7 @@ def programs(draw, max_forward: int = 12) -> tuple[Program, Costs]:
         if draw(st.booleans()):
             gradients[results[0]] = Role.GRADIENT
     program = b.program({output: Role.OUTPUT, **gradients})
-    num_ops = len(program.ops) + 2 * sum(op.is_random for op in program.ops)
+    num_ops = num_all_ops(program)
     costs = Costs(
         {
             id: OpCost(draw(st.integers(1, 9)), workspace_bytes=draw(st.integers(0, 20)))
@@ -128,7 +145,7 @@ def training_step(seed: int, num_forward: int) -> tuple[Program, Costs]:
         if draw.random() < 0.3:
             held[gradients[-1]] = Role.GRADIENT
     program = b.program(held)
-    num_ops = len(program.ops) + 2 * sum(op.is_random for op in program.ops)
+    num_ops = num_all_ops(program)
     costs = {
         id: OpCost(draw.randint(1, 9), workspace_bytes=draw.randint(0, 10)) for id in range(num_ops)
     }
