@@ -43,7 +43,7 @@ def prepared(planned):
 def test_masks_are_kept_packed_where_they_are_in_the_way():
     model, batch = dropouts()
     passes = [memplan.passes.split_dropout(), memplan.passes.pack_masks()]
-    planned = memplan.optimize(model, batch, budget="94%", default_passes=False, passes=passes)
+    planned = memplan.optimize(model, batch, budget="90%", default_passes=False, passes=passes)
     assert prepared(planned) > 0
     laws.assert_same_bits(laws.step(model, batch), laws.step(planned, batch))
     laws.assert_within_budget(planned, batch)
