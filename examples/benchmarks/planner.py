@@ -1,69 +1,64 @@
-"""How good plans are: against proven bounds, and against what a user would pick instead.
+"""How good plans are: against proven bounds and optima, and against what a user would pick instead.
 
     python examples/benchmarks/planner.py bounds               # every model of the law table
+    python examples/benchmarks/planner.py optimality           # small programs, random and real
     python examples/benchmarks/planner.py peers mlp gpt2       # measured, beside torch's own ways
 
 ``bounds`` prints, for each model and budget, the predicted overhead of the plan over the same step
-with nothing recomputed, the proven lower bound on that overhead, and the seconds of planning
-(extra ``exact``). ``peers`` measures peak and time of memplan's plans, the untouched module,
-``torch.utils.checkpoint`` around every block and around every sqrt(n) blocks, and torch's
-``activation_memory_budget`` (backend ``aot_eager``), all interleaved in one process; and asks, for
+with nothing recomputed, the proven lower bound on that overhead, and the seconds of planning.
+``optimality`` compares plans of programs of up to about a hundred ops with the proven optimum among
+those that restore each op at most once (both need the extra ``exact``). ``peers`` measures peak and
+time of plans and of torch's own ways (``peers.py``), all interleaved in one process; and asks, for
 every point that one of those reaches with right gradients, whether a plan dominates it.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import nn
-from torch._functorch import config as functorch_config
-from torch.utils.checkpoint import checkpoint
 
 import memplan
 from memplan.collector import paused_collector
 from memplan.planner import bound_seconds, keep_all, solve
-from memplan.preparing import prepare
+from memplan.planner.exact import solve_exactly
+from memplan.planner.lowering import keep_everything, lower
+from memplan.planner.problem import make_problem
+from memplan.preparing import Prepared, prepare
+from memplan.program import Costs, Program
 from memplan.request import make_request
+from memplan.schedule import Recovery
 from memplan.timeline import floor_bytes, seconds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "core"))
 sys.path.insert(0, str(Path(__file__).parent))
 import budgets
+import peers
+from blocks import BLOCKS
+from programs import recompute_all, training_step
 from rows import MODELS as ROWS
 
 SHARES = (0.5, 0.4, 0.3)
-KNOB = (1.0, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.04, 0.02, 0.0)
-POINTS = ("100%", "80%", "60%", "50%", "40%", "35%", "30%", "25%", "20%", "15%")
-RIGHT = 1e-4
-"""Gradients are right up to this part of their largest entry."""
-
-MARGIN = 1.02
-"""A plan dominates a point if its peak is no higher, and its time at most this multiple."""
+ABOVE_FLOOR = (0.8, 0.6, 0.4, 0.2)
+"""Budgets of the proofs: shares of the way from the floor to the unplanned peak."""
 
 
-def bounds(names: Iterable[str]) -> list[dict[str, Any]]:
+def bounds(names: Iterable[str], limit_s: float) -> list[dict[str, Any]]:
     """One row for each model and budget: overhead, bound, and what planning took."""
     made = {**ROWS, **{f"{n} (large)": f for n, f in budgets.MODELS.items()}}
     rows = []
     for name in names or made:
         torch.manual_seed(0)
-        model, sample, *_ = made[name]()
-        request = make_request(
-            model, budget=None, max_slowdown=None, passes=(), default_passes=True,
-            optimizer=None, plan=None, options=None,
-        )  # fmt: skip
-        step = prepare(model, memplan.Sample.of(sample), request)
+        step = _prepared(*made[name]()[:2])
         program, costs, recoveries = step.captured.program, step.costs, step.recoveries
         base = seconds(keep_all(program, costs), costs)
         resident = program.resident_bytes
@@ -77,7 +72,9 @@ def bounds(names: Iterable[str]) -> list[dict[str, Any]]:
                     budget_bytes=budget, original_seconds=step.unplanned.seconds,
                 )  # fmt: skip
             planning_s = time.perf_counter() - start
-            bound = bound_seconds(program, costs, recoveries, budget_bytes=budget)
+            bound = bound_seconds(
+                program, costs, recoveries, budget_bytes=budget, time_limit_s=limit_s
+            )
             rows.append(
                 {
                     "model": name,
@@ -96,6 +93,14 @@ def bounds(names: Iterable[str]) -> list[dict[str, Any]]:
             )
             print(_bound_line(rows[-1]), flush=True)
     return rows
+
+
+def _prepared(model: nn.Module, sample: Any) -> Prepared:
+    request = make_request(
+        model, budget=None, max_slowdown=None, passes=(), default_passes=True,
+        optimizer=None, plan=None, options=None,
+    )  # fmt: skip
+    return prepare(model, memplan.Sample.of(sample), request)
 
 
 def _bound_line(row: dict[str, Any]) -> str:
@@ -140,200 +145,92 @@ def _mean(values: list[float]) -> float:
     return math.exp(sum(math.log(max(value, 1e-9)) for value in values) / len(values))
 
 
-def every_sqrt(model: nn.Module) -> nn.Module:
-    """A copy with runs of about sqrt(n) blocks under one checkpoint each."""
-    copied = copy.deepcopy(model)
-    lists = [m for m in copied.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
-    name, blocks = max(
-        (
-            (name, child)
-            for parent in copied.modules()
-            for name, child in parent.named_children()
-            if child in lists
-        ),
-        key=lambda pair: len(pair[1]),
-    )
-    parent = next(m for m in copied.modules() if getattr(m, name, None) is blocks)
-    run = max(1, round(math.sqrt(len(blocks))))
-    groups = [list(blocks)[i : i + run] for i in range(0, len(blocks), run)]
-    if isinstance(blocks, nn.Sequential):
-        grouped: nn.Module = nn.Sequential(*(Group(group) for group in groups))
-    else:
-        grouped = nn.ModuleList(Group(group) for group in groups)
-    setattr(parent, name, grouped)
-    return copied
-
-
-class Group(nn.Module):
-    """Some blocks under one checkpoint."""
-
-    def __init__(self, blocks: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the last block returns."""
-        return checkpoint(self._run, x, *args, use_reentrant=False, **kwargs)
-
-    def _run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        for block in self.blocks:
-            x = block(x, *args, **kwargs)
-            x = x[0] if isinstance(x, tuple) else x
-        return x
-
-
-def peers(name: str, rounds: int) -> list[dict[str, Any]]:
-    """Peak, time and gradients of memplan's plans and of all else."""
-    torch.manual_seed(0)
-    model, sample, per_block = budgets.MODELS[name]()
-    batch = memplan.Sample.of(sample)
-    modules: dict[str, nn.Module] = {
-        "untouched": model,
-        "checkpoint per block": per_block,
-        "checkpoint every sqrt(n)": every_sqrt(model),
-    }
-    plans: dict[str, memplan.Plan] = {}
-    for budget in POINTS:
-        options = memplan.Options(on_infeasible="smallest", with_bound=True, solver_limit_s=3)
-        planned = memplan.optimize(model, sample, budget=budget, options=options)
-        modules[f"memplan {budget}"], plans[f"memplan {budget}"] = planned, planned.plan
-    rows = _rows(name, modules, plans, batch, rounds)
-    for knob in KNOB:
-        # Each on its own: what torch compiled for one copy would serve the others as well.
-        torch._dynamo.reset()
-        with functorch_config.patch(activation_memory_budget=knob):
-            compiled = torch.compile(model, backend="aot_eager")
-            assert isinstance(compiled, nn.Module)
-            pair = {"untouched": model, f"torch {knob}": compiled}
-            rows += _rows(name, pair, {}, batch, rounds)[1:]
-    return [{**row, "dominated_by": _dominating(row, rows)} for row in rows]
-
-
-def _rows(
-    name: str,
-    modules: dict[str, nn.Module],
-    plans: dict[str, memplan.Plan],
-    batch: memplan.Sample,
-    rounds: int,
-) -> list[dict[str, Any]]:
-    """Measure some modules, the untouched one among them."""
-    model = modules["untouched"]
-    peaks = {}
-    for key, module in modules.items():
-        print(f"{name}: measuring {key}", file=sys.stderr)
-        peaks[key] = memplan.profile(module, batch, steps=1)
-    errors = {key: _gradient_error(model, one, batch) for key, one in modules.items()}
-    times = budgets._interleaved(modules, batch, rounds, name)
-    first = times.get("memplan 100%")
-    return [
-        {
-            "model": name,
-            "run": key,
-            "peak_bytes": peaks[key].peak_bytes,
-            "above_bytes": peaks[key].peak_bytes - peaks["untouched"].resident_bytes,
-            "predicted_bytes": plans[key].peak_bytes if key in plans else None,
-            "predicted_slowdown": plans[key].slowdown if key in plans else None,
-            "slowdown_bound": plans[key].slowdown_bound if key in plans else None,
-            "time_ratio": median(b / a for a, b in zip(times["untouched"], spent, strict=True)),
-            "to_memplan_100": first and median(b / a for a, b in zip(first, spent, strict=True)),
-            "step_s": median(spent),
-            "gradient_error": errors[key],
-        }
-        for key, spent in times.items()
-    ]
-
-
-def _gradient_error(original: nn.Module, module: nn.Module, batch: memplan.Sample) -> float:
-    """The largest difference of any gradient's entry, over the largest entry."""
-    gradients = []
-    for one in (original, module):
-        torch.manual_seed(1)
-        budgets.run_step(one, batch)
-        gradients.append([parameter.grad for parameter in one.parameters()])
-        budgets.clear_gradients(one)
-    largest = max(float(gradient.abs().max()) for gradient in gradients[0])
-    pairs = zip(*gradients, strict=True)
-    return max(float((one - other).abs().max()) for one, other in pairs) / largest
-
-
-def _is_right(row: dict[str, Any]) -> bool:
-    return bool(row["gradient_error"] <= RIGHT)
-
-
-def _dominating(row: dict[str, Any], rows: list[dict[str, Any]]) -> str | None:
-    """The fastest plan of no higher peak and about the time of a point, or of less."""
-    plans = [
-        other
-        for other in rows
-        if other["run"].startswith("memplan")
-        and other["peak_bytes"] <= row["peak_bytes"]
-        and other["time_ratio"] <= MARGIN * row["time_ratio"]
-    ]
-    best = min(plans, key=lambda other: other["time_ratio"], default=None)
-    return None if best is None else str(best["run"])
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The peers' rows as Markdown."""
-    lines = [
-        "| model | run | above resident | time | predicted | bound | gradients | dominated by |",
-        "|---|---|--:|--:|--:|--:|---|---|",
-    ]
-    for row in rows:
-        bound = "" if row["slowdown_bound"] is None else f"{row['slowdown_bound']:.2f}x"
-        predicted = row["predicted_slowdown"]
-        is_peer = not row["run"].startswith("memplan") and _is_right(row)
-        error = row["gradient_error"]
-        gradients = "same bits" if error == 0 else f"off by {error:.0e}"
-        lines.append(
-            f"| {row['model']} | {row['run']} | {memplan.format_bytes(row['above_bytes'])} "
-            f"| {row['time_ratio']:.2f}x | {'' if predicted is None else f'{predicted:.2f}x'} "
-            f"| {bound} | {gradients} "
-            f"| {(row['dominated_by'] or 'none') if is_peer else ''} |"
-        )
-    return "\n".join(lines)
-
-
-def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time over memory, one panel a model; needs matplotlib."""
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    _, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False)
-    styles = {"memplan": "o-", "torch": "x", "checkpoint": "s", "untouched": "*"}
-    for axis, name in zip(axes[0], names, strict=True):
-        for kind, style in styles.items():
-            points = sorted(
-                (row["above_bytes"] / 2**20, row["time_ratio"])
-                for row in rows
-                if row["model"] == name and row["run"].startswith(kind) and _is_right(row)
+def optimality(limit_s: float) -> list[dict[str, Any]]:
+    """One row for each program and budget: what was found, beside what is proven."""
+    rows = []
+    for name, (program, costs, recoveries) in _small_programs():
+        problem = make_problem(program, recoveries, costs)
+        base = lower(problem, keep_everything(problem))
+        floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
+        for share in ABOVE_FLOOR:
+            target = int(floor + share * (base.peak - floor))
+            found = solve(
+                program, costs, recoveries,
+                budget_bytes=target + program.resident_bytes, max_slowdown=9.0,
+            )  # fmt: skip
+            exact = solve_exactly(problem, target, limit_s)
+            best = min(exact.seconds, found.seconds if found.is_feasible else math.inf)
+            rows.append(
+                {
+                    "program": name,
+                    "ops": len(program.ops),
+                    "above_floor": share,
+                    "is_feasible": found.is_feasible,
+                    "is_proven": exact.is_proven,
+                    "ratio": found.seconds / best if found.is_feasible else None,
+                    "at_most": found.seconds / exact.bound_seconds if found.is_feasible else None,
+                }
             )
-            axis.plot([p[0] for p in points], [p[1] for p in points], style, label=kind)
-        axis.set(title=name, xlabel="peak above resident (MiB)", ylabel="step time / untouched")
-        axis.legend()
-    plt.tight_layout()
-    plt.savefig(path)
+            print(_optimality_line(rows[-1]), flush=True)
+    return rows
+
+
+def _small_programs() -> Iterator[tuple[str, tuple[Program, Costs, tuple[Recovery, ...]]]]:
+    for seed in range(6):
+        program, costs = training_step(seed, num_forward=20 + 4 * seed)
+        yield f"random {seed}", (program, costs, recompute_all(program))
+    for name, make in BLOCKS.items():
+        step = _prepared(*make()[:2])
+        yield name, (step.captured.program, step.costs, step.recoveries)
+
+
+def _optimality_line(row: dict[str, Any]) -> str:
+    if row["is_proven"]:
+        result = "infeasible" if row["ratio"] is None else f"{row['ratio']:.4f}x the optimum"
+    elif row["ratio"] is None:
+        result = "unsolved"
+    else:
+        result = f"timed out, at most {row['at_most']:.4f}x the optimum"
+    return f"{row['program']:12} {row['ops']:4} ops, {row['above_floor']:.0%} above floor: {result}"
+
+
+def optimality_summary(rows: list[dict[str, Any]]) -> str:
+    """How many were proven, and how far from the optimum plans are."""
+    proven = [row for row in rows if row["is_proven"] and row["ratio"] is not None]
+    infeasible = sum(row["is_proven"] and row["ratio"] is None for row in rows)
+    open_cells = len(rows) - len(proven) - infeasible
+    ratios = [row["ratio"] for row in proven]
+    return (
+        f"{len(rows)} cells: {len(proven)} proven, geometric mean {_mean(ratios):.4f}, worst "
+        f"{max(ratios):.4f}; {infeasible} proven infeasible; {open_cells} timed out"
+    )
 
 
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("bounds", "peers"))
+    parser.add_argument("what", choices=("bounds", "optimality", "peers"))
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--limit-s", type=float, default=30.0, help="of each bound and proof")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--figure", type=Path, help="draw the peers' curves here")
     arguments = parser.parse_args()
     if arguments.what == "bounds":
-        rows = bounds(arguments.models)
+        rows = bounds(arguments.models, arguments.limit_s)
         print(summary(rows))
+    elif arguments.what == "optimality":
+        rows = optimality(arguments.limit_s)
+        print(optimality_summary(rows))
     else:
         rows = []
         for name in arguments.models or budgets.MODELS:
-            rows += peers(name, arguments.rounds)
-        print(table(rows))
+            rows += peers.measure(name, arguments.rounds)
+        print(peers.table(rows))
+        for name in dict.fromkeys(row["model"] for row in rows):
+            print(peers.verdict([row for row in rows if row["model"] == name]))
         if arguments.figure is not None:
-            figure(rows, arguments.figure)
+            peers.figure(rows, arguments.figure)
     if arguments.json is not None:
         machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -2,14 +2,15 @@
 
 Look at one moment, while a captured op runs. What later ops need must be alive then, or be made
 again afterwards; so must what those restores need. The cheapest such choice whose bytes fit into
-the budget is a closure-knapsack: no schedule of these ops in this order, with the cheapest recovery
-of each value, takes less time. One moment, the unplanned peak, gives nearly the whole bound of
-larger programs; in small ones, moments around it add to it.
+the budget is a closure-knapsack: no schedule of these ops in this order takes less time. One
+moment, the unplanned peak, gives nearly the whole bound of larger programs; more moments add to it,
+and near the floor they add much.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,10 +21,11 @@ from memplan.planner.windows import Windows
 from memplan.program import Costs, Program
 from memplan.schedule import Recovery
 
-_MOST_CELLS = 2000
-"""Ops times moments of one bound; the program is small enough for some seconds then."""
+_LADDER = (1, 8, 32, 128)
+"""So many moments, while there is time: each number bounds anew."""
 
-_MOST_MOMENTS = 8
+_MOST_CELLS = 40_000
+"""Ops times moments of one bound: more would not be solved in a minute."""
 
 
 def least_seconds(problem: Problem, target: int, time_limit_s: float = 10.0) -> float:
@@ -40,14 +42,17 @@ def least_seconds(problem: Problem, target: int, time_limit_s: float = 10.0) -> 
         most[call.time] = max(most[call.time], peak)
     highest = int(most.argmax())
     over = np.flatnonzero(most > target)
-    moments = max(1, min(_MOST_MOMENTS, _MOST_CELLS // problem.num_ops, len(over)))
-    spread = {int(over[i]) for i in np.linspace(0, len(over) - 1, moments).astype(int)}
-    choices = [[highest]] if moments == 1 else [[highest], sorted({highest, *spread})]
+    deadline = time.monotonic() + time_limit_s
     least = 0.0
-    for cuts in choices:
-        milp = Windows(problem, target, cuts).milp
-        least = max(least, milp.minimise(time_limit_s, gap=1e-3).bound)
-        if math.isinf(least):
+    for moments in _LADDER:
+        left = deadline - time.monotonic()
+        if moments > 1 and (left <= 0 or moments * problem.num_ops > _MOST_CELLS):
+            break
+        spread = np.linspace(0, len(over) - 1, min(moments, len(over))).astype(int)
+        others = {int(over[i]) for i in spread} if moments > 1 else set()
+        milp = Windows(problem, target, sorted({highest, *others})).milp
+        least = max(least, milp.minimise(max(left, 1.0), gap=1e-3).bound)
+        if math.isinf(least) or moments >= len(over):
             break
     return base.seconds + least
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 from memplan.planner.lowering import (
@@ -161,4 +162,6 @@ def _some_of(problem: Problem, drops: Sequence[Drop], draw: random.Random) -> se
 def _without(decisions: Decisions, drops: set[Drop]) -> Decisions:
     """Decisions without some of the drops."""
     at_boundary = {value for value, time in drops if time < 0}
-    return Decisions(decisions.evicted - at_boundary, decisions.breaks - drops)
+    return replace(
+        decisions, evicted=decisions.evicted - at_boundary, breaks=decisions.breaks - drops
+    )

@@ -28,10 +28,13 @@ class Decisions:
         evicted: values not kept across the boundary: made again at their first need after it.
         breaks: pairs (value, t): if captured op ``t`` (or a restore for it) needs the value, and
             it was not made for ``t`` itself, make it again then instead of having held it.
+        early: pairs (value, t): if the value is missing when captured op ``t`` is to run, make it
+            then, for a later op.
     """
 
     evicted: frozenset[int]
     breaks: frozenset[tuple[int, int]]
+    early: frozenset[tuple[int, int]] = frozenset()
 
 
 Kind: TypeAlias = type[Run] | type[Prepare] | type[Restore]
@@ -167,6 +170,9 @@ class _Sweep:
         self.breaks: dict[int, set[int]] = {}
         for value, time in decisions.breaks:
             self.breaks.setdefault(time, set()).add(value)
+        self.early: dict[int, list[int]] = {}
+        for value, time in sorted(decisions.early):
+            self.early.setdefault(time, []).append(value)
         self.calls: list[Call] = []
         self.copies: list[Copy] = []
         self.current: dict[int, Copy] = {}
@@ -178,7 +184,7 @@ class _Sweep:
     def run(self, time: int) -> None:
         operands = self.problem.operands[time]
         current, calls = self.current, len(self.calls)
-        for value in operands:
+        for value in (*operands, *self.early[time]) if time in self.early else operands:
             if not self.is_there(value, time):
                 self.restore(value, time)
         if len(self.calls) > calls:

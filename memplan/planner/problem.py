@@ -51,6 +51,10 @@ class Problem:
         prepare = 0.0 if recovery.prepare is None else self.op_seconds[recovery.prepare.id]
         return prepare + self.op_seconds[recovery.restore.id]
 
+    def kept_bytes(self, value: int) -> int:
+        """What the recovery of a value keeps instead of it."""
+        return sum(kept.nbytes for kept in self.recovery[value].keeps)
+
     @property
     def num_ops(self) -> int:
         """Number of captured ops."""

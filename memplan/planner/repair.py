@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from memplan.planner.hoist import hoist
 from memplan.planner.lowering import Call, Decisions, Effort, Lowered, lower
 from memplan.planner.problem import Problem
 from memplan.schedule import Run
@@ -101,6 +102,14 @@ def repair(
     yield decisions, lowered
     least, stale = math.inf, 0
     while lowered.peak > target and effort.is_left:
+        hoisted = hoist(problem, decisions, lowered, target)
+        if hoisted is not None:
+            tried = lower(problem, hoisted)
+            effort.spend(len(tried.calls))
+            if _excess(tried, target) < _excess(lowered, target):
+                decisions, lowered = hoisted, tried
+                yield decisions, lowered
+                continue
         updated = _apply(decisions, _choose(problem, lowered, target, greed))
         if stale == _PATIENCE or updated == decisions:
             if not greed.may_stretch:
@@ -110,10 +119,14 @@ def repair(
         decisions = updated
         lowered = lower(problem, decisions)
         effort.spend(_ROUND_CALLS * len(lowered.calls))
-        excess = int(np.maximum(lowered.peak_bytes - target, 0).sum())
+        excess = _excess(lowered, target)
         stale = 0 if excess < least else stale + 1
         least = min(least, excess)
         yield decisions, lowered
+
+
+def _excess(lowered: Lowered, target: int) -> int:
+    return int(np.maximum(lowered.peak_bytes - target, 0).sum())
 
 
 def _apply(decisions: Decisions, chosen: list[Candidate]) -> Decisions:
@@ -127,7 +140,7 @@ def _apply(decisions: Decisions, chosen: list[Candidate]) -> Decisions:
             breaks.add((candidate.value, candidate.time))
         breaks.difference_update((parent, candidate.time) for parent in candidate.stretched)
         breaks.update((parent, candidate.time) for parent in candidate.parents)
-    return Decisions(frozenset(evicted), frozenset(breaks))
+    return Decisions(frozenset(evicted), frozenset(breaks), decisions.early)
 
 
 def _choose(problem: Problem, lowered: Lowered, target: int, greed: Greed) -> list[Candidate]:
@@ -207,7 +220,9 @@ class _Gaps:
         """A drop between two uses: with missing parents made again, or held until then."""
         problem, stop = self.problem, use.position
         restore = problem.recovery[value].restore
-        saved = problem.nbytes[value] * covered
+        saved = (problem.nbytes[value] - problem.kept_bytes(value)) * covered
+        if saved <= 0:
+            return
         operands = [id for id in problem.operands[restore.id] if id not in problem.producer]
         alive = [id for id in operands if self.is_alive(id, stop)]
         missing = tuple(id for id in operands if id not in alive and id in problem.recovery)

@@ -1,0 +1,249 @@
+"""What memplan's plans take beside what a user would pick instead, measured in one process.
+
+Used by ``planner.py peers``: the untouched module, ``torch.utils.checkpoint`` around every block
+and around every sqrt(n) blocks, and torch's ``activation_memory_budget`` (backend ``aot_eager``),
+each with its peak, its time in interleaved rounds, and the error of its gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+from torch._functorch import config as functorch_config
+from torch.utils.checkpoint import checkpoint
+
+import memplan
+
+sys.path.insert(0, str(Path(__file__).parent))
+import budgets
+
+KNOB = (1.0, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.04, 0.02, 0.0)
+POINTS = ("100%", "80%", "60%", "50%", "40%", "35%", "30%", "25%", "20%", "15%")
+RIGHT = 1e-4
+"""Gradients are right up to this part of their largest entry."""
+
+MARGIN = 1.02
+"""A plan dominates a point if its peak is no higher, and its time at most this multiple."""
+
+
+def every_sqrt(model: nn.Module) -> nn.Module:
+    """A copy with runs of about sqrt(n) blocks under one checkpoint each."""
+    copied = copy.deepcopy(model)
+    lists = [m for m in copied.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    name, blocks = max(
+        (
+            (name, child)
+            for parent in copied.modules()
+            for name, child in parent.named_children()
+            if child in lists
+        ),
+        key=lambda pair: len(pair[1]),
+    )
+    parent = next(m for m in copied.modules() if getattr(m, name, None) is blocks)
+    run = max(1, round(math.sqrt(len(blocks))))
+    groups = [list(blocks)[i : i + run] for i in range(0, len(blocks), run)]
+    if isinstance(blocks, nn.Sequential):
+        grouped: nn.Module = nn.Sequential(*(Group(group) for group in groups))
+    else:
+        grouped = nn.ModuleList(Group(group) for group in groups)
+    setattr(parent, name, grouped)
+    return copied
+
+
+class Group(nn.Module):
+    """Some blocks under one checkpoint."""
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the last block returns."""
+        return checkpoint(self._run, x, *args, use_reentrant=False, **kwargs)
+
+    def _run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for block in self.blocks:
+            x = block(x, *args, **kwargs)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    """Peak, time and gradients of memplan's plans and of all else."""
+    torch.manual_seed(0)
+    model, sample, per_block = budgets.MODELS[name]()
+    batch = memplan.Sample.of(sample)
+    modules: dict[str, nn.Module] = {
+        "untouched": model,
+        "checkpoint per block": per_block,
+        "checkpoint every sqrt(n)": every_sqrt(model),
+    }
+    plans: dict[str, memplan.Plan] = {}
+
+    def plan(label: str, budget: str | int) -> memplan.Plan:
+        options = memplan.Options(on_infeasible="smallest", with_bound=True, solver_limit_s=3)
+        planned = memplan.optimize(model, sample, budget=budget, options=options)
+        modules[f"memplan {label}"], plans[f"memplan {label}"] = planned, planned.plan
+        return planned.plan
+
+    for budget in POINTS:
+        plan(budget, budget)
+    smallest = plan("smallest", "1 B")
+    resident = smallest.resident_bytes
+    plan("1.1 smallest", resident + int(1.1 * (smallest.peak_bytes - resident)))
+    rows = _rows(name, modules, plans, batch, rounds)
+    for knob in KNOB:
+        # Each on its own: what torch compiled for one copy would serve the others as well.
+        torch._dynamo.reset()
+        with functorch_config.patch(activation_memory_budget=knob):
+            compiled = torch.compile(model, backend="aot_eager")
+            assert isinstance(compiled, nn.Module)
+            pair = {"untouched": model, f"torch {knob}": compiled}
+            rows += _rows(name, pair, {}, batch, rounds)[1:]
+    return [{**row, "dominated_by": _dominating(row, rows)} for row in rows]
+
+
+def _rows(
+    name: str,
+    modules: dict[str, nn.Module],
+    plans: dict[str, memplan.Plan],
+    batch: memplan.Sample,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Measure some modules, the untouched one among them."""
+    model = modules["untouched"]
+    peaks = {}
+    for key, module in modules.items():
+        print(f"{name}: measuring {key}", file=sys.stderr)
+        peaks[key] = memplan.profile(module, batch, steps=1)
+    errors = {key: _gradient_error(model, one, batch) for key, one in modules.items()}
+    times = budgets._interleaved(modules, batch, rounds, name)
+    first = times.get("memplan 100%")
+    return [
+        {
+            "model": name,
+            "run": key,
+            "peak_bytes": peaks[key].peak_bytes,
+            "above_bytes": peaks[key].peak_bytes - peaks["untouched"].resident_bytes,
+            "predicted_bytes": plans[key].peak_bytes if key in plans else None,
+            "floor_bytes": plans[key].floor_bytes if key in plans else None,
+            "predicted_slowdown": plans[key].slowdown if key in plans else None,
+            "slowdown_bound": plans[key].slowdown_bound if key in plans else None,
+            "time_ratio": median(b / a for a, b in zip(times["untouched"], spent, strict=True)),
+            "to_memplan_100": first and median(b / a for a, b in zip(first, spent, strict=True)),
+            "step_s": median(spent),
+            "gradient_error": errors[key],
+        }
+        for key, spent in times.items()
+    ]
+
+
+def _gradient_error(original: nn.Module, module: nn.Module, batch: memplan.Sample) -> float:
+    """The largest difference of any gradient's entry, over the largest entry."""
+    gradients = []
+    for one in (original, module):
+        torch.manual_seed(1)
+        budgets.run_step(one, batch)
+        gradients.append([parameter.grad for parameter in one.parameters()])
+        budgets.clear_gradients(one)
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0])
+    pairs = zip(*gradients, strict=True)
+    return max(float((one - other).abs().max()) for one, other in pairs) / largest
+
+
+def _is_right(row: dict[str, Any]) -> bool:
+    return bool(row["gradient_error"] <= RIGHT)
+
+
+def _dominating(row: dict[str, Any], rows: list[dict[str, Any]]) -> str | None:
+    """The fastest plan of no higher peak and about the time of a point, or of less."""
+    plans = [
+        other
+        for other in rows
+        if other["run"].startswith("memplan")
+        and other["peak_bytes"] <= row["peak_bytes"]
+        and other["time_ratio"] <= MARGIN * row["time_ratio"]
+    ]
+    best = min(plans, key=lambda other: other["time_ratio"], default=None)
+    return None if best is None else str(best["run"])
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """What the rows of one model say: dominance, the smallest peak, and predicted times."""
+    by_run = {row["run"]: row for row in rows}
+    others = [row for row in rows if not row["run"].startswith("memplan") and _is_right(row)]
+    dominated = [row for row in others if row["dominated_by"] is not None]
+    missed = [row["run"] for row in others if row["dominated_by"] is None]
+    resident = by_run["untouched"]["peak_bytes"] - by_run["untouched"]["above_bytes"]
+    smallest, near = by_run["memplan smallest"], by_run["memplan 1.1 smallest"]
+    floor = smallest["floor_bytes"] - resident
+    least = min(row["above_bytes"] for row in others)
+    first = by_run["memplan 100%"]["predicted_slowdown"]
+    errors = [
+        abs(row["to_memplan_100"] - row["predicted_slowdown"] / first)
+        for row in rows
+        if row["run"].startswith("memplan") and row["run"] != "memplan 100%"
+    ]
+    slowest = max(
+        row["predicted_slowdown"]
+        for row in rows
+        if row["run"].startswith("memplan") and row["above_bytes"] >= near["above_bytes"]
+    )
+    return (
+        f"{smallest['model']}: {len(dominated)} of {len(others)} right points dominated"
+        f"{' but for ' + ', '.join(missed) if missed else ''}; smallest "
+        f"{smallest['above_bytes'] / floor:.2f}x floor, {smallest['above_bytes'] / least:.2f}x the "
+        f"best of the others; slowest plan from 1.1x smallest on {slowest:.2f}x; |measured - "
+        f"predicted| {median(errors):.3f} in the median"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The peers' rows as Markdown."""
+    lines = [
+        "| model | run | above resident | time | predicted | bound | gradients | dominated by |",
+        "|---|---|--:|--:|--:|--:|---|---|",
+    ]
+    for row in rows:
+        bound = "" if row["slowdown_bound"] is None else f"{row['slowdown_bound']:.2f}x"
+        predicted = row["predicted_slowdown"]
+        is_peer = not row["run"].startswith("memplan") and _is_right(row)
+        error = row["gradient_error"]
+        gradients = "same bits" if error == 0 else f"off by {error:.0e}"
+        lines.append(
+            f"| {row['model']} | {row['run']} | {memplan.format_bytes(row['above_bytes'])} "
+            f"| {row['time_ratio']:.2f}x | {'' if predicted is None else f'{predicted:.2f}x'} "
+            f"| {bound} | {gradients} "
+            f"| {(row['dominated_by'] or 'none') if is_peer else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time over memory, one panel a model; needs matplotlib."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    _, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False)
+    styles = {"memplan": "o-", "torch": "x", "checkpoint": "s", "untouched": "*"}
+    for axis, name in zip(axes[0], names, strict=True):
+        for kind, style in styles.items():
+            points = sorted(
+                (row["above_bytes"] / 2**20, row["time_ratio"])
+                for row in rows
+                if row["model"] == name and row["run"].startswith(kind) and _is_right(row)
+            )
+            axis.plot([p[0] for p in points], [p[1] for p in points], style, label=kind)
+        axis.set(title=name, xlabel="peak above resident (MiB)", ylabel="step time / untouched")
+        axis.legend()
+    plt.tight_layout()
+    plt.savefig(path)

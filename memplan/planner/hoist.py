@@ -1,0 +1,77 @@
+"""Restores moved to an earlier op, where there is room while they run.
+
+A restore needs bytes of its own while it runs: what it reads and makes. If that is over the budget
+directly before the op that needs the value, it may not be before one of the ops that come just
+earlier; the value is then held for a moment. It costs no time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from memplan.planner.lowering import Call, Decisions, Lowered
+from memplan.planner.problem import Problem
+from memplan.schedule import Restore, Run
+
+_REACH = 4
+"""So many ops earlier, at most."""
+
+
+def hoist(
+    problem: Problem, decisions: Decisions, lowered: Lowered, target: int
+) -> Decisions | None:
+    """The decisions with restores that are over the target moved; None if none can be."""
+    calls = lowered.calls
+    over = [int(p) for p in np.flatnonzero(lowered.peak_bytes > target)]
+    times = sorted({calls[p].time for p in over if calls[p].kind is Restore})
+    if not times:
+        return None
+    runs = {call.time: call.position for call in calls if call.kind is Run}
+    breaks, early = set(decisions.breaks), set(decisions.early)
+    for time in times:
+        first = runs[time - 1] + 1 if time else 0
+        group = [call for call in calls[first : runs[time]] if call.kind is Restore]
+        wanted = _wanted(problem, group, time)
+        start_of_segment = problem.num_forward if time >= problem.num_forward else 0
+        places = range(time - 1, max(start_of_segment, time - _REACH) - 1, -1)
+        room = target - sum(problem.nbytes[value] for value in wanted)
+        at = _better_place(lowered, [(place, runs[place]) for place in places], first, room)
+        if at is None:
+            continue
+        for call in group:
+            for value in problem.results[call.op]:
+                if (value, time) in breaks:
+                    breaks.remove((value, time))
+                    breaks.add((value, at))
+        early |= {(value, at) for value in wanted}
+        early -= {(value, time) for value in wanted}
+    changed = Decisions(decisions.evicted, frozenset(breaks), frozenset(early))
+    return None if changed == decisions else changed
+
+
+def _wanted(problem: Problem, group: list[Call], time: int) -> set[int]:
+    """What an op, or a later one, needs of what is restored before it."""
+    made = {value for call in group for value in problem.results[call.op]}
+    read = {value for call in group for value in problem.operands[call.op]}
+    return made & (set(problem.operands[time]) | (made - read))
+
+
+def _better_place(
+    lowered: Lowered, places: list[tuple[int, int]], first: int, most_bytes: int
+) -> int | None:
+    """The op before which the restores have most room, if what they make can be held from there.
+
+    Args:
+        lowered: the account.
+        places: ops and their positions, latest first.
+        first: position of the first of the restores.
+        most_bytes: that may be alive meanwhile.
+    """
+    best, most_room = None, 0
+    for op, position in places:
+        if int(lowered.peak_bytes[position:first].max(initial=0)) > most_bytes:
+            break
+        room = int(lowered.before_bytes[first] - lowered.before_bytes[position])
+        if room > most_room:
+            best, most_room = op, room
+    return best
