@@ -30,6 +30,8 @@ import memplan
 from memplan.profiler.step import clear_gradients, run_step
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import put
 from train_gpt import gpt_and_batch
 
 BUDGETS = ("100%", "80%", "50%", "35%")
@@ -199,15 +201,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def update(readme: Path, markdown: str) -> None:
-    """Replace the table between the two marks."""
-    before, mark, rest = readme.read_text().partition("<!-- table: ")
-    comment, _, after = rest.partition("-->\n")
-    _, end, tail = after.partition("<!-- end -->")
-    assert mark and end, f"{readme} has no marks for the table"
-    readme.write_text(f"{before}{mark}{comment}-->\n{markdown}\n{end}{tail}")
-
-
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -219,7 +212,8 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="measure nothing: put --json's table in there")
     arguments = parser.parse_args()
     if arguments.readme is not None:
-        update(arguments.readme, table(json.loads(arguments.json.read_text())["rows"]))
+        markdown = table(json.loads(arguments.json.read_text())["rows"])
+        put(arguments.readme, "examples/benchmarks/results/budgets.json", markdown)
         return
     rows = [
         row

@@ -228,6 +228,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def short_table(rows: list[dict[str, Any]]) -> str:
+    """One line for each model, as Markdown."""
+    lines = [
+        "| model | points of others, gradients right | dominated | smallest peak, others' "
+        "| smallest peak, memplan's | time at 50%, predicted | time at 30%, predicted |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = {row["run"]: row for row in rows if row["model"] == model}
+        others = [row for run, row in own.items() if not run.startswith("memplan")]
+        right = [row for row in others if _is_right(row)]
+        least = min(right, key=lambda row: row["above_bytes"])
+        smallest = own["memplan smallest"]
+        cells = [
+            f"{row['time_ratio']:.2f}x, {row['predicted_slowdown']:.2f}x"
+            for row in (own["memplan 50%"], own["memplan 30%"])
+        ]
+        lines.append(
+            f"| {model} | {len(right)} of {len(others)} "
+            f"| {sum(row['dominated_by'] is not None for row in right)} "
+            f"| {memplan.format_bytes(least['above_bytes'])} at {least['time_ratio']:.2f}x "
+            f"| {memplan.format_bytes(smallest['above_bytes'])} at {smallest['time_ratio']:.2f}x "
+            f"| {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
     """Time over memory, one panel a model; needs matplotlib."""
     import matplotlib.pyplot as plt  # noqa: PLC0415

@@ -120,6 +120,28 @@ def _bound_line(row: dict[str, Any]) -> str:
     )
 
 
+def bounds_table(rows: list[dict[str, Any]]) -> str:
+    """Overhead and bound of each model and budget, as Markdown."""
+    lines = [
+        f"| model | ops | {' | '.join(f'{share:.0%}' for share in SHARES)} | planning |",
+        f"|---|--:|{'--:|' * len(SHARES)}--:|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        cells = [_bound_cell(row) for row in own]
+        slowest = max(row["planning_s"] for row in own)
+        lines.append(f"| {model} | {own[0]['ops']} | {' | '.join(cells)} | {slowest:.1f} s |")
+    return "\n".join(lines)
+
+
+def _bound_cell(row: dict[str, Any]) -> str:
+    if row["is_feasible"]:
+        return f"{row['overhead']:.1%} / {row['bound']:.1%}"
+    if row["bound"] is None or row["budget_over_floor"] < 1:
+        return "infeasible"
+    return f"unsolved at {row['budget_over_floor']:.2f}x floor"
+
+
 def summary(rows: list[dict[str, Any]]) -> str:
     """Geometric means over the cells that were solved."""
     lines = []
@@ -192,6 +214,19 @@ def _optimality_line(row: dict[str, Any]) -> str:
     else:
         result = f"timed out, at most {row['at_most']:.4f}x the optimum"
     return f"{row['program']:12} {row['ops']:4} ops, {row['above_floor']:.0%} above floor: {result}"
+
+
+def optimality_table(rows: list[dict[str, Any]]) -> str:
+    """Each program and budget, as Markdown."""
+    lines = [
+        f"| program | ops | {' | '.join(f'{share:.0%} above floor' for share in ABOVE_FLOOR)} |",
+        f"|---|--:|{'--:|' * len(ABOVE_FLOOR)}",
+    ]
+    for name in dict.fromkeys(row["program"] for row in rows):
+        own = [row for row in rows if row["program"] == name]
+        cells = [_optimality_line(row).rpartition(": ")[2] for row in own]
+        lines.append(f"| {name} | {own[0]['ops']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def optimality_summary(rows: list[dict[str, Any]]) -> str:

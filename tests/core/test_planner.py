@@ -8,9 +8,10 @@ from pathlib import Path
 from hypothesis import given, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import chain, programs, recompute_all, replay, unit_costs
+from programs import Builder, chain, programs, recompute_all, replay, unit_costs
 
 from memplan.planner import MAX_SLOWDOWN, keep_all, solve
+from memplan.program import Costs, OpCost, Phase, Role
 from memplan.schedule import Catalog, Restore, check_schedule
 from memplan.timeline import floor_bytes, simulate
 
@@ -81,3 +82,24 @@ def test_random_programs_keep_every_law_of_schedules(made):
         random_ops = {op.id for op in program.ops if op.is_random}
         restored = [step.op for step in solution.schedule.steps if isinstance(step, Restore)]
         assert not random_ops.intersection(restored)
+
+
+def test_a_restore_runs_before_an_earlier_op_where_there_is_room():
+    b = Builder()
+    x = b.value(5, Role.INPUT)
+    (kept,) = b.op("f0", [x], [10])
+    (wide,) = b.op("f1", [x], [20])
+    (loss,) = b.op("f2", [wide], [1])
+    tangent = b.value(2, Role.TANGENT)
+    (gradient,) = b.op("b0", [tangent], [10], Phase.BACKWARD)
+    (result,) = b.op("b1", [gradient, kept], [1], Phase.BACKWARD)
+    program = b.program({loss: Role.OUTPUT, result: Role.GRADIENT})
+    workspace = {0: 10}
+    costs = Costs({op.id: OpCost(1.0, 0, workspace.get(op.id, 0)) for op in program.ops})
+    recoveries = recompute_all(program)
+    # Directly before b1, its gradient, the tangent, the result and the workspace need 33.
+    budget = 5 + 24
+    found = solve(program, costs, recoveries, budget_bytes=budget, max_slowdown=2.0)
+    assert found.is_feasible
+    check_schedule(program, recoveries, found.schedule)
+    assert replay(program, recoveries, costs, found.schedule) == found.peak_bytes <= budget
