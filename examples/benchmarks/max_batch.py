@@ -36,9 +36,8 @@ from torch import nn
 
 import memplan
 from memplan.planner import keep_all, solve
-from memplan.preparing import Prepared, prepare
+from memplan.preparing import Prepared
 from memplan.program import Costs, OpCost, Phase, Program
-from memplan.request import make_request
 from memplan.schedule import Catalog
 from memplan.timeline import floor_bytes, simulate
 
@@ -46,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from layers import FLOAT_BYTES, everything_kept, layers_of, program_of
 from models import published
+from steps import prepared
 
 BYTES = 16_000_000_000
 PUBLISHED = {
@@ -113,11 +113,7 @@ def training_step(name: str, batch: int, costs: str, device: str) -> tuple[Prepa
         model = memplan.WithLoss(make(), nn.functional.cross_entropy)
         images = torch.randn(batch, 3, height, width)
         targets = torch.randint(logits.shape[1], (batch, *logits.shape[2:]))
-    request = make_request(
-        model, budget=None, max_slowdown=None, passes=(), default_passes=True, optimizer=None,
-        plan=None, options=memplan.Options(costs=costs),
-    )  # fmt: skip
-    return prepare(model, memplan.Sample((images, targets)), request), model, (images, targets)
+    return prepared(model, (images, targets), costs=costs), model, (images, targets)
 
 
 def arithmetic(step: Prepared) -> Costs:

@@ -1,11 +1,14 @@
 """How good plans are: against proven bounds and optima, and against what a user would pick instead.
 
     python examples/benchmarks/planner.py bounds               # every model of the law table
+    python examples/benchmarks/planner.py curves gpt2 vit      # 40 budgets each
     python examples/benchmarks/planner.py optimality           # small programs, random and real
     python examples/benchmarks/planner.py peers mlp gpt2       # measured, beside torch's own ways
 
 ``bounds`` prints, for each model and budget, the predicted overhead of the plan over the same step
 with nothing recomputed, the proven lower bound on that overhead, and the seconds of planning.
+``curves`` asks whether the predicted slowdown ever grows with the budget, how low budgets can be,
+and how slow plans are there.
 ``optimality`` compares plans of programs of up to about a hundred ops with the proven optimum among
 those that restore each op at most once (both need the extra ``exact``). ``peers`` measures peak and
 time of plans and of torch's own ways (``peers.py``), all interleaved in one process; and asks, for
@@ -24,28 +27,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-import memplan
 from memplan.collector import paused_collector
 from memplan.planner import bound_seconds, keep_all, solve
 from memplan.planner.exact import solve_exactly
 from memplan.planner.lowering import keep_everything, lower
 from memplan.planner.problem import make_problem
-from memplan.preparing import Prepared, prepare
 from memplan.program import Costs, Program
-from memplan.request import make_request
 from memplan.schedule import Recovery
 from memplan.timeline import floor_bytes, seconds
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "core"))
 sys.path.insert(0, str(Path(__file__).parent))
 import budgets
 import peers
 from blocks import BLOCKS
+from curves import curves
 from programs import recompute_all, training_step
-from rows import MODELS as ROWS
+from steps import models, prepared
 
 SHARES = (0.5, 0.4, 0.3)
 ABOVE_FLOOR = (0.8, 0.6, 0.4, 0.2)
@@ -54,11 +53,11 @@ ABOVE_FLOOR = (0.8, 0.6, 0.4, 0.2)
 
 def bounds(names: Iterable[str], limit_s: float) -> list[dict[str, Any]]:
     """One row for each model and budget: overhead, bound, and what planning took."""
-    made = {**ROWS, **{f"{n} (large)": f for n, f in budgets.MODELS.items()}}
+    made = models()
     rows = []
     for name in names or made:
         torch.manual_seed(0)
-        step = _prepared(*made[name]()[:2])
+        step = prepared(*made[name]()[:2])
         program, costs, recoveries = step.captured.program, step.costs, step.recoveries
         base = seconds(keep_all(program, costs), costs)
         resident = program.resident_bytes
@@ -93,14 +92,6 @@ def bounds(names: Iterable[str], limit_s: float) -> list[dict[str, Any]]:
             )
             print(_bound_line(rows[-1]), flush=True)
     return rows
-
-
-def _prepared(model: nn.Module, sample: Any) -> Prepared:
-    request = make_request(
-        model, budget=None, max_slowdown=None, passes=(), default_passes=True,
-        optimizer=None, plan=None, options=None,
-    )  # fmt: skip
-    return prepare(model, memplan.Sample.of(sample), request)
 
 
 def _bound_line(row: dict[str, Any]) -> str:
@@ -202,7 +193,7 @@ def _small_programs() -> Iterator[tuple[str, tuple[Program, Costs, tuple[Recover
         program, costs = training_step(seed, num_forward=20 + 4 * seed)
         yield f"random {seed}", (program, costs, recompute_all(program))
     for name, make in BLOCKS.items():
-        step = _prepared(*make()[:2])
+        step = prepared(*make()[:2])
         yield name, (step.captured.program, step.costs, step.recoveries)
 
 
@@ -244,7 +235,7 @@ def optimality_summary(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("bounds", "optimality", "peers"))
+    parser.add_argument("what", choices=("bounds", "curves", "optimality", "peers"))
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--limit-s", type=float, default=30.0, help="of each bound and proof")
@@ -254,6 +245,8 @@ def main() -> None:
     if arguments.what == "bounds":
         rows = bounds(arguments.models, arguments.limit_s)
         print(summary(rows))
+    elif arguments.what == "curves":
+        rows = curves(arguments.models or models())
     elif arguments.what == "optimality":
         rows = optimality(arguments.limit_s)
         print(optimality_summary(rows))

@@ -27,7 +27,7 @@ FREE_SLOWDOWN = 1.01
 """What counts as free when neither a budget nor a slowdown was asked for."""
 
 _SHARES = (0.6, 0.3, 0.15)
-_CALLS = 400_000
+_CALLS = 320_000
 """Calls of ops that one search accounts for: about a second."""
 
 _MOST_TIMES = 2500

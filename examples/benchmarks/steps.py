@@ -1,0 +1,33 @@
+"""Steps to plan: the models of the law table and of ``budgets.py``, captured and priced."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import memplan
+from memplan.preparing import Prepared, prepare
+from memplan.request import make_request
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parent))
+import budgets
+from rows import MODELS as ROWS
+
+
+def models() -> Mapping[str, Callable[[], Any]]:
+    """By name: what makes a module and a batch, and sometimes more."""
+    return {**ROWS, **{f"{name} (large)": make for name, make in budgets.MODELS.items()}}
+
+
+def prepared(model: nn.Module, sample: Any, **options: Any) -> Prepared:
+    """A step under the default passes, captured and priced."""
+    request = make_request(
+        model, budget=None, max_slowdown=None, passes=(), default_passes=True,
+        optimizer=None, plan=None, options=memplan.Options(**options),
+    )  # fmt: skip
+    return prepare(model, memplan.Sample.of(sample), request)
