@@ -32,8 +32,7 @@ def hoist(
         first = runs[time - 1] + 1 if time else 0
         group = [call for call in calls[first : runs[time]] if call.kind is Restore]
         wanted = _wanted(problem, group, time)
-        start_of_segment = problem.num_forward if time >= problem.num_forward else 0
-        places = range(time - 1, max(start_of_segment, time - _REACH) - 1, -1)
+        places = range(time - 1, max(_earliest(problem, wanted, time), time - _REACH) - 1, -1)
         room = target - sum(problem.nbytes[value] for value in wanted)
         at = _better_place(lowered, [(place, runs[place]) for place in places], first, room)
         if at is None:
@@ -47,6 +46,14 @@ def hoist(
         early -= {(value, time) for value in wanted}
     changed = Decisions(decisions.evicted, frozenset(breaks), frozenset(early))
     return None if changed == decisions else changed
+
+
+def _earliest(problem: Problem, wanted: set[int], time: int) -> int:
+    """The first op before which values can be restored: of the same segment, after all are made."""
+    if time >= problem.num_forward:
+        return problem.num_forward
+    producers = (problem.program.values[value].producer for value in wanted)
+    return max((producer + 1 for producer in producers if producer is not None), default=0)
 
 
 def _wanted(problem: Problem, group: list[Call], time: int) -> set[int]:

@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from programs import Builder, chain, programs, recompute_all, replay, unit_costs
 
 from memplan.planner import MAX_SLOWDOWN, keep_all, solve
+from memplan.planner.hoist import hoist
+from memplan.planner.lowering import Decisions, lower
+from memplan.planner.problem import make_problem
 from memplan.program import Costs, OpCost, Phase, Role
 from memplan.schedule import Catalog, Restore, check_schedule
 from memplan.timeline import floor_bytes, simulate
@@ -103,3 +106,21 @@ def test_a_restore_runs_before_an_earlier_op_where_there_is_room():
     assert found.is_feasible
     check_schedule(program, recoveries, found.schedule)
     assert replay(program, recoveries, costs, found.schedule) == found.peak_bytes <= budget
+
+
+def test_a_restore_does_not_move_to_before_its_value_was_made():
+    b = Builder()
+    x = b.value(5, Role.INPUT)
+    (small,) = b.op("f0", [x], [1])
+    (kept,) = b.op("f1", [x], [10])
+    (wide,) = b.op("f2", [x], [15])
+    (loss,) = b.op("f3", [small, kept, wide], [1])
+    program = b.program({loss: Role.OUTPUT})
+    costs = Costs({op.id: OpCost(1.0, 0, 10 * (op.id == 1)) for op in program.ops})
+    problem = make_problem(program, recompute_all(program), costs)
+    decisions = Decisions(frozenset(), frozenset({(kept, 3)}))
+    lowered = lower(problem, decisions)
+    assert lowered.peak == 1 + 15 + 10 + 10
+    hoisted = hoist(problem, decisions, lowered, target=33)
+    assert hoisted == Decisions(frozenset(), frozenset({(kept, 2)}), frozenset({(kept, 2)}))
+    assert lower(problem, hoisted).peak <= 33
