@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import curves
 import max_batch
 import peers
 import planner
 from pages import put
 
-NAMES = ("bounds", "optimality", "peers", "max_batch")
+NAMES = ("bounds", "curves", "optimality", "peers", "max_batch")
 
 
 def planner_page(found: dict[str, Any]) -> str:
     """All tables of the planner."""
-    rows = {name: found[name]["rows"] for name in ("bounds", "optimality", "peers")}
+    rows = {name: found[name]["rows"] for name in ("bounds", "curves", "optimality", "peers")}
     models = dict.fromkeys(row["model"] for row in rows["peers"])
     verdicts = [
         peers.verdict([row for row in rows["peers"] if row["model"] == model]) for model in models
@@ -45,6 +46,9 @@ def planner_page(found: dict[str, Any]) -> str:
         "its residents. *Infeasible* is proven.",
         planner.bounds_table(rows["bounds"]),
         "\n".join(f"* {line}" for line in planner.summary(rows["bounds"]).splitlines()),
+        "## Over the budget",
+        "Predicted slowdowns at 40 budgets, from the smallest to the unplanned peak.",
+        "\n".join(f"* {curves.line(row)}" for row in rows["curves"]),
         "## Against proven optima",
         planner.optimality_summary(rows["optimality"]) + ".",
         planner.optimality_table(rows["optimality"]),
