@@ -1,9 +1,8 @@
 """Masks of dropout kept as bits: an eighth of their memory, without drawing them anew.
 
-torch draws a mask serially, some nanoseconds an element; eight booleans are packed into a byte, and
-unpacked, in a tenth of one. So of the ways to get a mask back this is the cheap one; drawing it
-again under the generator's kept state frees more. Both are offered, and the plan says where one is
-worth it.
+torch draws a mask one number after the other; packing and unpacking work on eight booleans at a
+time. So of the ways to get a mask back this is the cheap one; drawing it again under the
+generator's kept state frees more. Both are offered, and the plan says where one is worth it.
 """
 
 from __future__ import annotations

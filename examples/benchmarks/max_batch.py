@@ -35,9 +35,10 @@ import torch
 from torch import nn
 
 import memplan
+from memplan.capture import source_of_call
 from memplan.planner import keep_all, solve
 from memplan.preparing import Prepared
-from memplan.program import Costs, OpCost, Phase, Program
+from memplan.program import Costs, Op, OpCost, Phase, Program
 from memplan.schedule import Catalog
 from memplan.timeline import floor_bytes, simulate
 
@@ -119,22 +120,15 @@ def training_step(name: str, batch: int, costs: str, device: str) -> tuple[Prepa
 def arithmetic(step: Prepared) -> Costs:
     """Multiply-adds instead of seconds: of products and convolutions; else one an element."""
 
-    def cost(op: int, of: int, found: OpCost) -> OpCost:
-        node = step.captured.calls.get(of)
-        value = None if node is None else node.meta["val"]
+    def cost(op: Op) -> OpCost:
+        found = step.costs.by_op[op.id]
+        value = source_of_call(step.captured, op).meta["val"]
         results = value if isinstance(value, list | tuple) else (value,)
         elements = sum(one.numel() for one in results if isinstance(one, torch.Tensor))
         return replace(found, seconds=float(found.flops // 2 or elements))
 
-    offered = [one for r in step.recoveries for one in (r.restore, r.prepare) if one is not None]
-    ops = {op.id: op for op in (*offered, *step.captured.program.ops)}
-    return Costs(
-        {
-            id: cost(id, id if ops[id].variant_of is None else ops[id].variant_of, found)
-            for id, found in step.costs.by_op.items()
-        },
-        "multiply-adds",
-    )
+    catalog = Catalog.of(step.captured.program, step.recoveries)
+    return Costs({id: cost(op) for id, op in catalog.ops.items()}, "multiply-adds")
 
 
 def fits(step: Prepared, budget_bytes: int, *, is_planned: bool) -> bool:

@@ -1,6 +1,6 @@
 """From a module and a sample to a program: forward graph, joint graph, ``Captured``."""
 
-from memplan.capture.call import OpCall, call_of, made_up_kept, reads_kept
+from memplan.capture.call import OpCall, call_of, made_up_kept, reads_kept, source_of_call
 from memplan.capture.captured import Captured, Primal
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.joint import Traced, rewrite, trace
@@ -23,6 +23,7 @@ __all__ = [
     "read",
     "reads_kept",
     "rewrite",
+    "source_of_call",
     "trace",
     "trained_by",
     "unchanged_randomness",

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from memplan.capture import Captured
+from memplan.capture import Captured, source_of_call
 from memplan.costs.devices import CPU, Device
 from memplan.program import Costs, Op, OpCost
 from memplan.torch_internals import OpOverload
@@ -23,7 +23,7 @@ def analytic_costs(captured: Captured, ops: Iterable[Op], device: Device = CPU) 
 def _cost(captured: Captured, op: Op, device: Device) -> OpCost:
     if op.target == "memplan.save_rng_state":
         return OpCost(device.launch_s)
-    node = captured.calls[op.id if op.variant_of is None else op.variant_of]
+    node = source_of_call(captured, op)
     results = _tensors(node.meta["val"])
     operands = [
         tensor for source in node.all_input_nodes for tensor in _tensors(source.meta["val"])
