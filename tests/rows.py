@@ -197,12 +197,12 @@ def frozen() -> Made:
 class Counting(nn.Module):
     """Writes two buffers in its forward and reads one of them; ties two layers' weights."""
 
-    def __init__(self, wrap: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+    def __init__(self, wrap: Callable[[torch.Tensor, torch.Tensor], Any], width: int = 32) -> None:
         super().__init__()
-        self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
+        self.first, self.second, self.third = (nn.Linear(width, width) for _ in range(3))
         self.third.weight = self.first.weight
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-        self.register_buffer("average", torch.ones(32))
+        self.register_buffer("average", torch.ones(width))
         self.wrap = wrap
 
     def forward(self, x: torch.Tensor) -> Any:

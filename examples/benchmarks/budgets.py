@@ -35,6 +35,8 @@ from pages import put
 from train_gpt import gpt_and_batch
 
 BUDGETS = ("100%", "80%", "50%", "35%")
+Scaled = tuple[nn.Module, Any, nn.Module]
+"""A model, a batch, and the model with every block under a checkpoint."""
 
 
 class Checkpointed(nn.Module):
@@ -44,12 +46,12 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the block returns."""
-        return checkpoint(self.block, *args, use_reentrant=False)
+        return checkpoint(self.block, *args, use_reentrant=False, **kwargs)
 
 
-def gpt() -> tuple[nn.Module, Any, nn.Module]:
+def gpt() -> Scaled:
     """The GPT of the examples, and the same with every block checkpointed."""
     model, batch = gpt_and_batch()
     peer = copy.deepcopy(model)
@@ -57,7 +59,7 @@ def gpt() -> tuple[nn.Module, Any, nn.Module]:
     return model, batch, peer
 
 
-def mlp() -> tuple[nn.Module, Any, nn.Module]:
+def mlp() -> Scaled:
     """Sixteen layers in ``nn.Sequential``; a block is linear, gelu and dropout."""
 
     def build() -> list[nn.Module]:
@@ -75,7 +77,7 @@ def mlp() -> tuple[nn.Module, Any, nn.Module]:
     )
 
 
-def gpt2() -> tuple[nn.Module, Any, nn.Module]:
+def gpt2() -> Scaled:
     """GPT-2 from transformers: twelve layers, width 192."""
     import transformers  # noqa: PLC0415  only some rows need it
 
@@ -85,10 +87,10 @@ def gpt2() -> tuple[nn.Module, Any, nn.Module]:
     )  # fmt: skip
     tokens = torch.randint(0, 2000, (4, 256))
     model = transformers.GPT2LMHeadModel(config).train()
-    return model, {"input_ids": tokens, "labels": tokens.clone()}, _hugging_face_peer(model)
+    return model, {"input_ids": tokens, "labels": tokens.clone()}, hugging_face_peer(model)
 
 
-def vit() -> tuple[nn.Module, Any, nn.Module]:
+def vit() -> Scaled:
     """ViT from transformers: eight layers, width 192, dropout."""
     import transformers  # noqa: PLC0415  only some rows need it
 
@@ -99,17 +101,18 @@ def vit() -> tuple[nn.Module, Any, nn.Module]:
     )  # fmt: skip
     batch = {"pixel_values": torch.randn(8, 3, 96, 96), "labels": torch.randint(0, 10, (8,))}
     model = transformers.ViTForImageClassification(config).train()
-    return model, batch, _hugging_face_peer(model)
+    return model, batch, hugging_face_peer(model)
 
 
-def _hugging_face_peer(model: Any) -> nn.Module:
+def hugging_face_peer(model: Any) -> nn.Module:
+    """A copy under the checkpoints of transformers, one for each layer."""
     peer = copy.deepcopy(model)
     peer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert isinstance(peer, nn.Module)
     return peer
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, Any, nn.Module]]] = {
+MODELS: dict[str, Callable[[], Scaled]] = {
     "gpt": gpt,
     "mlp": mlp,
     "gpt2": gpt2,

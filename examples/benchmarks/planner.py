@@ -39,8 +39,8 @@ from memplan.timeline import floor_bytes, seconds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "core"))
 sys.path.insert(0, str(Path(__file__).parent))
-import budgets
 import peers
+import scaled
 from blocks import BLOCKS
 from curves import curves
 from programs import recompute_all, training_step
@@ -259,7 +259,7 @@ def main() -> None:
         print(optimality_summary(rows))
     else:
         rows = []
-        for name in arguments.models or budgets.MODELS:
+        for name in arguments.models or scaled.MODELS:
             rows += peers.measure(name, arguments.rounds)
         print(peers.table(rows))
         for name in dict.fromkeys(row["model"] for row in rows):

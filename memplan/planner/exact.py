@@ -51,6 +51,7 @@ def solve_exactly(problem: Problem, target: int, time_limit_s: float) -> Exact:
     windows.restore_once()
     base = sum(problem.op_seconds[op] for op in range(problem.num_ops))
     bound = 0.0
+    counted: set[tuple[int, int]] = set()
     while True:
         left = deadline - time.monotonic()
         answer = windows.milp.minimise(max(left, 1.0), gap=1e-6)
@@ -63,15 +64,16 @@ def solve_exactly(problem: Problem, target: int, time_limit_s: float) -> Exact:
         if lowered.peak <= target:
             schedule = to_schedule(problem, lowered)
             return Exact(schedule, lowered.seconds, base + bound, is_proven=answer.is_optimal)
-        broken = [
-            call
+        broken = {
+            (call.time - 1, call.op)
             for call, peak in zip(lowered.calls, lowered.peak_bytes.tolist(), strict=True)
             if peak > target and call.kind is Restore
-        ]
-        if left <= 0 or not broken:
+        }
+        if left <= 0 or broken <= counted:
             return Exact(None, math.inf, base + bound, is_proven=False)
-        for call in broken:
-            windows.bound_restore(call.time - 1, call.op)
+        for window, op in sorted(broken - counted):
+            windows.bound_restore(window, op)
+        counted |= broken
 
 
 def prove(

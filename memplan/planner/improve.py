@@ -24,7 +24,7 @@ from memplan.planner.lowering import (
     lower,
 )
 from memplan.planner.problem import Problem
-from memplan.planner.repair import Candidate, Greed, repair
+from memplan.planner.repair import Greed, repair
 from memplan.schedule import Restore, Run
 
 Drop: TypeAlias = tuple[int, int]
@@ -132,14 +132,13 @@ def _repaired(
     return last if last is not None and last.peak <= target else None
 
 
-def _random_weights(draw: random.Random) -> Callable[[Candidate], float]:
+def _random_weights(draw: random.Random) -> Callable[[int, int], float]:
     weights: dict[Drop, float] = {}
 
-    def weigh(candidate: Candidate) -> float:
-        drop = (candidate.value, candidate.time)
-        if drop not in weights:
-            weights[drop] = math.exp(draw.gauss(0, _SPREAD))
-        return weights[drop]
+    def weigh(value: int, time: int) -> float:
+        if (value, time) not in weights:
+            weights[value, time] = math.exp(draw.gauss(0, _SPREAD))
+        return weights[value, time]
 
     return weigh
 

@@ -44,13 +44,13 @@ class Greed:
             made now and held. Better at budgets that are not tight, worse at others.
         may_stretch: whether a missing parent may be held longer instead of being made again. Two
             drops can then undo each other: a repair ends without.
-        weigh: a factor for each candidate's score, for another choice.
+        weigh: a factor for the score of a value made again for an op, for another choice.
     """
 
     share: float
     is_sharing: bool
     may_stretch: bool = True
-    weigh: Callable[[Candidate], float] | None = None
+    weigh: Callable[[int, int], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Candidate:
         crosses: whether the gap spans the boundary.
         start: first position at which the bytes are free.
         stop: position of the next use.
-        score: seconds per byte and position of excess.
+        score: seconds per byte and position of excess, weighed.
         parents: parents to be made again for it.
         stretched: parents to be held to the next use instead.
         sources: what all that is made of, and must be alive at the next use.
@@ -86,6 +86,7 @@ def repair(
     target: int,
     effort: Effort,
     greed: Greed,
+    most_seconds: float = math.inf,
 ) -> Iterator[tuple[Decisions, Lowered]]:
     """Yield the start and each round's decisions, until the target is met or nothing helps.
 
@@ -95,13 +96,14 @@ def repair(
         target: non-resident bytes to get down to.
         effort: what may be spent, and is.
         greed: how to choose.
+        most_seconds: predicted time past which a repair is given up.
     """
     decisions = start
     lowered = lower(problem, decisions)
     effort.spend(len(lowered.calls))
     yield decisions, lowered
     least, stale = math.inf, 0
-    while lowered.peak > target and effort.is_left:
+    while lowered.peak > target and effort.is_left and lowered.seconds <= most_seconds:
         hoisted = hoist(problem, decisions, lowered, target)
         if hoisted is not None:
             tried = lower(problem, hoisted)
@@ -149,26 +151,22 @@ def _choose(problem: Problem, lowered: Lowered, target: int, greed: Greed) -> li
     area = np.concatenate([[0], np.cumsum(excess)])
     left = excess.astype(np.int64)
     goal = float(area[-1]) * (1 - greed.share)
-    weigh = greed.weigh
-    scored = [
-        (one.score if weigh is None else one.score * weigh(one), one.value, one.time, one)
-        for one in _Gaps(problem, lowered, greed, target, area).candidates()
-    ]
+    found = _Gaps(problem, lowered, greed, target, area).candidates()
     chosen: list[Candidate] = []
     dropped: set[int] = set()
     relied_on: set[int] = set()
     highest = 0.0
-    for score, *_, candidate in sorted(scored, key=lambda row: row[:3]):
+    for candidate in sorted(found, key=lambda one: (one.score, one.value, one.time)):
         gap = slice(candidate.start, candidate.stop)
         if not left[gap].any():
             continue
-        if chosen and score > highest:
+        if chosen and candidate.score > highest:
             break
         # The cost of a drop holds as long as what it is made of stays.
         if candidate.value in relied_on or not dropped.isdisjoint(candidate.sources):
             continue
         if not chosen:
-            highest = _ALIKE * score
+            highest = _ALIKE * candidate.score
         chosen.append(candidate)
         dropped.add(candidate.value)
         relied_on |= candidate.sources
@@ -191,9 +189,10 @@ class _Gaps:
     ) -> None:
         self.problem = problem
         self.copies = lowered.copies
-        self.peak_bytes = lowered.peak_bytes
+        self.highest = RangeMaximum(lowered.peak_bytes)
         self.target = target
         self.greed = greed
+        self.least_score = math.inf
         self.area: list[int] = area.tolist()
         self.position_of_run = {c.op: c.position for c in lowered.calls if c.kind is Run}
         self.spans: dict[int, list[tuple[int, int]]] = {}
@@ -204,6 +203,7 @@ class _Gaps:
             spans.sort()
 
     def candidates(self) -> Iterator[Candidate]:
+        """All whose score is alike the least so far; others are never chosen."""
         problem, area = self.problem, self.area
         for copy in self.copies:
             if copy.value not in problem.recovery or not problem.nbytes[copy.value]:
@@ -213,7 +213,9 @@ class _Gaps:
                 start, stop = previous.position + 1, use.position
                 covered = area[stop] - area[start] if stop > start else 0
                 if covered > 0 and use.time > previous.time:
-                    yield from self.drops(copy.value, previous, use, covered)
+                    for candidate in self.drops(copy.value, previous, use, covered):
+                        self.least_score = min(self.least_score, candidate.score)
+                        yield candidate
                 previous = use
 
     def drops(self, value: int, previous: Call, use: Call, covered: int) -> Iterator[Candidate]:
@@ -223,6 +225,7 @@ class _Gaps:
         saved = (problem.nbytes[value] - problem.kept_bytes(value)) * covered
         if saved <= 0:
             return
+        weight = self.greed.weigh(value, use.time) if self.greed.weigh is not None else 1.0
         operands = [id for id in problem.operands[restore.id] if id not in problem.producer]
         alive = [id for id in operands if self.is_alive(id, stop)]
         missing = tuple(id for id in operands if id not in alive and id in problem.recovery)
@@ -236,7 +239,7 @@ class _Gaps:
                 crosses=previous.time < problem.num_forward <= use.time,
                 start=previous.position + 1,
                 stop=stop,
-                score=seconds / saved,
+                score=weight * seconds / saved,
                 parents=parents,
                 stretched=() if parents else missing,
                 sources=sources,
@@ -247,12 +250,19 @@ class _Gaps:
             if held < saved:
                 seconds = problem.restore_seconds(value)
                 yield candidate(seconds, saved - held, (), frozenset(operands))
-        seconds, parents, sources = self.chain(value, stop)
-        if len(parents) <= _MAX_CHAIN:
+        most_seconds = _ALIKE * self.least_score * saved / weight
+        chain = self.chain(value, stop, most_seconds)
+        if chain is not None:
+            seconds, parents, sources = chain
             yield candidate(seconds, saved, parents, sources)
 
-    def chain(self, value: int, stop: int) -> tuple[float, tuple[int, ...], frozenset[int]]:
-        """What making a value again at a position takes: seconds, missing parents, and the rest."""
+    def chain(
+        self, value: int, stop: int, most_seconds: float
+    ) -> tuple[float, tuple[int, ...], frozenset[int]] | None:
+        """What making a value again at a position takes: seconds, missing parents, and the rest.
+
+        None where that is too long, in parents or seconds: most chains of recurrent models are.
+        """
         problem = self.problem
         recovery = problem.recovery[value]
         seconds = problem.restore_seconds(value)
@@ -262,6 +272,8 @@ class _Gaps:
         seen = {value}
         stack = [recovery.restore.id]
         while stack:
+            if seconds > most_seconds or len(parents) > _MAX_CHAIN:
+                return None
             for operand in problem.operands[stack.pop()]:
                 if operand in seen or operand in problem.producer:
                     continue
@@ -277,8 +289,6 @@ class _Gaps:
                 stack.append(op)
                 if not (self.greed.is_sharing and self.is_made_later_anyway(operand, stop)):
                     seconds += problem.restore_seconds(operand)
-            if len(parents) > _MAX_CHAIN:
-                break
         return seconds, tuple(parents), frozenset(sources)
 
     def area_since(self, value: int, position: int) -> int:
@@ -305,5 +315,25 @@ class _Gaps:
         index = bisect_right(spans, (position, 1 << 62))
         if index == len(spans):
             return False
-        between = self.peak_bytes[position : spans[index][0]]
-        return int(between.max(initial=0)) + self.problem.nbytes[value] <= self.target
+        highest = self.highest.between(position, spans[index][0])
+        return highest + self.problem.nbytes[value] <= self.target
+
+
+class RangeMaximum:
+    """The maximum of any stretch of an array, from the maxima of all that are 2^k long."""
+
+    def __init__(self, values: NDArray[np.int64]) -> None:
+        self._levels: list[list[int]] = [values.tolist()]
+        length = 1
+        while len(values) > length:
+            values = np.maximum(values[:-length], values[length:])
+            self._levels.append(values.tolist())
+            length *= 2
+
+    def between(self, start: int, stop: int) -> int:
+        """The largest from ``start`` to before ``stop``; 0 if that is nothing."""
+        if start >= stop:
+            return 0
+        level = (stop - start).bit_length() - 1
+        maxima = self._levels[level]
+        return max(maxima[start], maxima[stop - (1 << level)])

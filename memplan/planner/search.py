@@ -40,6 +40,9 @@ _LARGE_CALLS, _LARGE_TIMES = 600_000, 70
 _ENDS = 4
 """How many repaired schedules are improved; the neighbourhood of the best is searched first."""
 
+_HOPELESS = 1.25
+"""A repair past this multiple of the time limit is given up: what improves it gains less."""
+
 _PROBES = 8
 """Targets that are tried on the way to the least peak."""
 
@@ -143,7 +146,7 @@ def within(
     ends: list[State] = []
     for decisions, greed in _attempts(problem):
         left = effort.left
-        end = _end(problem, decisions, target, effort, greed)
+        end = _end(problem, decisions, target, effort, greed, _HOPELESS * limit)
         if end.peak <= target:
             ends.append(end)
         if ends and 2 * (left - effort.left) > effort.left:
@@ -163,10 +166,17 @@ def _attempts(problem: Problem) -> Iterator[tuple[Decisions, Greed]]:
                 yield start, Greed(share, is_sharing)
 
 
-def _end(problem: Problem, start: Decisions, target: int, effort: Effort, greed: Greed) -> State:
+def _end(
+    problem: Problem,
+    start: Decisions,
+    target: int,
+    effort: Effort,
+    greed: Greed,
+    most_seconds: float,
+) -> State:
     """The last state of a repair."""
     last = None
-    for decisions, lowered in repair(problem, start, target, effort, greed):
+    for decisions, lowered in repair(problem, start, target, effort, greed, most_seconds):
         last = State.of(decisions, lowered)
     assert last is not None, "a repair yields its start"
     return last
@@ -218,7 +228,7 @@ def _reach(
     problem: Problem, state: State, target: int, limit: float
 ) -> tuple[State | None, State | None]:
     """From a state, or from nothing kept: the fastest within a target; and the lowest passed."""
-    effort = effort_for(problem)
+    effort = Effort(effort_for(problem).left // 2)
     everything = Decisions(frozenset(problem.recovery), frozenset())
     within_target: list[State] = []
     passed: list[State] = []
@@ -227,7 +237,9 @@ def _reach(
             greed = Greed(0.6, is_sharing)
             states = [
                 State.of(decisions, lowered)
-                for decisions, lowered in repair(problem, start, target, effort, greed)
+                for decisions, lowered in repair(
+                    problem, start, target, effort, greed, _HOPELESS * limit
+                )
             ]
             passed += [one for one in states if one.seconds <= limit]
             if states[-1].peak <= target:

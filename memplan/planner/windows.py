@@ -187,7 +187,11 @@ class Windows:
         overs: list[_Term] = []
         most = 0.0
         for value in dict.fromkeys(known):
-            if value in own_results or not problem.nbytes[value]:
+            if not problem.nbytes[value]:
+                continue
+            if value in own_results:
+                # Nothing takes the place of what is held to the end.
+                fixed += problem.nbytes[value] * (value in problem.program.held)
                 continue
             size = problem.nbytes[value] * self.unit
             most += size

@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import chain, programs, recompute_all, replay, subsets, training_step, unit_costs
+from programs import (
+    Builder,
+    chain,
+    programs,
+    recompute_all,
+    replay,
+    subsets,
+    training_step,
+    unit_costs,
+)
 
 from memplan.errors import MemplanError
 from memplan.planner import bound_seconds, frontier, prove, solve
@@ -19,6 +28,7 @@ from memplan.planner.bound import least_seconds
 from memplan.planner.exact import solve_exactly
 from memplan.planner.lowering import Decisions, keep_everything, lower
 from memplan.planner.problem import make_problem
+from memplan.program import Phase, Role
 from memplan.schedule import check_schedule
 
 LIMIT_S = 20.0
@@ -51,6 +61,21 @@ def test_the_optimum_is_legal_and_no_choice_of_what_to_keep_beats_it(made):
             check_schedule(program, recoveries, exact.schedule)
             peak = replay(program, recoveries, costs, exact.schedule)
             assert peak - program.resident_bytes <= target
+
+
+def test_an_output_stays_while_the_op_that_made_it_runs_again():
+    b = Builder()
+    x = b.value(10, Role.INPUT)
+    inner, output = b.op("f", [x], [50, 80])
+    tangent = b.value(10, Role.TANGENT)
+    (between,) = b.op("b0", [tangent], [20], Phase.BACKWARD)
+    b.op("b1", [tangent], [100], Phase.BACKWARD)
+    (gradient,) = b.op("b2", [inner, between], [10], Phase.BACKWARD)
+    program = b.program({output: Role.OUTPUT, gradient: Role.GRADIENT})
+    problem = make_problem(program, recompute_all(program), unit_costs(program))
+    exact = solve_exactly(problem, 230, LIMIT_S)
+    assert exact.is_proven
+    assert exact.schedule is None
 
 
 def test_the_search_is_within_a_percent_of_the_optimum_and_at_most_five():
