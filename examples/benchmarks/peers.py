@@ -111,12 +111,18 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     rows = _rows(name, modules, plans, batch, rounds)
     for knob in KNOB:
         known = {row["peak_bytes"] for row in rows if row["run"].startswith("torch")}
-        rows += _knob_rows(name, model, batch, knob, rounds, known)
+        rows += _knob_rows(name, model, batch, knob, rounds=rounds, known=known)
     return [{**row, "dominated_by": _dominating(row, rows)} for row in rows]
 
 
 def _knob_rows(
-    name: str, model: nn.Module, batch: memplan.Sample, knob: float, rounds: int, known: set[int]
+    name: str,
+    model: nn.Module,
+    batch: memplan.Sample,
+    knob: float,
+    *,
+    rounds: int,
+    known: set[int],
 ) -> list[dict[str, Any]]:
     """Torch's knob at one value; nothing where a larger one gave the same peak to the byte.
 
@@ -187,7 +193,8 @@ def _gradient_error(original: nn.Module, module: nn.Module, batch: memplan.Sampl
     return max(float((one - other).abs().max()) for one, other in pairs) / largest
 
 
-def _is_right(row: dict[str, Any]) -> bool:
+def is_right(row: dict[str, Any]) -> bool:
+    """Whether a row's gradients are right."""
     return bool(row["gradient_error"] <= RIGHT)
 
 
@@ -202,104 +209,3 @@ def _dominating(row: dict[str, Any], rows: list[dict[str, Any]]) -> str | None:
     ]
     best = min(plans, key=lambda other: other["time_ratio"], default=None)
     return None if best is None else str(best["run"])
-
-
-def verdict(rows: list[dict[str, Any]]) -> str:
-    """What the rows of one model say: dominance, the smallest peak, and predicted times."""
-    by_run = {row["run"]: row for row in rows}
-    others = [row for row in rows if not row["run"].startswith("memplan") and _is_right(row)]
-    dominated = [row for row in others if row["dominated_by"] is not None]
-    missed = [row["run"] for row in others if row["dominated_by"] is None]
-    resident = by_run["untouched"]["peak_bytes"] - by_run["untouched"]["above_bytes"]
-    smallest, near = by_run["memplan smallest"], by_run["memplan 1.1 smallest"]
-    floor = smallest["floor_bytes"] - resident
-    least = min(row["above_bytes"] for row in others)
-    first = by_run["memplan 100%"]["predicted_slowdown"]
-    errors = [
-        abs(row["to_memplan_100"] - row["predicted_slowdown"] / first)
-        for row in rows
-        if row["run"].startswith("memplan") and row["run"] != "memplan 100%"
-    ]
-    slowest = max(
-        row["predicted_slowdown"]
-        for row in rows
-        if row["run"].startswith("memplan") and row["above_bytes"] >= near["above_bytes"]
-    )
-    return (
-        f"{smallest['model']}: {len(dominated)} of {len(others)} right points dominated"
-        f"{' but for ' + ', '.join(missed) if missed else ''}; smallest "
-        f"{smallest['above_bytes'] / floor:.2f}x floor, {smallest['above_bytes'] / least:.2f}x the "
-        f"best of the others; slowest plan from 1.1x smallest on {slowest:.2f}x; |measured - "
-        f"predicted| {median(errors):.3f} in the median"
-    )
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The peers' rows as Markdown."""
-    lines = [
-        "| model | run | above resident | time | predicted | bound | gradients | dominated by |",
-        "|---|---|--:|--:|--:|--:|---|---|",
-    ]
-    for row in rows:
-        bound = "" if row["slowdown_bound"] is None else f"{row['slowdown_bound']:.2f}x"
-        predicted = row["predicted_slowdown"]
-        is_peer = not row["run"].startswith("memplan") and _is_right(row)
-        error = row["gradient_error"]
-        gradients = "same bits" if error == 0 else f"off by {error:.0e}"
-        lines.append(
-            f"| {row['model']} | {row['run']} | {memplan.format_bytes(row['above_bytes'])} "
-            f"| {row['time_ratio']:.2f}x | {'' if predicted is None else f'{predicted:.2f}x'} "
-            f"| {bound} | {gradients} "
-            f"| {(row['dominated_by'] or 'none') if is_peer else ''} |"
-        )
-    return "\n".join(lines)
-
-
-def short_table(rows: list[dict[str, Any]]) -> str:
-    """One line for each model, as Markdown."""
-    lines = [
-        "| model | points of others, gradients right | dominated | smallest peak, others' "
-        "| smallest peak, memplan's | time at 50%, predicted | time at 30%, predicted |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = {row["run"]: row for row in rows if row["model"] == model}
-        others = [row for run, row in own.items() if not run.startswith("memplan")]
-        right = [row for row in others if _is_right(row)]
-        least = min(right, key=lambda row: row["above_bytes"])
-        smallest = own["memplan smallest"]
-        cells = [
-            f"{own[run]['time_ratio']:.2f}x, {own[run]['predicted_slowdown']:.2f}x"
-            if run in own
-            else "infeasible"
-            for run in ("memplan 50%", "memplan 30%")
-        ]
-        lines.append(
-            f"| {model} | {len(right)} of {len(others)} "
-            f"| {sum(row['dominated_by'] is not None for row in right)} "
-            f"| {memplan.format_bytes(least['above_bytes'])} at {least['time_ratio']:.2f}x "
-            f"| {memplan.format_bytes(smallest['above_bytes'])} at {smallest['time_ratio']:.2f}x "
-            f"| {' | '.join(cells)} |"
-        )
-    return "\n".join(lines)
-
-
-def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time over memory, one panel a model; needs matplotlib."""
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    _, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False)
-    styles = {"memplan": "o-", "torch": "x", "checkpoint": "s", "untouched": "*"}
-    for axis, name in zip(axes[0], names, strict=True):
-        for kind, style in styles.items():
-            points = sorted(
-                (row["above_bytes"] / 2**20, row["time_ratio"])
-                for row in rows
-                if row["model"] == name and row["run"].startswith(kind) and _is_right(row)
-            )
-            axis.plot([p[0] for p in points], [p[1] for p in points], style, label=kind)
-        axis.set(title=name, xlabel="peak above resident (MiB)", ylabel="step time / untouched")
-        axis.legend()
-    plt.tight_layout()
-    plt.savefig(path)

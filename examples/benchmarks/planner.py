@@ -39,6 +39,7 @@ from memplan.timeline import floor_bytes, seconds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "core"))
 sys.path.insert(0, str(Path(__file__).parent))
+import peer_tables
 import peers
 import scaled
 from blocks import BLOCKS
@@ -261,11 +262,12 @@ def main() -> None:
         rows = []
         for name in arguments.models or scaled.MODELS:
             rows += peers.measure(name, arguments.rounds)
-        print(peers.table(rows))
-        for name in dict.fromkeys(row["model"] for row in rows):
-            print(peers.verdict([row for row in rows if row["model"] == name]))
+        print(peer_tables.table(rows))
+        for own in peer_tables.by_model(rows):
+            print(peer_tables.verdict(own))
+        print(peer_tables.summary(rows))
         if arguments.figure is not None:
-            peers.figure(rows, arguments.figure)
+            peer_tables.figure(rows, arguments.figure)
     if arguments.json is not None:
         machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import curves
 import max_batch
-import peers
+import peer_tables
 import planner
 from pages import put
 
@@ -23,10 +23,7 @@ NAMES = ("bounds", "curves", "optimality", "peers", "max_batch")
 def planner_page(found: dict[str, Any]) -> str:
     """All tables of the planner."""
     rows = {name: found[name]["rows"] for name in ("bounds", "curves", "optimality", "peers")}
-    models = dict.fromkeys(row["model"] for row in rows["peers"])
-    verdicts = [
-        peers.verdict([row for row in rows["peers"] if row["model"] == model]) for model in models
-    ]
+    verdicts = map(peer_tables.verdict, peer_tables.by_model(rows["peers"]))
     parts = [
         "# How good plans are",
         "Printed by `examples/benchmarks/planner.py` and put here by "
@@ -38,8 +35,9 @@ def planner_page(found: dict[str, Any]) -> str:
         "faster) against the captured step. A point whose gradients are wrong is dominated by "
         "nothing, and dominates nothing. `torch` is `activation_memory_budget`.",
         "![Time over memory](peers.png)",
+        "\n".join(f"* {line}" for line in peer_tables.summary(rows["peers"]).splitlines()),
         "\n".join(f"* {verdict}" for verdict in verdicts),
-        peers.table(rows["peers"]),
+        peer_tables.table(rows["peers"]),
         "## Against proven bounds",
         "Overhead over the same step with nothing recomputed, in percent, and the proven lower "
         "bound on it; for models with the budget as a share of what the captured step needs above "
@@ -60,9 +58,9 @@ def main(results: Path, readme: Path, docs: Path) -> None:
     """Write the page, and the README's tables."""
     found = {name: json.loads((results / f"{name}.json").read_text()) for name in NAMES}
     (docs / "planner.md").write_text(planner_page(found))
-    peers.figure(found["peers"]["rows"], docs / "peers.png")
+    peer_tables.figure(found["peers"]["rows"], docs / "peers.png")
     source = "examples/benchmarks/results"
-    put(readme, f"{source}/peers.json", peers.short_table(found["peers"]["rows"]))
+    put(readme, f"{source}/peers.json", peer_tables.short_table(found["peers"]["rows"]))
     batches = max_batch.table(found["max_batch"]["rows"])
     if found["max_batch"]["run"] is not None:
         batches += f"\n\n{max_batch.ran(found['max_batch']['run'])}."

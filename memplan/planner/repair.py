@@ -36,7 +36,7 @@ _ROUND_CALLS = 3
 
 @dataclass(frozen=True, slots=True)
 class Greed:
-    """How a repair chooses.
+    """How a repair chooses, and when it ends.
 
     Attributes:
         share: part of the excess, in (0, 1], that one round removes.
@@ -45,12 +45,14 @@ class Greed:
         may_stretch: whether a missing parent may be held longer instead of being made again. Two
             drops can then undo each other: a repair ends without.
         weigh: a factor for the score of a value made again for an op, for another choice.
+        most_seconds: predicted time past which the repair is given up.
     """
 
     share: float
     is_sharing: bool
     may_stretch: bool = True
     weigh: Callable[[int, int], float] | None = None
+    most_seconds: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,6 @@ def repair(
     target: int,
     effort: Effort,
     greed: Greed,
-    most_seconds: float = math.inf,
 ) -> Iterator[tuple[Decisions, Lowered]]:
     """Yield the start and each round's decisions, until the target is met or nothing helps.
 
@@ -96,14 +97,13 @@ def repair(
         target: non-resident bytes to get down to.
         effort: what may be spent, and is.
         greed: how to choose.
-        most_seconds: predicted time past which a repair is given up.
     """
     decisions = start
     lowered = lower(problem, decisions)
     effort.spend(len(lowered.calls))
     yield decisions, lowered
     least, stale = math.inf, 0
-    while lowered.peak > target and effort.is_left and lowered.seconds <= most_seconds:
+    while lowered.peak > target and effort.is_left and lowered.seconds <= greed.most_seconds:
         hoisted = hoist(problem, decisions, lowered, target)
         if hoisted is not None:
             tried = lower(problem, hoisted)

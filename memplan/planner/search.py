@@ -144,9 +144,9 @@ def within(
         return base
     effort = effort_for(problem) if effort is None else effort
     ends: list[State] = []
-    for decisions, greed in _attempts(problem):
+    for decisions, greed in _attempts(problem, limit):
         left = effort.left
-        end = _end(problem, decisions, target, effort, greed, _HOPELESS * limit)
+        end = _end(problem, decisions, target, effort, greed)
         if end.peak <= target:
             ends.append(end)
         if ends and 2 * (left - effort.left) > effort.left:
@@ -157,26 +157,19 @@ def within(
     return best if best.seconds <= limit else None
 
 
-def _attempts(problem: Problem) -> Iterator[tuple[Decisions, Greed]]:
+def _attempts(problem: Problem, limit: float) -> Iterator[tuple[Decisions, Greed]]:
     """Where repairs start, and how they choose."""
     everything = Decisions(frozenset(problem.recovery), frozenset())
     for share in _SHARES:
         for start in (keep_everything(problem), everything):
             for is_sharing in (True, False):
-                yield start, Greed(share, is_sharing)
+                yield start, Greed(share, is_sharing, most_seconds=_HOPELESS * limit)
 
 
-def _end(
-    problem: Problem,
-    start: Decisions,
-    target: int,
-    effort: Effort,
-    greed: Greed,
-    most_seconds: float,
-) -> State:
+def _end(problem: Problem, start: Decisions, target: int, effort: Effort, greed: Greed) -> State:
     """The last state of a repair."""
     last = None
-    for decisions, lowered in repair(problem, start, target, effort, greed, most_seconds):
+    for decisions, lowered in repair(problem, start, target, effort, greed):
         last = State.of(decisions, lowered)
     assert last is not None, "a repair yields its start"
     return last
@@ -234,12 +227,10 @@ def _reach(
     passed: list[State] = []
     for start in (state.decisions, everything):
         for is_sharing in (True, False):
-            greed = Greed(0.6, is_sharing)
+            greed = Greed(0.6, is_sharing, most_seconds=_HOPELESS * limit)
             states = [
                 State.of(decisions, lowered)
-                for decisions, lowered in repair(
-                    problem, start, target, effort, greed, _HOPELESS * limit
-                )
+                for decisions, lowered in repair(problem, start, target, effort, greed)
             ]
             passed += [one for one in states if one.seconds <= limit]
             if states[-1].peak <= target:
