@@ -1,4 +1,4 @@
-"""Steps to plan: the models of the law table and of ``budgets.py``, captured and priced."""
+"""Steps to plan: the models of the law table, as they are and scaled, captured and priced."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from memplan.request import make_request
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))
-import budgets
+import scaled
 from rows import MODELS as ROWS
 
 
 def models() -> Mapping[str, Callable[[], Any]]:
     """By name: what makes a module and a batch, and sometimes more."""
-    return {**ROWS, **{f"{name} (large)": make for name, make in budgets.MODELS.items()}}
+    return {**ROWS, **{f"{name} (large)": make for name, make in scaled.MODELS.items()}}
 
 
 def prepared(model: nn.Module, sample: Any, **options: Any) -> Prepared:
