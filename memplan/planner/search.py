@@ -37,6 +37,10 @@ _FEWEST_TIMES = 200
 _LARGE_CALLS, _LARGE_TIMES = 600_000, 70
 """... and very large ones at most so many calls, and so many times."""
 
+_STARTS = 0.15
+"""Part of the effort that repairs from scratch take, if any of them fits; the search nearby gains
+more by the rest."""
+
 _ENDS = 4
 """How many repaired schedules are improved; the neighbourhood of the best is searched first."""
 
@@ -144,12 +148,12 @@ def within(
         return base
     effort = effort_for(problem) if effort is None else effort
     ends: list[State] = []
+    enough = (1 - _STARTS) * effort.left
     for decisions, greed in _attempts(problem, limit):
-        left = effort.left
         end = _end(problem, decisions, target, effort, greed)
         if end.peak <= target:
             ends.append(end)
-        if ends and 2 * (left - effort.left) > effort.left:
+        if ends and effort.left <= enough:
             break
     if not ends:
         return None
