@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 from programs import Builder, chain, programs, recompute_all, replay, unit_costs
@@ -14,6 +16,7 @@ from memplan.planner import MAX_SLOWDOWN, keep_all, solve
 from memplan.planner.hoist import hoist
 from memplan.planner.lowering import Decisions, lower
 from memplan.planner.problem import make_problem
+from memplan.planner.repair import RangeMaximum
 from memplan.program import Costs, OpCost, Phase, Role
 from memplan.schedule import Catalog, Restore, check_schedule
 from memplan.timeline import floor_bytes, simulate
@@ -124,3 +127,11 @@ def test_a_restore_does_not_move_to_before_its_value_was_made():
     hoisted = hoist(problem, decisions, lowered, target=33)
     assert hoisted == Decisions(frozenset(), frozenset({(kept, 2)}), frozenset({(kept, 2)}))
     assert lower(problem, hoisted).peak <= 33
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=40))
+def test_the_maximum_of_any_stretch(values):
+    highest = RangeMaximum(np.array(values))
+    for start in range(len(values)):
+        for stop in range(len(values) + 1):
+            assert highest.between(start, stop) == max(values[start:stop], default=0)
