@@ -119,7 +119,7 @@ class Pricing:
         }
         on_cuda = any(parameter.is_cuda for parameter in trained.values())
         if device is None and on_cuda:
-            device = replace(CPU, name="CUDA", is_cuda=True, granule_bytes=512)
+            device = replace(CPU, name="CUDA", is_cuda=True)
         cost = update_cost(optimizer, trained, one_by_one=in_backward, device=device)
         return replace(self, update=cost)
 

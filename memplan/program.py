@@ -193,10 +193,12 @@ class Layout:
     Attributes:
         strides: in elements.
         dtype: its name, such as "float32".
+        device: where it is, such as "cpu" or "cuda:0".
     """
 
     strides: tuple[int, ...]
     dtype: str
+    device: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 
-RNG_STATE_BYTES = {"cpu": 5056, "cuda": 16}
-"""Size of a generator's state, by device type."""
+RandomStates: TypeAlias = tuple[torch.Tensor, ...]
+"""Of the CPU's generator, then of those of the GPUs."""
 
 
 def save_rng_state(device: str) -> torch.Tensor:
@@ -16,6 +16,19 @@ def save_rng_state(device: str) -> torch.Tensor:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_rng_state(device)
     return torch.get_rng_state()
+
+
+def random_states() -> RandomStates:
+    """The states of the generators of the CPU and of every GPU in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return (torch.get_rng_state(), *cuda)
+
+
+def set_random_states(states: RandomStates) -> None:
+    """Put back what ``random_states`` returned."""
+    torch.set_rng_state(states[0])
+    for index, state in enumerate(states[1:]):
+        torch.cuda.set_rng_state(state, index)
 
 
 def redraw(

@@ -53,7 +53,8 @@ def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery,
         if overwritten.intersection(op.operands):
             continue
         if op.is_random:
-            offered.append(_redraw(op, next(op_ids), next(op_ids), next(value_ids)))
+            new = next(op_ids), next(op_ids), next(value_ids)
+            offered.append(_redraw(op, *new, captured.device))
         else:
             offered.append(Recovery(_NAME, op.results, op))
     return tuple(offered)
@@ -80,9 +81,10 @@ def _batch_norm(captured: Captured, op: Op, id: int) -> Recovery:
     )
 
 
-def _redraw(op: Op, save: int, draw: int, state: int) -> Recovery:
+def _redraw(op: Op, save: int, draw: int, state: int, device: torch.device) -> Recovery:
     """Keep the state of the generator before a random op; draw again under it."""
-    nbytes = torch.get_rng_state().nbytes
+    # That of a GPU's generator is kept in the host's memory.
+    nbytes = 0 if device.type == "cuda" else torch.get_rng_state().nbytes
     return Recovery(
         pass_name=_NAME,
         restores=op.results,

@@ -84,12 +84,12 @@ def mobilenet() -> Scaled:
 
 def lstm() -> Scaled:
     """Two recurrent layers over 24 tokens."""
-    return _recurrent(nn.LSTM)
+    return _recurrent(nn.LSTM, 280)
 
 
 def gru() -> Scaled:
     """Two recurrent layers over 24 tokens."""
-    return _recurrent(nn.GRU)
+    return _recurrent(nn.GRU, 360)
 
 
 def experts() -> Scaled:
@@ -154,9 +154,9 @@ def _classifier(model: nn.Module, x: torch.Tensor, *, classes: int) -> tuple[nn.
     return memplan.WithLoss(model, nn.functional.cross_entropy), (x, target)
 
 
-def _recurrent(kind: type[nn.RNNBase]) -> Scaled:
+def _recurrent(kind: type[nn.RNNBase], batch_size: int) -> Scaled:
     model, batch = _classifier(
-        RecurrentClassifier(kind, width=256), torch.randint(0, 50, (280, 24)), classes=5
+        RecurrentClassifier(kind, width=256), torch.randint(0, 50, (batch_size, 24)), classes=5
     )
     return model, batch, checkpointed(model, "model", only=nn.RNNBase)
 

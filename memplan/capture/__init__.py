@@ -1,7 +1,7 @@
 """From a module and a sample to a program: forward graph, joint graph, ``Captured``."""
 
 from memplan.capture.call import OpCall, call_of, made_up_kept, reads_kept, source_of_call
-from memplan.capture.captured import Captured, Primal
+from memplan.capture.captured import Captured, Primal, tensors_of
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.layout import Layouts, other_layouts, with_layouts
@@ -24,6 +24,7 @@ __all__ = [
     "reads_kept",
     "rewrite",
     "source_of_call",
+    "tensors_of",
     "trace",
     "trained_by",
     "unchanged_randomness",

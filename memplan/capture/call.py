@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memplan.capture.captured import Captured
+from memplan.capture.captured import Captured, tensors_of
 from memplan.packing import pack, unpack
 from memplan.program import Op
 from memplan.rng import OWN_DRAWS, redraw, save_rng_state
@@ -62,7 +62,7 @@ def source_of_call(captured: Captured, op: Op) -> fx.Node:
 def made_up_kept(captured: Captured, op: Op) -> torch.Tensor | None:
     """A tensor like the one that an op of a recovery reads and that was kept for it."""
     if op.target == "memplan.redraw":
-        return torch.get_rng_state()
+        return save_rng_state(str(first_tensor(source_of_call(captured, op)).device))
     if op.target == "memplan.unpack_mask":
         return torch.zeros(first_tensor(source_of_call(captured, op)).numel() // 8).byte()
     return None
@@ -75,6 +75,4 @@ def reads_kept(op: Op) -> bool:
 
 def first_tensor(node: fx.Node) -> torch.Tensor:
     """The first tensor among an op's results, as recorded."""
-    value = node.meta["val"]
-    items = value if isinstance(value, list | tuple) else (value,)
-    return next(item for item in items if isinstance(item, torch.Tensor))
+    return tensors_of(node.meta["val"])[0]

@@ -69,6 +69,13 @@ class Captured:
     guards: tuple[Decision, ...]
     differences: tuple[Difference, ...]
 
+    @property
+    def device(self) -> torch.device:
+        """The device that the step's memory is counted on: a GPU, if anything is on one."""
+        values = (node.meta["val"] for node in self.calls.values())
+        devices = {tensor.device for value in values for tensor in tensors_of(value)}
+        return max(devices, key=lambda one: one.type == "cuda", default=torch.device("cpu"))
+
     def in_place(self, op: int, over: int) -> tuple[int, InPlace]:
         """How a captured op writes over a value, and the position of that argument."""
         node = self.calls[op]
@@ -77,3 +84,9 @@ class Captured:
             for position, in_place in node.meta["in_place"].items()
             if self.storage[node.args[position]] == over
         )
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """The tensors among what an op returns, in order."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return [item for item in values if isinstance(item, torch.Tensor)]

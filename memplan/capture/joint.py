@@ -17,7 +17,7 @@ from memplan.capture.dropout import dropout_as_eager
 from memplan.capture.explain import explain, is_data_dependent
 from memplan.capture.flat import Differentiable, Flat, Output
 from memplan.capture.origins import origins
-from memplan.capture.recurrent import OneLayerAtATime
+from memplan.capture.recurrent import OneLayerAtATime, without_flat_weights
 from memplan.capture.refusals import refuse_after, refuse_before, refused_inside
 from memplan.capture.surroundings import unchanged_randomness, without_meta
 from memplan.errors import CaptureError
@@ -99,6 +99,7 @@ def trace(
         OneLayerAtATime() as recurrent,
         CudaAttention() if has_cuda_attention else contextlib.nullcontext(),
         without_checkpointing(),
+        without_flat_weights(),
         without_idle_moves(),
         without_log_of_failures(),
         _explained(module),
@@ -174,6 +175,12 @@ def _differences(
         kinds = ", ".join(sorted(recurrent))
         reason = f"the recurrent kernels ({kinds}) are captured as other ops than the module runs"
         found.append(Difference(True, reason))
+    if any(map(_is_cudnn_batch_norm, joint.graph.nodes)):
+        reason = (
+            "batch norm is captured as torch's own kernel, and the untouched module runs cuDNN's, "
+            "which rounds otherwise"
+        )
+        found.append(Difference(True, reason))
     if torch.is_autocast_cache_enabled() and any(map(_is_cast_again, joint.inputs)):
         reason = (
             "autocast casts a weight that is used more than once in every use; the untouched "
@@ -193,6 +200,16 @@ def _differences(
         )
         found.append(Difference(False, reason))
     return tuple(found)
+
+
+def _is_cudnn_batch_norm(node: fx.Node) -> bool:
+    """Whether eager runs this backward of batch norm in training by cuDNN."""
+    return (
+        node.target is torch.ops.aten.native_batch_norm_backward.default
+        and bool(node.args[7])
+        and node.meta["val"][0].device.type == "cuda"
+        and torch.backends.cudnn.enabled
+    )
 
 
 def _is_cast_again(given: JointInput) -> bool:

@@ -1,8 +1,9 @@
 """Layouts as kernels make them, where the trace recorded others.
 
-The rules by which torch predicts a kernel's strides and dtypes are sometimes wrong. What follows
-from them then is, too: a ``view`` that the kernel's real result cannot have, where eager copies;
-statistics of a norm that are in 32 bits, and recorded in 16.
+The rules by which torch predicts a kernel's strides, dtypes and devices are sometimes wrong. What
+follows from them then is, too: a ``view`` that the kernel's real result cannot have, where eager
+copies; statistics of a norm that are in 32 bits, and recorded in 16; the seed of an attention's
+dropout that is in the host's memory, and recorded on the GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from memplan.capture.captured import Captured
+from memplan.capture.captured import Captured, tensors_of
 from memplan.capture.joint import Traced, own_gradients
 from memplan.program import Costs, Layout
 from memplan.torch_internals import copy_joint, fake_mode_of
@@ -27,7 +28,7 @@ def other_layouts(captured: Captured, costs: Costs) -> dict[str, Layouts]:
     found: dict[str, Layouts] = {}
     for op, node in captured.calls.items():
         seen = costs.by_op[op].result_layouts
-        recorded = _tensors(node.meta["val"])
+        recorded = tensors_of(node.meta["val"])
         if any(_differ(like, layout) for like, layout in zip(recorded, seen, strict=False)):
             found[node.name] = seen
     return found
@@ -36,15 +37,10 @@ def other_layouts(captured: Captured, costs: Costs) -> dict[str, Layouts]:
 def _differ(recorded: torch.Tensor, seen: Layout | None) -> bool:
     if seen is None:
         return False
-    if recorded.dtype != _dtype(seen):
+    if recorded.dtype != _dtype(seen) or recorded.device != torch.device(seen.device):
         return True
     pairs = zip(recorded.shape, recorded.stride(), seen.strides, strict=True)
     return recorded.numel() > 0 and any(size > 1 and mine != other for size, mine, other in pairs)
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    values = value if isinstance(value, list | tuple) else (value,)
-    return [item for item in values if isinstance(item, torch.Tensor)]
 
 
 def _dtype(layout: Layout) -> torch.dtype:
@@ -107,8 +103,9 @@ def _relayout(value: object, layouts: Layouts) -> object:
         seen = next(remaining)
         if seen is None:
             return tensor
-        device = tensor.device
-        return torch.empty_strided(tensor.shape, seen.strides, dtype=_dtype(seen), device=device)
+        return torch.empty_strided(
+            tensor.shape, seen.strides, dtype=_dtype(seen), device=seen.device
+        )
 
     if isinstance(value, torch.Tensor):
         return one(value)

@@ -6,15 +6,31 @@ at a time, with the dropout between them, the trace draws what the untouched mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from memplan.torch_internals import without_onednn
 
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
+
+@contextlib.contextmanager
+def without_flat_weights() -> Iterator[None]:
+    """Inside, recurrent modules leave their weights where they are.
+
+    For cuDNN they move them into one buffer, which asks for the addresses of a trace's tensors.
+    """
+    original = nn.RNNBase.flatten_parameters
+    nn.RNNBase.flatten_parameters = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.RNNBase.flatten_parameters = original  # type: ignore[method-assign]
 
 
 class OneLayerAtATime(TorchFunctionMode):
@@ -38,7 +54,9 @@ class OneLayerAtATime(TorchFunctionMode):
         del types
         name = getattr(func, "__name__", "")
         if name in _RECURRENT and len(args) == 9:
-            self.seen.add(name)
+            # cuDNN keeps the state of its own generator.
+            other = " with dropout that draws other numbers" if _has_cudnn_dropout(args) else ""
+            self.seen.add(f"{name}{other}")
             # What the recurrent kernels of oneDNN hand to their backward is opaque: it can be
             # neither measured nor made again.
             with without_onednn():
@@ -47,12 +65,22 @@ class OneLayerAtATime(TorchFunctionMode):
 
 
 def _recurrent(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    # A packed sequence has its states where others have weights; torch does not trace those.
-    if isinstance(args[2], list):
-        num_layers, dropout, training = args[4:7]
-        if training and dropout > 0 and num_layers > 1:
-            return _layer_by_layer(func, *args)
+    if _has_dropout(args):
+        return _layer_by_layer(func, *args)
     return func(*args)
+
+
+def _has_dropout(args: tuple[Any, ...]) -> bool:
+    """Whether a recurrent call drops out between its layers."""
+    # A packed sequence has its states where others have weights; torch does not trace those.
+    if not isinstance(args[2], list):
+        return False
+    num_layers, dropout, training = args[4:7]
+    return bool(training and dropout > 0 and num_layers > 1)
+
+
+def _has_cudnn_dropout(args: tuple[Any, ...]) -> bool:
+    return _has_dropout(args) and args[0].is_cuda and torch.backends.cudnn.enabled
 
 
 def _layer_by_layer(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from memplan.capture import Captured, source_of_call
+from memplan.capture import Captured, source_of_call, tensors_of
 from memplan.costs.devices import CPU, Device
 from memplan.program import Costs, Op, OpCost
 from memplan.torch_internals import OpOverload
@@ -24,9 +23,9 @@ def _cost(captured: Captured, op: Op, device: Device) -> OpCost:
     if op.target == "memplan.save_rng_state":
         return OpCost(device.launch_s)
     node = source_of_call(captured, op)
-    results = _tensors(node.meta["val"])
+    results = tensors_of(node.meta["val"])
     operands = [
-        tensor for source in node.all_input_nodes for tensor in _tensors(source.meta["val"])
+        tensor for source in node.all_input_nodes for tensor in tensors_of(source.meta["val"])
     ]
     traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*results, *operands))
     flops = _flops(node)
@@ -48,8 +47,3 @@ def _flops(node: fx.Node) -> int:
     args = fx.map_arg(node.args, lambda argument: argument.meta["val"])
     kwargs = fx.map_arg(node.kwargs, lambda argument: argument.meta["val"])
     return int(formula(*args, **kwargs, out_val=node.meta["val"]))
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    items = value if isinstance(value, list | tuple) else (value,)
-    return [item for item in items if isinstance(item, torch.Tensor)]

@@ -16,7 +16,7 @@ import torch
 
 from memplan.program import Layout, OpCost
 
-_SCHEMA = 5
+_SCHEMA = 6
 _LOG = logging.getLogger("memplan")
 
 
@@ -29,10 +29,20 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "memplan"
 
 
-def describe_machine() -> str:
+def describe_machine(device: torch.device) -> str:
     """What measured costs depend on, apart from the op."""
+    cuda = []
+    if device.type == "cuda":
+        cuda = [
+            torch.cuda.get_device_name(device),
+            f"cudnn {torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
+            f"benchmark {torch.backends.cudnn.benchmark}",
+            f"deterministic {torch.backends.cudnn.deterministic}",
+            f"tf32 {torch.backends.cudnn.allow_tf32}",
+        ]
     return ", ".join(
         [
+            *cuda,
             _processor(),
             f"{torch.get_num_threads()} threads",
             f"torch {torch.__version__}",
@@ -68,9 +78,9 @@ class CostCache:
     entries: Mapping[str, OpCost]
 
     @classmethod
-    def load(cls) -> CostCache:
-        """Read the file for this machine and setting; one that is damaged counts as empty."""
-        machine = describe_machine()
+    def load(cls, device: torch.device) -> CostCache:
+        """Read the file for a device and setting; one that is damaged counts as empty."""
+        machine = describe_machine(device)
         name = hashlib.sha256(machine.encode()).hexdigest()[:16]
         path = cache_folder() / f"costs-{name}.json"
         return cls(machine, path, _read(path, machine))
@@ -95,7 +105,7 @@ class CostCache:
                     cost.flops,
                     cost.workspace_bytes,
                     cost.result_bytes,
-                    [one and [one.strides, one.dtype] for one in cost.result_layouts],
+                    [one and [one.strides, one.dtype, one.device] for one in cost.result_layouts],
                 ]
                 for signature, cost in self.entries.items()
             },
@@ -123,7 +133,9 @@ def _read(path: Path, machine: str) -> dict[str, OpCost]:
                 int(workspace),
                 tuple(map(int, sizes)),
                 tuple(
-                    None if one is None else Layout(tuple(map(int, one[0])), str(one[1]))
+                    None
+                    if one is None
+                    else Layout(tuple(map(int, one[0])), str(one[1]), str(one[2]))
                     for one in layouts
                 ),
             )

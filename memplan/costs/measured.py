@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping
-from statistics import median
 from typing import Any
 
 import torch
 from torch import fx
 
-from memplan.capture import Captured, call_of, made_up_kept, unchanged_randomness
-from memplan.costs.cache import CostCache
-from memplan.program import Costs, Layout, Op, OpCost
-from memplan.torch_internals import (
-    phase,
-    recording,
-    span_peaks,
-    storage_key,
-    without_autocast,
+from memplan.capture import (
+    Captured,
+    call_of,
+    made_up_kept,
+    source_of_call,
+    tensors_of,
+    unchanged_randomness,
 )
+from memplan.costs.cache import CostCache
+from memplan.costs.meters import call_seconds, metering
+from memplan.program import Costs, Layout, Op, OpCost
+from memplan.torch_internals import storage_key, without_autocast
 
-_RUNS = 5
-_FEWEST_RUNS = 3
-_ENOUGH_S = 0.25
-"""An op that took this long altogether is run no more often than the fewest times."""
+_ROUNDS = 2
+"""All ops are timed one after another so often: what slows the machine for a while then shows in
+one round, and the least time is taken."""
 
 _LOG = logging.getLogger("memplan")
 
@@ -33,60 +32,100 @@ _LOG = logging.getLogger("memplan")
 def measured_costs(captured: Captured, ops: Iterable[Op]) -> Costs:
     """Run every distinct op that is not in the cache; keep the result there.
 
-    Workspace is the exact peak of the allocator's events inside the op, results apart, after one
-    run to warm up. Time is the median of up to five runs. An op that refuses made-up operands has
-    a cost that says so.
+    Workspace is the exact peak of the allocator inside the op, results apart, after one run to
+    warm up. Time is the least of a few runs. An op that refuses made-up operands has a cost that
+    says so.
     """
     ops = list(ops)
-    cache = CostCache.load()
+    device = captured.device
+    cache = CostCache.load(device)
     distinct = {op.signature: op for op in ops if op.signature not in cache.entries}
-    new = _measure(captured, distinct) if distinct else {}
+    new = _measure(captured, distinct, cache.entries) if distinct else {}
     cache = cache.updated({name: cost for name, cost in new.items() if not cost.refusal})
     known = {**cache.entries, **new}
     return Costs({op.id: known[op.signature] for op in ops}, f"measured, {cache.machine}")
 
 
-def _measure(captured: Captured, distinct: Mapping[str, Op]) -> dict[str, OpCost]:
+def _measure(
+    captured: Captured, distinct: Mapping[str, Op], entries: Mapping[str, OpCost]
+) -> dict[str, OpCost]:
+    device = captured.device
+    elsewhere = _recorded_elsewhere(captured, entries)
+    alike: dict[str, list[Op]] = {}
+    for op in captured.program.ops:
+        alike.setdefault(op.signature, []).append(op)
     result_bytes: dict[str, tuple[int, ...]] = {}
     result_layouts: dict[str, tuple[Layout | None, ...]] = {}
-    seconds: dict[str, float] = {}
     refused: dict[str, OpCost] = {}
-    with unchanged_randomness(), torch.no_grad(), without_autocast(), recording() as profile:
+    with unchanged_randomness(), torch.no_grad(), without_autocast(), metering(device) as meter:
         for number, (signature, op) in enumerate(distinct.items()):
             _LOG.debug("measuring op %d of %d", number + 1, len(distinct))
             run, operands = _runnable(captured, op)
-            if refusal := _refusal(run, op):
+            if refusal := _refusal(captured, run, op, elsewhere):
                 refused[signature] = OpCost(0.0, refusal=refusal)
                 continue
-            with phase(str(number)):
+            with meter.during(str(number)):
                 result = run()
             tensors = _in_recorded_places(captured, op, result)
-            result_bytes[signature] = _storage_bytes(tensors, operands)
+            result_bytes[signature] = _storage_bytes(tensors, operands, device)
             result_layouts[signature] = tuple(map(_layout, tensors))
+            for one in alike.get(signature, ()):
+                elsewhere |= _seen_elsewhere(captured, one, result_layouts[signature])
             del result, tensors
-    for number, (signature, op) in enumerate(distinct.items()):
-        if signature in refused:
-            continue
-        _LOG.debug("timing op %d of %d", number + 1, len(distinct))
-        with unchanged_randomness(), torch.no_grad(), without_autocast():
-            seconds[signature] = _seconds(_runnable(captured, op)[0])
+    measured = {name: op for name, op in distinct.items() if name not in refused}
+    seconds = _seconds(captured, measured)
     names = [str(number) for number, name in enumerate(distinct) if name not in refused]
-    peaks = span_peaks(profile, names)
-    measured = {
+    peaks = meter.peaks(names)
+    costs = {
         signature: OpCost(
             seconds=seconds[signature],
-            workspace_bytes=max(0, peaks[str(number)] - sum(result_bytes[signature])),
+            workspace_bytes=max(0, peaks[name] - sum(result_bytes[signature])),
             result_bytes=result_bytes[signature],
             result_layouts=result_layouts[signature],
         )
-        for number, signature in enumerate(distinct)
-        if signature not in refused
+        for name, signature in zip(names, measured, strict=True)
     }
-    return {**measured, **refused}
+    return {**costs, **refused}
 
 
-def _refusal(run: Callable[[], object], op: Op) -> str:
-    """Run an op once, to warm up; why it refuses made-up operands, or ""."""
+def _seconds(captured: Captured, measured: Mapping[str, Op]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for number in range(_ROUNDS):
+        _LOG.debug("timing %d ops, round %d of %d", len(measured), number + 1, _ROUNDS)
+        for signature, op in measured.items():
+            with unchanged_randomness(), torch.no_grad(), without_autocast():
+                taken = call_seconds(_runnable(captured, op)[0], captured.device)
+            seconds[signature] = min(taken, seconds.get(signature, taken))
+    return seconds
+
+
+def _recorded_elsewhere(captured: Captured, entries: Mapping[str, OpCost]) -> set[fx.Node]:
+    """Calls with a known result on another device than the trace recorded."""
+    ops = captured.program.ops
+    known = [(op, entries[op.signature]) for op in ops if op.signature in entries]
+    return {
+        node for op, cost in known for node in _seen_elsewhere(captured, op, cost.result_layouts)
+    }
+
+
+def _seen_elsewhere(captured: Captured, op: Op, layouts: Iterable[Layout | None]) -> set[fx.Node]:
+    if op.variant_of is not None:
+        return set()
+    node = captured.calls[op.id]
+    pairs = zip(tensors_of(node.meta["val"]), layouts, strict=False)
+    moved = any(seen and torch.device(seen.device) != one.device for one, seen in pairs)
+    return {node} if moved else set()
+
+
+def _refusal(captured: Captured, run: Callable[[], object], op: Op, elsewhere: set[fx.Node]) -> str:
+    """Run an op once, to warm up; why it refuses made-up operands, or "".
+
+    Not with an operand that is recorded ``elsewhere``: a kernel that takes an address of the
+    host's memory for one of the device's ends the process.
+    """
+    operands = source_of_call(captured, op).all_input_nodes
+    if any({node, *node.all_input_nodes} & elsewhere for node in operands):
+        return f"{op.target} has an operand that is recorded on another device than it is on"
     try:
         run()
     except (RuntimeError, IndexError, ValueError) as error:
@@ -102,7 +141,8 @@ def _refusal(run: Callable[[], object], op: Op) -> str:
 def _layout(tensor: torch.Tensor | None) -> Layout | None:
     if tensor is None:
         return None
-    return Layout(tensor.stride(), str(tensor.dtype).removeprefix("torch."))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Layout(tensor.stride(), dtype, str(tensor.device))
 
 
 def _in_recorded_places(captured: Captured, op: Op, result: object) -> list[torch.Tensor | None]:
@@ -120,25 +160,21 @@ def _in_recorded_places(captured: Captured, op: Op, result: object) -> list[torc
 
 
 def _storage_bytes(
-    results: Iterable[torch.Tensor | None], operands: Iterable[object]
+    results: Iterable[torch.Tensor | None], operands: Iterable[object], device: torch.device
 ) -> tuple[int, ...]:
-    """What each storage of a result takes; nothing where it is an operand's memory, or missing."""
+    """What each storage of a result takes of the device's memory.
+
+    Nothing where it is an operand's memory, elsewhere, or missing.
+    """
     operand_keys = {storage_key(tensor) for tensor in operands if isinstance(tensor, torch.Tensor)}
     nbytes: dict[int, int] = {}
     for place, tensor in enumerate(results):
         key = ~place if tensor is None else storage_key(tensor)
-        is_new = tensor is not None and key not in operand_keys
-        nbytes[key] = tensor.untyped_storage().nbytes() if is_new and tensor is not None else 0
+        if tensor is None or key in operand_keys or tensor.device.type != device.type:
+            nbytes[key] = 0
+        else:
+            nbytes[key] = tensor.untyped_storage().nbytes()
     return tuple(nbytes.values())
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    times: list[float] = []
-    while len(times) < _FEWEST_RUNS or (len(times) < _RUNS and sum(times) < _ENOUGH_S):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return median(times)
 
 
 def _runnable(captured: Captured, op: Op) -> tuple[Callable[[], object], Iterable[object]]:
@@ -154,7 +190,7 @@ def _runnable(captured: Captured, op: Op) -> tuple[Callable[[], object], Iterabl
     args = fx.map_arg(call.args, operand)
     if call.target is torch.ops.aten.nonzero_static.default:
         # As many places as the step was captured for; how many there are rules the workspace.
-        mask = torch.arange(args[0].numel()) < call.kwargs["size"]
+        mask = torch.arange(args[0].numel(), device=args[0].device) < call.kwargs["size"]
         args[0].copy_(mask.view(args[0].shape))
     kwargs = fx.map_arg(call.kwargs, operand)
     return lambda: call.target(*args, **kwargs), made.values()

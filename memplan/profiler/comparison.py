@@ -15,6 +15,7 @@ from memplan.errors import MemplanError
 from memplan.module import PlannedModule
 from memplan.profiler.measure import Profile, describe, read_memory, time_step
 from memplan.profiler.step import preserved, run_step, unchanged_inputs
+from memplan.rng import RandomStates, random_states, set_random_states
 from memplan.sample import Sample
 from memplan.torch_internals import SpentGradient
 from memplan.units import format_bytes
@@ -34,7 +35,7 @@ class Comparison:
         gradients_equal: whether all gradients have, those that are None included.
         buffers_equal: whether all buffers have, after the step.
         parameters_equal: whether all parameters have, after the optimizer's step if there is one.
-        rng_equal: whether torch's random state is the same after the step.
+        rng_equal: whether torch's random states are the same after the step.
         max_gradient_error: the largest difference of any entry over the largest gradient entry
             of the original. Where gradients are used up in the backward, the updated parameters
             are compared in their place.
@@ -82,7 +83,7 @@ class _Outcome:
     gradients: dict[str, torch.Tensor | None]
     buffers: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
-    rng: torch.Tensor
+    rng: RandomStates
 
 
 def compare(
@@ -108,9 +109,11 @@ def compare(
         )
     with preserved(original, optimizer), preserved(planned, optimizer), unchanged_inputs(batch):
         _LOG.debug("comparing loss and gradients")
-        rng = torch.get_rng_state()
-        mine = _outcome(original, batch, optimizer, rng)
-        theirs = _outcome(planned, batch, optimizer, rng)
+        random = random_states()
+        mine = _outcome(original, batch, optimizer, random)
+        theirs = _outcome(planned, batch, optimizer, random)
+        differences = _differences(mine, theirs)
+        del mine, theirs
         readings = []
         for module, name in ((original, "original"), (planned, "planned")):
             _LOG.debug("measuring the %s step's memory", name)
@@ -125,7 +128,7 @@ def compare(
             original=describe(original, batch, optimizer, readings[0], step_s[0]),
             planned=describe(planned, batch, optimizer, readings[1], step_s[1]),
             time_ratio=median(b / a for a, b in times),
-            **_differences(mine, theirs),
+            **differences,
         )
 
 
@@ -139,18 +142,18 @@ def _differences(mine: _Outcome, theirs: _Outcome) -> dict[str, Any]:
         "gradients_equal": _all_equal(*pairs),
         "buffers_equal": _all_equal(mine.buffers, theirs.buffers),
         "parameters_equal": _all_equal(mine.parameters, theirs.parameters),
-        "rng_equal": torch.equal(mine.rng, theirs.rng),
+        "rng_equal": all(map(torch.equal, mine.rng, theirs.rng)),
         "max_gradient_error": _error(*pairs),
         "losses": (mine.loss.item(), theirs.loss.item()),
     }
 
 
 def _outcome(
-    module: nn.Module, sample: Sample, optimizer: Optimizer | None, rng: torch.Tensor
+    module: nn.Module, sample: Sample, optimizer: Optimizer | None, random: RandomStates
 ) -> _Outcome:
     """One step under a random state; what it changes is put back."""
     with preserved(module, optimizer):
-        torch.set_rng_state(rng)
+        set_random_states(random)
         result = run_step(module, sample)
         gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
         if optimizer is not None:
@@ -160,7 +163,7 @@ def _outcome(
             gradients=gradients,
             buffers={name: buffer.detach().clone() for name, buffer in module.named_buffers()},
             parameters={name: p.detach().clone() for name, p in module.named_parameters()},
-            rng=torch.get_rng_state(),
+            rng=random_states(),
         )
 
 

@@ -14,7 +14,14 @@ import torch
 
 from memplan.collector import paused_collector
 from memplan.profiler.step import During
-from memplan.torch_internals import allocations, phase, recording, spans
+from memplan.torch_internals import (
+    allocations,
+    peak_requested_bytes,
+    phase,
+    recording,
+    requested_bytes,
+    spans,
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,15 @@ def read_cpu(run: Callable[[During], object]) -> Reading:
 
 
 def read_cuda(run: Callable[[During], object], device: torch.device) -> Reading:
-    """Run once between readings of torch's statistics."""
+    """Run once between readings of torch's statistics.
+
+    Bytes are those that were asked for; the allocator's blocks are up to a few hundred bytes
+    larger each.
+    """
     torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
+    # What earlier steps left in the cache would count as reserved.
+    torch.cuda.empty_cache()
+    before = requested_bytes(device)
     phases: dict[str, int] = {}
     reserved = 0
 
@@ -75,7 +88,7 @@ def read_cuda(run: Callable[[During], object], device: torch.device) -> Reading:
         torch.cuda.reset_peak_memory_stats(device)
         yield
         torch.cuda.synchronize(device)
-        phases[name] = torch.cuda.max_memory_allocated(device) - before
+        phases[name] = peak_requested_bytes(device) - before
         reserved = max(reserved, torch.cuda.max_memory_reserved(device))
 
     kept = run(during)

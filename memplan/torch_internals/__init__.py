@@ -35,7 +35,13 @@ from memplan.torch_internals.joint import (
     is_backward,
     trace_joint,
 )
-from memplan.torch_internals.memory import Allocations, inner_tensors, without_data
+from memplan.torch_internals.memory import (
+    Allocations,
+    inner_tensors,
+    peak_requested_bytes,
+    requested_bytes,
+    without_data,
+)
 from memplan.torch_internals.optimizers import attributes_without_hooks, defined_step
 from memplan.torch_internals.spent import SpentGradient
 from memplan.torch_internals.state import (
@@ -81,10 +87,12 @@ __all__ = [
     "is_fake",
     "is_plain_tensor",
     "is_under_autocast",
+    "peak_requested_bytes",
     "phase",
     "questions_about_tracing",
     "received_from_one_node",
     "recording",
+    "requested_bytes",
     "set_origin",
     "span_peaks",
     "spans",

@@ -88,3 +88,13 @@ def inner_tensors(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
         return (tensor,)
     names, _ = tensor.__tensor_flatten__()
     return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
+
+
+def requested_bytes(device: torch.device) -> int:
+    """What tensors and kernels hold on a CUDA device now."""
+    return int(torch.cuda.memory_stats(device)["requested_bytes.all.current"])
+
+
+def peak_requested_bytes(device: torch.device) -> int:
+    """The most that they held since ``reset_peak_memory_stats``."""
+    return int(torch.cuda.memory_stats(device)["requested_bytes.all.peak"])

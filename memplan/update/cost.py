@@ -20,6 +20,7 @@ from memplan.collector import paused_collector
 from memplan.costs import CostCache, Device
 from memplan.errors import MemplanError
 from memplan.program import OpCost
+from memplan.rng import random_states, set_random_states
 from memplan.torch_internals import (
     Allocations,
     fake_mode_of,
@@ -119,7 +120,7 @@ def _cached(
         for name, parameter in trained.items()
         if one_by_one
     }
-    cache = CostCache.load()
+    cache = CostCache.load(torch.device("cpu"))
     if not {key, *names.values()} <= cache.entries.keys():
         made = _measured(optimizer, trained, one_by_one)
         whole = replace(made.cost, result_bytes=(made.state_bytes,))
@@ -239,9 +240,9 @@ def _require_separate(optimizer: Optimizer, trained: Mapping[str, nn.Parameter])
     Raises:
         MemplanError: naming it.
     """
-    rng = torch.get_rng_state()
+    random = random_states()
     together, others = _with_data(optimizer, trained)
-    torch.set_rng_state(rng)
+    set_random_states(random)
     apart, copies = _with_data(optimizer, trained)
     groups = group_of(apart)
     for number in range(_STEPS):
