@@ -43,11 +43,13 @@ def batches(
         yield windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-def gpt_and_batch() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+def gpt_and_batch(
+    batch_size: int = 16, context: int = 256
+) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     """The model and one batch, for ``memplan compare examples/train_gpt.py:gpt_and_batch``."""
     torch.manual_seed(0)
     text, vocabulary = load_text()
-    return GPT(vocabulary, context=256), next(batches(text, 16, 256, seed=0))
+    return GPT(vocabulary, context=context), next(batches(text, batch_size, context, seed=0))
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def on(device, dtype, **more):
 )
 def test_attention_is_one_fused_kernel(device, dtype, more, kernel):
     model, batch = on(device, dtype, **more)
-    program = read(trace(model, Sample.of(batch), has_cuda_attention=True)).program
+    program = read(trace(model, Sample.of(batch), is_for_cuda=True)).program
     attention = [op for op in program.ops if "attention" in op.target]
     assert [f"dot_product_{kernel}_attention" in op.target for op in attention] == [True, True]
     assert all(op.is_random == ("dropout" in more) for op in attention[:1])
@@ -50,6 +50,19 @@ def test_attention_is_one_fused_kernel(device, dtype, more, kernel):
     assert largest < 2 * 4 * 16 * 16 * 32, "no matrix of scores"
     plan = memplan.plan(model, batch, budget="80%", options=H100)
     assert plan.costs_source == "analytic, H100 SXM 80 GB"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_autocast_for_cuda_casts_there(device):
+    class Cast(Attention):
+        def forward(self, x):
+            with torch.autocast("cuda", torch.bfloat16):
+                return super().forward(x)
+
+    with torch.device(device):
+        model, batch = Cast(), {"x": torch.randn(2, 16, 32)}
+    program = read(trace(model, Sample.of(batch), is_for_cuda=True)).program
+    assert any("flash_attention" in op.target for op in program.ops)
 
 
 def test_memory_comes_in_blocks():

@@ -12,6 +12,7 @@ from torch import fx, nn
 from memplan.capture.accumulate import accumulate
 from memplan.capture.attention import CudaAttention
 from memplan.capture.attributes import unchanged_attributes, unchanged_tensors
+from memplan.capture.casts import cuda_casts_on_cpu
 from memplan.capture.decisions import Decision, decide
 from memplan.capture.dropout import dropout_as_eager
 from memplan.capture.explain import explain, is_data_dependent
@@ -76,11 +77,11 @@ def trace(
     module: nn.Module,
     sample: Sample,
     differentiable: Differentiable = None,
-    has_cuda_attention: bool = False,
+    is_for_cuda: bool = False,
 ) -> Traced:
     """Trace one training step of a module, in its present mode, for this sample.
 
-    With ``has_cuda_attention``, attention is traced as a CUDA device would run it.
+    With ``is_for_cuda``, attention and autocast are traced as a CUDA device would run them.
 
     All random states, and the modules' attributes, are left as they were found.
 
@@ -97,7 +98,7 @@ def trace(
         unchanged_tensors(module),
         unchanged_attributes(module),
         OneLayerAtATime() as recurrent,
-        CudaAttention() if has_cuda_attention else contextlib.nullcontext(),
+        _as_on_cuda(given) if is_for_cuda else contextlib.nullcontext(),
         without_checkpointing(),
         without_flat_weights(),
         without_idle_moves(),
@@ -152,6 +153,13 @@ def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor]) -> Joint:
         with origins(flat.wrapped):
             joint = trace_joint(flat, tensors)
     return joint
+
+
+@contextlib.contextmanager
+def _as_on_cuda(given: Sample) -> Iterator[None]:
+    is_there = any(tensor.is_cuda for tensor in given.tensors())
+    with CudaAttention(), contextlib.nullcontext() if is_there else cuda_casts_on_cpu():
+        yield
 
 
 @contextlib.contextmanager

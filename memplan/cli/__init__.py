@@ -5,6 +5,9 @@ from __future__ import annotations
 import click
 
 from memplan.cli.compare import compare
+from memplan.cli.frontier import frontier
+from memplan.cli.plan import plan
+from memplan.cli.verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -13,6 +16,7 @@ def main() -> None:
     """Train within the memory that you have."""
 
 
-main.add_command(compare)
+for command in (plan, frontier, compare, verify):
+    main.add_command(command)
 
 __all__ = ["main"]

@@ -6,26 +6,18 @@ import click
 from rich.console import Console
 
 from memplan import api, profiler
+from memplan.cli.failures import end_if_broken, failures
 from memplan.cli.progress import progress
-from memplan.cli.target import load_target
-from memplan.errors import InfeasibleBudget, MemplanError, UnitsError
+from memplan.cli.target import load_target, with_target
 from memplan.module import PlannedModule
 from memplan.plan import Plan
 from memplan.profiler import Comparison
 from memplan.report import comparison_table
 from memplan.schedule import Effect
 
-BROKEN_PROMISE = 4
-
-
-class InfeasibleError(click.ClickException):
-    """No plan fits."""
-
-    exit_code = 3
-
 
 @click.command()
-@click.argument("target")
+@with_target
 @click.option("--budget", metavar="BYTES", help='Bound on the peak: "6GiB", 6000000000, "50%".')
 @click.option(
     "--max-slowdown", type=float, metavar="X", help="Bound on predicted time: 1.2 is 20% more."
@@ -33,40 +25,39 @@ class InfeasibleError(click.ClickException):
 @click.option(
     "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds to time."
 )
-def compare(target: str, budget: str | None, max_slowdown: float | None, steps: int) -> None:
+def compare(
+    target: str,
+    settings: tuple[str, ...],
+    budget: str | None,
+    max_slowdown: float | None,
+    steps: int,
+) -> None:
     r"""Plan a training step and measure it beside the untouched one.
 
-    TARGET is file.py:factory or package.module:factory; the factory takes no arguments and
-    returns (model, batch), or (model, batch, optimizer) for the whole step.
+    TARGET is file.py:factory or package.module:factory; the factory returns (model, batch), or
+    (model, batch, optimizer) for the whole step.
 
     \b
     Exit codes: 0 the plan holds what it promises; 1 the factory or the capture failed;
     2 wrong usage; 3 no plan fits the budget; 4 the plan breaks a promise.
     """
-    model, batch, optimizer = load_target(target)
-    try:
-        with progress():
-            planned = api.optimize(
-                model, batch, budget=budget, max_slowdown=max_slowdown, optimizer=optimizer
-            )
-            comparison = profiler.compare(model, planned, batch, steps=steps)
-    except UnitsError as error:
-        raise click.BadParameter(str(error), param_hint="--budget") from error
-    except InfeasibleBudget as error:
-        raise InfeasibleError(str(error)) from error
-    except MemplanError as error:
-        raise click.ClickException(str(error)) from error
-    console = Console()
-    console.print(comparison_table(comparison, planned.plan))
-    broken = _broken_promises(comparison, planned.plan)
-    if not comparison.is_exact:
-        for note in planned.plan.notes:
-            click.echo(f"note: {note}", err=True)
-    for promise in broken:
-        click.echo(f"broken promise: {promise}", err=True)
-    if broken:
-        raise SystemExit(BROKEN_PROMISE)
+    model, batch, optimizer = load_target(target, settings)
+    with failures(), progress():
+        planned = api.optimize(
+            model, batch, budget=budget, max_slowdown=max_slowdown, optimizer=optimizer
+        )
+        comparison = profiler.compare(model, planned, batch, steps=steps)
+    show_proof(comparison, planned.plan)
     click.echo(f"{planned.plan.num_restores} ops run again. To train so: {_next(budget, planned)}")
+
+
+def show_proof(comparison: Comparison, plan: Plan) -> None:
+    """Print a comparison; end the command with 4 if the plan breaks a promise."""
+    Console().print(comparison_table(comparison, plan))
+    if not comparison.is_exact:
+        for note in plan.notes:
+            click.echo(f"note: {note}", err=True)
+    end_if_broken(_broken_promises(comparison, plan))
 
 
 def _broken_promises(comparison: Comparison, plan: Plan) -> list[str]:

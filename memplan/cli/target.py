@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import click
 from torch import nn
@@ -19,18 +22,36 @@ class TargetError(click.ClickException):
     exit_code = 1
 
 
-def load_target(target: str) -> tuple[nn.Module, object, object]:
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def with_target(command: Command) -> Command:
+    """Give a command its TARGET, and ``--set`` for the factory's arguments."""
+    option = click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="An argument of the factory, as often as there are some.",
+    )
+    return click.argument("target")(option(command))
+
+
+def load_target(target: str, settings: Iterable[str] = ()) -> tuple[nn.Module, object, object]:
     """Call a factory that returns ``(model, batch)`` or ``(model, batch, optimizer)``.
 
     The optimizer is one over the model's parameters, a callable that makes one, or None.
 
     Args:
         target: ``path/to/file.py:factory`` or ``package.module:factory``.
+        settings: keyword arguments of the factory, each ``name=value``; a value that is no Python
+            literal is text.
 
     Raises:
-        click.UsageError: if there is no such file, module or factory.
+        click.UsageError: if there is no such file, module, factory or argument.
         TargetError: if the factory raises or returns something else.
     """
+    arguments = dict(map(_setting, settings))
     place, colon, name = target.rpartition(":")
     if not colon or not place or not name:
         raise click.UsageError(
@@ -40,12 +61,31 @@ def load_target(target: str) -> tuple[nn.Module, object, object]:
     factory = getattr(module, name, None)
     if not callable(factory):
         raise click.UsageError(f"{place} has no function {name!r}")
-    return _call(factory, target)
-
-
-def _call(factory: Callable[[], object], target: str) -> tuple[nn.Module, object, object]:
     try:
-        made = factory()
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise click.UsageError(
+            f"{target} is {name}{inspect.signature(factory)}: {error}; give its arguments with "
+            "--set NAME=VALUE"
+        ) from error
+    return _call(factory, target, arguments)
+
+
+def _setting(setting: str) -> tuple[str, object]:
+    name, equals, text = setting.partition("=")
+    if not equals or not name.isidentifier():
+        raise click.UsageError(f"--set {setting!r} must be NAME=VALUE")
+    try:
+        return name, ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return name, text
+
+
+def _call(
+    factory: Callable[..., object], target: str, arguments: Mapping[str, object]
+) -> tuple[nn.Module, object, object]:
+    try:
+        made = factory(**arguments)
     except Exception as error:
         raise TargetError(f"{target} raised {type(error).__name__}: {error}") from error
     match made:

@@ -1,0 +1,72 @@
+"""What goes wrong, as one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from memplan.errors import InfeasibleBudget, MemplanError, PlanMismatch, UnitsError
+
+MISMATCH = 4
+"""A promise that is broken, or a plan for another step."""
+
+
+class InfeasibleError(click.ClickException):
+    """No plan fits."""
+
+    exit_code = 3
+
+
+class MismatchError(click.ClickException):
+    """A plan is for another step."""
+
+    exit_code = MISMATCH
+
+
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+    """Inside, what memplan raises ends the command: 2 wrong usage, 3 no plan fits, 1 the rest."""
+    try:
+        yield
+    except UnitsError as error:
+        raise click.BadParameter(str(error), param_hint="--budget") from error
+    except InfeasibleBudget as error:
+        raise InfeasibleError(str(error)) from error
+    except MemplanError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@contextlib.contextmanager
+def mismatches() -> Iterator[None]:
+    """Inside, a plan for another step ends the command with 4."""
+    try:
+        yield
+    except PlanMismatch as error:
+        raise MismatchError(str(error)) from error
+
+
+def end_if_broken(broken: list[str]) -> None:
+    """Say which promises are broken, and exit with 4 if there are any."""
+    for promise in broken:
+        click.echo(f"broken promise: {promise}", err=True)
+    if broken:
+        raise SystemExit(MISMATCH)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        click.UsageError: if it cannot be written.
+    """
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(text)
+        new.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise click.UsageError(f"cannot write {path}: {error.strerror}") from error

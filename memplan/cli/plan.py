@@ -1,0 +1,81 @@
+"""``memplan plan``: what a budget would cost, without running the model."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from memplan import api
+from memplan.cli.failures import failures, write_whole
+from memplan.cli.progress import progress
+from memplan.cli.target import load_target, with_target
+from memplan.costs import DEVICES
+from memplan.options import Options
+from memplan.report import plan_tables
+
+
+@click.command()
+@with_target
+@click.option("--budget", metavar="BYTES", help='Bound on the peak: "6GiB", 6000000000, "50%".')
+@click.option(
+    "--max-slowdown", type=float, metavar="X", help="Bound on predicted time: 1.2 is 20% more."
+)
+@click.option(
+    "--device", type=click.Choice(list(DEVICES)), help="Plan for a device that need not be there."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan here."
+)
+@click.option("--json", "is_json", is_flag=True, help="Print the plan as JSON, and no more.")
+def plan(
+    target: str,
+    settings: tuple[str, ...],
+    *,
+    budget: str | None,
+    max_slowdown: float | None,
+    device: str | None,
+    output: Path | None,
+    is_json: bool,
+) -> None:
+    r"""Plan a training step: its peak, its time, and what is alive at the peak.
+
+    TARGET is file.py:factory or package.module:factory; the factory returns (model, batch), or
+    (model, batch, optimizer) for the whole step. The model is not run.
+
+    \b
+    Exit codes: 0 there is a plan; 1 the factory or the capture failed; 2 wrong usage;
+    3 no plan fits the budget.
+    """
+    model, batch, optimizer = load_target(target, settings)
+    with failures(), progress():
+        found = api.plan(
+            model,
+            batch,
+            budget=budget,
+            max_slowdown=max_slowdown,
+            optimizer=optimizer,
+            options=Options(device=device),
+        )
+    if output is not None:
+        write_whole(output, found.to_json() + "\n")
+    if is_json:
+        click.echo(found.to_json())
+        return
+    console = Console()
+    for table in plan_tables(found):
+        console.print(table)
+    for note in (found.advice, *found.notes):
+        if note:
+            click.echo(f"note: {note}", err=True)
+    given = [target, *(part for setting in settings for part in ("--set", setting))]
+    if device is not None:
+        return
+    if output is None:
+        bounds = [] if budget is None else ["--budget", budget]
+        bounds += [] if max_slowdown is None else ["--max-slowdown", str(max_slowdown)]
+        click.echo(f"To measure it: {shlex.join(['memplan', 'compare', *given, *bounds])}")
+    else:
+        click.echo(f"To measure it: {shlex.join(['memplan', 'verify', str(output), *given])}")
