@@ -41,6 +41,8 @@ def _fused(  # noqa: PLR0917 - as torch has it
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
+    query, key, value = map(_as_autocast, (query, key, value))
+    attn_mask = None if attn_mask is None else _as_autocast(attn_mask)
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
@@ -59,3 +61,11 @@ def _fused(  # noqa: PLR0917 - as torch has it
         query, key, value, bias, True, dropout_p, is_causal, scale=scale
     )[0]
     return output
+
+
+def _as_autocast(operand: torch.Tensor) -> torch.Tensor:
+    """As autocast hands it to attention, which is among the functions that it casts down for."""
+    kind = operand.device.type
+    if not torch.is_autocast_enabled(kind) or operand.dtype is not torch.float32:
+        return operand
+    return operand.to(torch.get_autocast_dtype(kind))
