@@ -64,9 +64,9 @@ def load_target(target: str, settings: Iterable[str] = ()) -> tuple[nn.Module, o
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
+        known = ", ".join(inspect.signature(factory).parameters) or "no arguments"
         raise click.UsageError(
-            f"{target} is {name}{inspect.signature(factory)}: {error}; give its arguments with "
-            "--set NAME=VALUE"
+            f"{target}: {error}; it takes {known}, given as --set NAME=VALUE"
         ) from error
     return _call(factory, target, arguments)
 

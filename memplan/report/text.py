@@ -96,15 +96,15 @@ def plan_tables(plan: Plan) -> list[Table]:
     return [totals, peak]
 
 
-_BAR = 24
+_BAR = 10
 
 
 def frontier_table(plans: Sequence[Plan]) -> Table:
     """Plans by ascending peak, with the time that each takes."""
     table = Table(title="What memory costs in time, predicted", title_justify="left")
-    for header in ("peak", "above resident", "of unplanned", "time", "ops run again"):
+    for header in ("peak", "above resident", "share", "time", "ops run again"):
         table.add_column(header, justify="right")
-    table.add_column("time added")
+    table.add_column("time added", no_wrap=True)
     most = max(plan.slowdown for plan in plans) - 1
     for plan in plans:
         above = plan.peak_bytes - plan.resident_bytes
