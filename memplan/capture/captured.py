@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -69,7 +70,7 @@ class Captured:
     guards: tuple[Decision, ...]
     differences: tuple[Difference, ...]
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """The device that the step's memory is counted on: a GPU, if anything is on one."""
         values = (node.meta["val"] for node in self.calls.values())

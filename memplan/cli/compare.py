@@ -8,7 +8,7 @@ from rich.console import Console
 from memplan import api, profiler
 from memplan.cli.failures import end_if_broken, failures
 from memplan.cli.progress import progress
-from memplan.cli.target import load_target, with_target
+from memplan.cli.target import load_target, with_bounds, with_target
 from memplan.module import PlannedModule
 from memplan.plan import Plan
 from memplan.profiler import Comparison
@@ -18,10 +18,7 @@ from memplan.schedule import Effect
 
 @click.command()
 @with_target
-@click.option("--budget", metavar="BYTES", help='Bound on the peak: "6GiB", 6000000000, "50%".')
-@click.option(
-    "--max-slowdown", type=float, metavar="X", help="Bound on predicted time: 1.2 is 20% more."
-)
+@with_bounds
 @click.option(
     "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds to time."
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 
 import click
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.console import Console
 from memplan import api
 from memplan.cli.failures import failures
 from memplan.cli.progress import progress
-from memplan.cli.target import load_target, with_target
+from memplan.cli.target import command_line, load_target, with_target
 from memplan.report import frontier_table
 
 SCHEMA_VERSION = 1
@@ -53,6 +52,6 @@ def frontier(target: str, settings: tuple[str, ...], points: int, is_json: bool)
         click.echo(json.dumps(total))
         return
     Console().print(frontier_table(plans))
-    given = [target, *(part for setting in settings for part in ("--set", setting))]
-    bound = ["--budget", str(plans[len(plans) // 2].peak_bytes)]
-    click.echo(f"To measure one of them: {shlex.join(['memplan', 'compare', *given, *bound])}")
+    bounds = ["--budget", str(plans[len(plans) // 2].peak_bytes)]
+    again = command_line("compare", target, settings, bounds=bounds)
+    click.echo(f"To measure one of them: {again}")

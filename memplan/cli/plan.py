@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import click
@@ -11,7 +10,7 @@ from rich.console import Console
 from memplan import api
 from memplan.cli.failures import failures, write_whole
 from memplan.cli.progress import progress
-from memplan.cli.target import load_target, with_target
+from memplan.cli.target import command_line, load_target, with_bounds, with_target
 from memplan.costs import DEVICES
 from memplan.options import Options
 from memplan.report import plan_tables
@@ -19,10 +18,7 @@ from memplan.report import plan_tables
 
 @click.command()
 @with_target
-@click.option("--budget", metavar="BYTES", help='Bound on the peak: "6GiB", 6000000000, "50%".')
-@click.option(
-    "--max-slowdown", type=float, metavar="X", help="Bound on predicted time: 1.2 is 20% more."
-)
+@with_bounds
 @click.option(
     "--device", type=click.Choice(list(DEVICES)), help="Plan for a device that need not be there."
 )
@@ -70,12 +66,11 @@ def plan(
     for note in (found.advice, *found.notes):
         if note:
             click.echo(f"note: {note}", err=True)
-    given = [target, *(part for setting in settings for part in ("--set", setting))]
     if device is not None:
         return
-    if output is None:
-        bounds = [] if budget is None else ["--budget", budget]
-        bounds += [] if max_slowdown is None else ["--max-slowdown", str(max_slowdown)]
-        click.echo(f"To measure it: {shlex.join(['memplan', 'compare', *given, *bounds])}")
-    else:
-        click.echo(f"To measure it: {shlex.join(['memplan', 'verify', str(output), *given])}")
+    if output is not None:
+        click.echo(f"To measure it: {command_line('verify', target, settings, str(output))}")
+        return
+    bounds = [] if budget is None else ["--budget", budget]
+    bounds += [] if max_slowdown is None else ["--max-slowdown", str(max_slowdown)]
+    click.echo(f"To measure it: {command_line('compare', target, settings, bounds=bounds)}")

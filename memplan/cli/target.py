@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -35,6 +36,25 @@ def with_target(command: Command) -> Command:
         help="An argument of the factory, as often as there are some.",
     )
     return click.argument("target")(option(command))
+
+
+def with_bounds(command: Command) -> Command:
+    """Give a command ``--budget`` and ``--max-slowdown``."""
+    budget = click.option(
+        "--budget", metavar="BYTES", help='Bound on the peak: "6GiB", 6000000000, "50%".'
+    )
+    max_slowdown = click.option(
+        "--max-slowdown", type=float, metavar="X", help="Bound on predicted time: 1.2 is 20% more."
+    )
+    return budget(max_slowdown(command))
+
+
+def command_line(
+    command: str, target: str, settings: Iterable[str], *more: str, bounds: Iterable[str] = ()
+) -> str:
+    """What to type for a command on the same target."""
+    given = [part for setting in settings for part in ("--set", setting)]
+    return shlex.join(["memplan", command, *more, target, *given, *bounds])
 
 
 def load_target(target: str, settings: Iterable[str] = ()) -> tuple[nn.Module, object, object]:
