@@ -164,20 +164,19 @@ def build_step(model: nn.Module, sample: Sample, request: Request) -> PlannedSte
             f"Options(device={request.options.device!r}) makes plans for reading: memplan.plan. "
             "What is to run is planned for the device that the model is on."
         )
-    captured, chosen, recoveries = make_plan(model, sample, request)
+    prepared, chosen = make_plan(model, sample, request)
+    captured, recoveries = prepared.captured, prepared.recoveries
     in_backward = request.in_backward
     update = None if in_backward is None else in_backward.updating()
     emitted = emit(captured, recoveries, chosen.schedule, update)
-    step = PlannedStep(captured, recoveries, emitted, chosen, in_backward)
+    step = PlannedStep(captured, recoveries, prepared.costs, emitted, chosen, in_backward)
     check_emitted(step)
     _LOG.info("%s", chosen)
     return step
 
 
 @paused_collector()
-def make_plan(
-    model: nn.Module, sample: Sample, request: Request
-) -> tuple[Captured, Plan, tuple[Recovery, ...]]:
+def make_plan(model: nn.Module, sample: Sample, request: Request) -> tuple[Prepared, Plan]:
     """Capture a step and choose how it runs."""
     step = prepare(model, sample, request)
     captured, recoveries = step.captured, step.recoveries
@@ -194,7 +193,7 @@ def make_plan(
         )
     if request.options.with_bound:
         chosen = replace(chosen, slowdown_bound=_slowdown_bound(step, chosen, request))
-    return captured, chosen, recoveries
+    return step, chosen
 
 
 def _solved(step: Prepared, request: Request) -> tuple[Schedule, int | None]:

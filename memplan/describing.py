@@ -31,17 +31,19 @@ class Original:
     Attributes:
         peak_bytes: its predicted peak, residents included.
         seconds: its predicted time.
+        schedule: everything is kept that autograd keeps.
     """
 
     peak_bytes: int
     seconds: float
+    schedule: Schedule
 
 
 def describe_original(program: Program, costs: Costs) -> Original:
     """Account for the captured step with everything kept that autograd keeps."""
     schedule = keep_all(program, costs)
     timeline = simulate(program, Catalog.of(program, ()), schedule, costs)
-    return Original(timeline.peak_bytes, seconds(schedule, costs))
+    return Original(timeline.peak_bytes, seconds(schedule, costs), schedule)
 
 
 def describe_plan(

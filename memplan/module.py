@@ -17,6 +17,7 @@ from memplan.plan import Plan
 from memplan.runtime import PlannedStep
 from memplan.sample import Sample
 from memplan.signature import State, signature_of
+from memplan.trace import MemoryTrace
 
 Build = Callable[[nn.Module, Sample], PlannedStep]
 """Captures, plans and emits one step."""
@@ -79,6 +80,16 @@ class PlannedModule(nn.Module):
                 "to memplan.optimize"
             )
         return self._last.plan
+
+    @property
+    def trace(self) -> MemoryTrace:
+        """What ``plan`` predicts, block by block.
+
+        Raises:
+            NotPlannedYet: before there is one.
+        """
+        assert self.plan is not None and self._last is not None
+        return self._last.trace
 
     @property
     def plans(self) -> tuple[Plan, ...]:

@@ -13,11 +13,13 @@ from memplan.capture import Captured, Traced, rewrite, trace, update_in_backward
 from memplan.collector import paused_collector
 from memplan.describing import Original, describe_original, describe_plan
 from memplan.plan import PassRecord, Plan
+from memplan.predicting import predicted_trace
 from memplan.pricing import Pricing, offers
 from memplan.program import Costs
 from memplan.request import Request
 from memplan.sample import Sample
-from memplan.schedule import Effect, Recovery
+from memplan.schedule import Catalog, Effect, Recovery, Schedule
+from memplan.trace import MemoryTrace
 from memplan.units import Budget
 
 _LOG = logging.getLogger("memplan")
@@ -33,6 +35,7 @@ class Prepared:
         costs: of every op that may run.
         unplanned: peak and time of the captured step, no pass taken part.
         describe: makes a plan of a schedule.
+        unplanned_trace: what the captured step will leave, no pass taken part.
     """
 
     captured: Captured
@@ -40,6 +43,13 @@ class Prepared:
     costs: Costs
     unplanned: Original
     describe: Callable[..., Plan]
+    unplanned_trace: Callable[[], MemoryTrace]
+
+    def trace(self, schedule: Schedule) -> MemoryTrace:
+        """What a schedule will leave."""
+        program = self.captured.program
+        catalog = Catalog.of(program, self.recoveries)
+        return predicted_trace(program, catalog, schedule, self.costs, str(self.captured.device))
 
     def resolve(self, budget: Budget | None) -> int | None:
         """A budget in bytes."""
@@ -76,7 +86,15 @@ def prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
         captured_effect=Effect.ROUNDING if is_rounded else Effect.EXACT,
         notes=[difference.reason for difference in captured.differences],
     )
-    return Prepared(captured, recoveries, costs, unplanned, describe)
+    unplanned_trace = partial(
+        predicted_trace,
+        original.program,
+        Catalog.of(original.program, ()),
+        unplanned.schedule,
+        original_costs,
+        str(original.device) if pricing.device is None else pricing.device.name,
+    )
+    return Prepared(captured, recoveries, costs, unplanned, describe, unplanned_trace)
 
 
 def _rewritten(traced: Traced, request: Request) -> Traced:

@@ -13,8 +13,10 @@ from memplan.capture import Captured
 from memplan.emit import Emitted
 from memplan.errors import CaptureError, PlanMismatch
 from memplan.plan import Plan
+from memplan.predicting import predicted_trace
+from memplan.program import Costs
 from memplan.sample import Sample
-from memplan.schedule import Recovery
+from memplan.schedule import Catalog, Recovery
 from memplan.signature import State
 from memplan.torch_internals import (
     backward_keeps_graph,
@@ -25,6 +27,7 @@ from memplan.torch_internals import (
     unflatten,
     without_autocast,
 )
+from memplan.trace import MemoryTrace
 from memplan.update import InBackward
 
 
@@ -35,6 +38,7 @@ class PlannedStep:
     Attributes:
         captured: the program and the joint graph.
         recoveries: what the passes offered.
+        costs: of every op that may run.
         emitted: the two functions.
         plan: what was decided.
         in_backward: what updates parameters in the backward, or None.
@@ -42,9 +46,18 @@ class PlannedStep:
 
     captured: Captured
     recoveries: tuple[Recovery, ...]
+    costs: Costs
     emitted: Emitted
     plan: Plan
     in_backward: InBackward | None = None
+
+    @property
+    def trace(self) -> MemoryTrace:
+        """What the step will leave, block by block."""
+        program = self.captured.program
+        catalog = Catalog.of(program, self.recoveries)
+        device = str(self.captured.device)
+        return predicted_trace(program, catalog, self.plan.schedule, self.costs, device)
 
     def holds(self, sample: Sample) -> bool:
         """Whether the values that the captured forward branched on are the same here."""

@@ -125,6 +125,8 @@ def live_during(
     call = schedule.steps[step]
     assert not isinstance(call, Free), f"step {step} calls nothing"
     live = live_at(program, schedule, step) - {call.over}
+    if step == len(schedule.forward):
+        live |= {value.id for value in program.values if value.role is Role.TANGENT}
     return live | set(catalog.ops[call.op].results)
 
 
@@ -158,7 +160,7 @@ def categories_at_peak(
 
 
 def saved_values(program: Program, schedule: Schedule) -> frozenset[int]:
-    """Values alive when the forward has ended, tangents and outputs included."""
+    """Values alive when the forward has ended, outputs included."""
     return live_at(program, schedule, len(schedule.forward))
 
 

@@ -5,6 +5,7 @@ from memplan.capture.captured import Captured, Primal, tensors_of
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.layout import Layouts, other_layouts, with_layouts
+from memplan.capture.origins import running, users_line
 from memplan.capture.reader import read
 from memplan.capture.surroundings import unchanged_randomness
 from memplan.capture.updates import trained_by, update_in_backward, update_parameter
@@ -23,6 +24,7 @@ __all__ = [
     "read",
     "reads_kept",
     "rewrite",
+    "running",
     "source_of_call",
     "tensors_of",
     "trace",
@@ -30,5 +32,6 @@ __all__ = [
     "unchanged_randomness",
     "update_in_backward",
     "update_parameter",
+    "users_line",
     "with_layouts",
 ]

@@ -1,4 +1,4 @@
-"""Notes, while a forward is traced, which module and which line of the user's code is running."""
+"""Which module and which line of the user's code is running."""
 
 from __future__ import annotations
 
@@ -18,34 +18,51 @@ from torch.overrides import TorchFunctionMode
 
 from memplan.torch_internals import set_origin
 
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
+_MEMPLAN = Path(__file__).parent.parent
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(_MEMPLAN), "<")
+_CALL_THE_MODULE = (str(_MEMPLAN / "capture" / "flat.py"), str(_MEMPLAN / "profiler" / "step.py"))
 
 
 @contextlib.contextmanager
 def origins(module: nn.Module) -> Iterator[None]:
     """Inside, each node that is traced notes the module (by FQN) and line that it comes from."""
-    names = {child: name for name, child in module.named_modules()}
-    running: list[str] = []
+
+    def changed(names: Sequence[str]) -> None:
+        set_origin(names, "")
+
+    with running(module, changed) as names, _Lines(names):
+        yield
+
+
+@contextlib.contextmanager
+def running(
+    module: nn.Module, changed: Callable[[Sequence[str]], None] = lambda names: None
+) -> Iterator[Sequence[str]]:
+    """The FQNs of the modules whose forward runs now, the innermost last.
+
+    ``changed`` is called with them after each change.
+    """
+    fqns = {child: name for name, child in module.named_modules()}
+    names: list[str] = []
 
     def enter(child: nn.Module, inputs: object) -> None:
         del inputs
-        if child in names:
-            running.append(names[child])
-            set_origin(running, "")
+        if child in fqns:
+            names.append(fqns[child])
+            changed(names)
 
     def leave(child: nn.Module, inputs: object, output: object) -> None:
         del inputs, output
-        if child in names:
-            running.pop()
-            set_origin(running, "")
+        if child in fqns:
+            names.pop()
+            changed(names)
 
     handles = (
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave, always_call=True),
     )
     try:
-        with _Lines(running):
-            yield
+        yield names
     finally:
         for handle in handles:
             handle.remove()
@@ -67,15 +84,23 @@ class _Lines(TorchFunctionMode):
     ) -> Any:
         del types
         if self.running:
-            set_origin(self.running, _users_line())
+            set_origin(self.running, _traceback_line())
         return func(*args, **(kwargs or {}))
 
 
-def _users_line() -> str:
-    """The innermost line that is outside of torch and memplan."""
+def _traceback_line() -> str:
+    place = users_line()
+    return "" if place is None else f'File "{place[0]}", line {place[1]}'
+
+
+def users_line() -> tuple[str, int] | None:
+    """File and number of the innermost line that is outside of torch and memplan.
+
+    None if a module of torch's own was called by memplan, and no line is the user's.
+    """
     frame = sys._getframe(1)
     while frame.f_code.co_filename.startswith(_NOT_THE_USERS):
-        if frame.f_back is None:
-            return ""
+        if frame.f_back is None or frame.f_code.co_filename in _CALL_THE_MODULE:
+            return None
         frame = frame.f_back
-    return f'File "{frame.f_code.co_filename}", line {frame.f_lineno}'
+    return frame.f_code.co_filename, frame.f_lineno

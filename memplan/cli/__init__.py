@@ -7,6 +7,7 @@ import click
 from memplan.cli.compare import compare
 from memplan.cli.frontier import frontier
 from memplan.cli.plan import plan
+from memplan.cli.profile import profile
 from memplan.cli.verify import verify
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     """Train within the memory that you have."""
 
 
-for command in (plan, frontier, compare, verify):
+for command in (profile, plan, frontier, compare, verify):
     main.add_command(command)
 
 __all__ = ["main"]

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import click
-from rich.console import Console
+from torch import nn
 
 from memplan import api, profiler
 from memplan.cli.failures import end_if_broken, failures
+from memplan.cli.output import Format, show, with_format, with_output
 from memplan.cli.progress import progress
 from memplan.cli.target import load_target, with_bounds, with_target
 from memplan.module import PlannedModule
 from memplan.plan import Plan
-from memplan.profiler import Comparison
-from memplan.report import comparison_table
+from memplan.profiler import Comparison, trace_memory
+from memplan.report import comparison_document, comparison_sheet
 from memplan.schedule import Effect
+from memplan.trace import MemoryTrace
 
 
 @click.command()
 @with_target
 @with_bounds
+@with_format
+@with_output
 @click.option(
     "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds to time."
 )
 def compare(
     target: str,
     settings: tuple[str, ...],
+    *,
     budget: str | None,
     max_slowdown: float | None,
     steps: int,
+    shape: Format,
+    output: Path | None,
 ) -> None:
     r"""Plan a training step and measure it beside the untouched one.
 
@@ -44,13 +54,39 @@ def compare(
             model, batch, budget=budget, max_slowdown=max_slowdown, optimizer=optimizer
         )
         comparison = profiler.compare(model, planned, batch, steps=steps)
-    show_proof(comparison, planned.plan)
-    click.echo(f"{planned.plan.num_restores} ops run again. To train so: {_next(budget, planned)}")
+        is_written = shape == "json" or output is not None
+        traces = traces_of(model, planned, batch) if is_written else {}
+    again = f"{planned.plan.num_restores} ops run again. To train so: {_next(budget, planned)}"
+    show_proof(comparison, planned.plan, traces, shape=shape, following=again, output=output)
 
 
-def show_proof(comparison: Comparison, plan: Plan) -> None:
+def traces_of(model: nn.Module, planned: PlannedModule, batch: object) -> dict[str, MemoryTrace]:
+    """What the two steps leave, and what was predicted of the second."""
+    optimizer = planned.optimizer
+    return {
+        "original, measured": trace_memory(model, batch, optimizer=optimizer),
+        "planned, measured": trace_memory(planned, batch, optimizer=optimizer),
+        "planned, predicted": planned.trace,
+    }
+
+
+def show_proof(
+    comparison: Comparison,
+    plan: Plan,
+    traces: Mapping[str, MemoryTrace],
+    *,
+    shape: Format,
+    following: str,
+    output: Path | None,
+) -> None:
     """Print a comparison; end the command with 4 if the plan breaks a promise."""
-    Console().print(comparison_table(comparison, plan))
+    show(
+        shape,
+        [comparison_sheet(comparison, plan)],
+        comparison_document(comparison, plan, traces),
+        following,
+        output,
+    )
     if not comparison.is_exact:
         for note in plan.notes:
             click.echo(f"note: {note}", err=True)

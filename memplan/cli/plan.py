@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from memplan import api
 from memplan.cli.failures import failures, write_whole
+from memplan.cli.output import Format, show, with_format
 from memplan.cli.progress import progress
 from memplan.cli.target import command_line, load_target, with_bounds, with_target
 from memplan.costs import DEVICES
 from memplan.options import Options
-from memplan.report import plan_tables
+from memplan.report import plan_document, plan_sheets
 
 
 @click.command()
@@ -25,7 +25,7 @@ from memplan.report import plan_tables
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan here."
 )
-@click.option("--json", "is_json", is_flag=True, help="Print the plan as JSON, and no more.")
+@with_format
 def plan(
     target: str,
     settings: tuple[str, ...],
@@ -34,7 +34,7 @@ def plan(
     max_slowdown: float | None,
     device: str | None,
     output: Path | None,
-    is_json: bool,
+    shape: Format,
 ) -> None:
     r"""Plan a training step: its peak, its time, and what is alive at the peak.
 
@@ -57,20 +57,15 @@ def plan(
         )
     if output is not None:
         write_whole(output, found.to_json() + "\n")
-    if is_json:
-        click.echo(found.to_json())
-        return
-    console = Console()
-    for table in plan_tables(found):
-        console.print(table)
+    bounds = [] if budget is None else ["--budget", budget]
+    bounds += [] if max_slowdown is None else ["--max-slowdown", str(max_slowdown)]
+    if device is not None:
+        following = f"All trade-offs: {command_line('frontier', target, settings)}"
+    elif output is not None:
+        following = f"To measure it: {command_line('verify', target, settings, str(output))}"
+    else:
+        following = f"To measure it: {command_line('compare', target, settings, bounds=bounds)}"
+    show(shape, plan_sheets(found), plan_document(found), following)
     for note in (found.advice, *found.notes):
         if note:
             click.echo(f"note: {note}", err=True)
-    if device is not None:
-        return
-    if output is not None:
-        click.echo(f"To measure it: {command_line('verify', target, settings, str(output))}")
-        return
-    bounds = [] if budget is None else ["--budget", budget]
-    bounds += [] if max_slowdown is None else ["--max-slowdown", str(max_slowdown)]
-    click.echo(f"To measure it: {command_line('compare', target, settings, bounds=bounds)}")

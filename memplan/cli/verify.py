@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from memplan import api, profiler
-from memplan.cli.compare import show_proof
+from memplan.cli.compare import show_proof, traces_of
 from memplan.cli.failures import failures, mismatches
+from memplan.cli.output import Format, with_format, with_output
 from memplan.cli.progress import progress
 from memplan.cli.target import load_target, with_target
 from memplan.errors import PlanMismatch
@@ -18,10 +19,20 @@ from memplan.plan import Plan
 @click.command()
 @click.argument("path", metavar="PLAN", type=click.Path(path_type=Path, exists=True))
 @with_target
+@with_format
+@with_output
 @click.option(
     "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds to time."
 )
-def verify(path: Path, target: str, settings: tuple[str, ...], steps: int) -> None:
+def verify(
+    path: Path,
+    target: str,
+    settings: tuple[str, ...],
+    *,
+    steps: int,
+    shape: Format,
+    output: Path | None,
+) -> None:
     r"""Apply a saved plan, and measure it beside the untouched step.
 
     PLAN is a file that "memplan plan -o" wrote. TARGET is what it was made for:
@@ -37,8 +48,10 @@ def verify(path: Path, target: str, settings: tuple[str, ...], steps: int) -> No
     with failures(), mismatches(), progress():
         planned = api.optimize(model, batch, plan=saved, optimizer=optimizer)
         comparison = profiler.compare(model, planned, batch, steps=steps)
-    show_proof(comparison, planned.plan)
-    click.echo("The plan holds.")
+        is_written = shape == "json" or output is not None
+        traces = traces_of(model, planned, batch) if is_written else {}
+    following = "The plan holds."
+    show_proof(comparison, planned.plan, traces, shape=shape, following=following, output=output)
 
 
 def _read(path: Path) -> Plan:

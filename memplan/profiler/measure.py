@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -138,6 +139,30 @@ def read_memory(module: nn.Module, sample: Sample, optimizer: Optimizer | None) 
     reading = read_cuda(run, device) if device.type == "cuda" else read_cpu(run)
     clear_gradients(module)
     return reading
+
+
+def time_phases(
+    module: nn.Module, sample: object, *, optimizer: Optimizer | None = None, steps: int = 5
+) -> list[dict[str, float]]:
+    """Seconds of each phase, in each of several steps after one to warm up."""
+    batch = Sample.of(sample)
+    is_cuda = _device(module).type == "cuda"
+    times: list[dict[str, float]] = []
+
+    @contextlib.contextmanager
+    def during(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if is_cuda:
+            torch.cuda.synchronize()
+        times[-1][name] = time.perf_counter() - start
+
+    with preserved(module, optimizer), unchanged_inputs(batch):
+        for _ in range(steps + 1):
+            times.append({})
+            run_step(module, batch, optimizer, during)
+            clear_gradients(module)
+    return times[1:]
 
 
 def time_step(module: nn.Module, sample: Sample, optimizer: Optimizer | None) -> float:

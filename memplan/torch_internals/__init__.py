@@ -9,7 +9,14 @@ from memplan.torch_internals.backward import (
     has_gradient_hooks,
     received_from_one_node,
 )
-from memplan.torch_internals.events import allocations, phase, recording, span_peaks, spans
+from memplan.torch_internals.events import (
+    SPAN_PREFIX,
+    allocations,
+    phase,
+    recording,
+    span_peaks,
+    spans,
+)
 from memplan.torch_internals.fake import (
     DispatchMode,
     as_if_traced,
@@ -43,6 +50,14 @@ from memplan.torch_internals.memory import (
     without_data,
 )
 from memplan.torch_internals.optimizers import attributes_without_hooks, defined_step
+from memplan.torch_internals.recorded import (
+    AllocatorEvent,
+    Enclosing,
+    Recorded,
+    is_composite,
+    note,
+    recorded,
+)
 from memplan.torch_internals.spent import SpentGradient
 from memplan.torch_internals.state import (
     Autocast,
@@ -58,13 +73,17 @@ from memplan.torch_internals.state import (
 from memplan.torch_internals.trees import TreeSpec, flatten, unflatten
 
 __all__ = [
+    "SPAN_PREFIX",
     "Allocations",
+    "AllocatorEvent",
     "Autocast",
     "DispatchMode",
+    "Enclosing",
     "Joint",
     "JointInput",
     "JointOutput",
     "OpOverload",
+    "Recorded",
     "SpentGradient",
     "TreeSpec",
     "UnsupportedJointError",
@@ -84,13 +103,16 @@ __all__ = [
     "has_hooks",
     "inner_tensors",
     "is_backward",
+    "is_composite",
     "is_fake",
     "is_plain_tensor",
     "is_under_autocast",
+    "note",
     "peak_requested_bytes",
     "phase",
     "questions_about_tracing",
     "received_from_one_node",
+    "recorded",
     "recording",
     "requested_bytes",
     "set_origin",

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch._C._profiler import _EventType
 
-_PREFIX = "memplan#"
+SPAN_PREFIX = "memplan#"
+"""Of the names under which phases are recorded."""
 
 
 @contextlib.contextmanager
@@ -66,14 +67,14 @@ def span_peaks(profile: torch.profiler.profile, names: Iterable[str]) -> dict[st
 
 def phase(name: str) -> AbstractContextManager[object]:
     """A ``record_function`` that ``spans`` finds."""
-    return torch.profiler.record_function(f"{_PREFIX}{name}")
+    return torch.profiler.record_function(f"{SPAN_PREFIX}{name}")
 
 
 def spans(profile: torch.profiler.profile) -> dict[str, tuple[int, int]]:
     """Start and end in ns of every ``phase``, by name (torch 2.13.0)."""
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     return {
-        event.name().removeprefix(_PREFIX): (event.start_ns(), event.end_ns())
+        event.name().removeprefix(SPAN_PREFIX): (event.start_ns(), event.end_ns())
         for event in profile.profiler.kineto_results.events()
-        if event.name().startswith(_PREFIX)
+        if event.name().startswith(SPAN_PREFIX)
     }

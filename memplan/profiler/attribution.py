@@ -1,0 +1,221 @@
+"""From recorded events of the allocator to blocks: what each is for, where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from memplan.program import Phase
+from memplan.torch_internals import SPAN_PREFIX, AllocatorEvent, Enclosing, Recorded, is_composite
+from memplan.trace import (
+    SAVED,
+    TEMPORARY,
+    UNEXPLAINED,
+    WORKSPACE,
+    Block,
+    MemoryTrace,
+    Resident,
+    Span,
+    spans_of,
+)
+
+END = "end"
+"""The phase in which all is given back."""
+
+_NOTE = "memplan@"
+_ENGINE = "autograd::engine"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a call of a torch function comes from.
+
+    Attributes:
+        module: FQN of the innermost module that runs.
+        source: ``file.py:line`` of the user's code.
+        function: what is called.
+    """
+
+    module: str = ""
+    source: str = ""
+    function: str = ""
+
+    def as_note(self) -> str:
+        """The name under which the call is recorded."""
+        return f"{_NOTE}{self.module}\t{self.source}\t{self.function}"
+
+    @classmethod
+    def of(cls, calls: Iterable[Enclosing]) -> Origin | None:
+        """The innermost that was noted among calls."""
+        for call in calls:
+            if call.name.startswith(_NOTE):
+                return cls(*call.name.removeprefix(_NOTE).split("\t"))
+        return None
+
+
+@dataclass(frozen=True)
+class Named:
+    """Storages that are known when a phase ends.
+
+    Attributes:
+        phase: that phase; "" for the last before all is given back.
+        category: theirs.
+        names: address to name.
+    """
+
+    phase: str
+    category: str
+    names: Mapping[int, str]
+
+
+def attributed(
+    found: Recorded,
+    residents: tuple[Resident, ...],
+    named: Iterable[Named],
+    *,
+    device: str,
+    otherwise: str = END,
+) -> MemoryTrace:
+    """What was recorded, as a trace.
+
+    Args:
+        found: the record.
+        residents: what was there before.
+        named: what is known by address.
+        device: where it ran.
+        otherwise: the phase of events outside of every phase.
+    """
+    events = found.events
+    phases = [_phase_of(event, otherwise) for event in events]
+    spans = spans_of(phases)
+    ends = _ends(events)
+    known = _known(events, spans, tuple(named))
+    next_backward = _next_backward(phases)
+    blocks = []
+    for number, event in enumerate(events):
+        if event.nbytes <= 0:
+            continue
+        origin = _origin(found, event)
+        category, name = known.get(number, ("", ""))
+        if not category:
+            category = _category(events, phases[number], number, ends[number], next_backward)
+        op = _op_of(event, origin)
+        if not op and phases[number] != Phase.OPTIMIZER.value:
+            category = UNEXPLAINED
+        blocks.append(
+            Block(
+                nbytes=event.nbytes,
+                category=category,
+                phase=phases[number],
+                op=op,
+                module=name.rpartition(".")[0] if name else origin.module,
+                source=origin.source,
+                name=name,
+                made=number,
+                freed=ends[number],
+            )
+        )
+    start_ns = events[0].time_ns if events else 0
+    return MemoryTrace(
+        kind="measured",
+        device=device,
+        residents=residents,
+        blocks=tuple(blocks),
+        times_s=tuple((event.time_ns - start_ns) / 1e9 for event in events),
+        spans=spans,
+    )
+
+
+def _phase_of(event: AllocatorEvent, otherwise: str) -> str:
+    for call in reversed(event.enclosing):
+        if call.name.startswith(SPAN_PREFIX):
+            return call.name.removeprefix(SPAN_PREFIX)
+        if call.name.startswith("Optimizer.step#"):
+            return Phase.OPTIMIZER.value
+        if call.name.startswith(_ENGINE):
+            return Phase.BACKWARD.value
+    return otherwise
+
+
+def _ends(events: Sequence[AllocatorEvent]) -> dict[int, int | None]:
+    """For each event that makes a block, the one that frees it."""
+    ends: dict[int, int | None] = {}
+    alive: dict[int, int] = {}
+    for number, event in enumerate(events):
+        if event.nbytes > 0:
+            alive[event.address] = number
+            ends[number] = None
+        elif event.address in alive:
+            ends[alive.pop(event.address)] = number
+    return ends
+
+
+def _known(
+    events: Sequence[AllocatorEvent], spans: Sequence[Span], named: Sequence[Named]
+) -> dict[int, tuple[str, str]]:
+    """Category and name of blocks that are known by address, by the event that made them."""
+    known: dict[int, tuple[str, str]] = {}
+    within = [span for span in spans if span.phase != END]
+    for one in named:
+        for span in within if one.phase else within[-1:]:
+            if one.phase not in ("", span.phase):
+                continue
+            alive: dict[int, int] = {}
+            for number, event in enumerate(events[: span.end]):
+                if event.nbytes > 0:
+                    alive[event.address] = number
+                else:
+                    alive.pop(event.address, None)
+            for address, name in one.names.items():
+                if address in alive:
+                    known.setdefault(alive[address], (one.category, name))
+    return known
+
+
+def _next_backward(phases: Sequence[str]) -> list[int]:
+    """For each event, the number of the next one in a backward."""
+    following, result = len(phases), []
+    for number in range(len(phases) - 1, -1, -1):
+        if phases[number] == Phase.BACKWARD.value:
+            following = number
+        result.append(following)
+    return result[::-1]
+
+
+def _origin(found: Recorded, event: AllocatorEvent) -> Origin:
+    """Where an event comes from; in the backward, where the forward op does."""
+    for position, call in enumerate(event.enclosing):
+        if call.name.startswith(_ENGINE):
+            maker = found.makers.get(call.sequence_number, ())
+            return Origin.of(event.enclosing[:position]) or Origin.of(maker) or Origin()
+    return Origin.of(event.enclosing) or Origin()
+
+
+def _kernel_of(event: AllocatorEvent) -> Enclosing | None:
+    """The outermost op around an event that is more than calls of other ops."""
+    ops = [call for call in event.enclosing if call.name.startswith("aten::")]
+    return next((call for call in reversed(ops) if not is_composite(call.name)), None)
+
+
+def _op_of(event: AllocatorEvent, origin: Origin) -> str:
+    kernel = _kernel_of(event)
+    if kernel is not None:
+        return kernel.name
+    calls = (c.name for c in event.enclosing if not c.name.startswith((SPAN_PREFIX, _NOTE)))
+    return next(calls, origin.function)
+
+
+def _category(
+    events: Sequence[AllocatorEvent],
+    phase: str,
+    made: int,
+    freed: int | None,
+    next_backward: Sequence[int],
+) -> str:
+    kernel = _kernel_of(events[made])
+    if kernel is not None and freed is not None and _kernel_of(events[freed]) == kernel:
+        return WORKSPACE
+    ends = len(events) if freed is None else freed
+    if phase == Phase.FORWARD.value and ends >= next_backward[made] < len(events):
+        return SAVED
+    return TEMPORARY

@@ -1,0 +1,80 @@
+"""How much tensor memory some code takes, whatever it does."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from memplan.collector import paused_collector
+from memplan.profiler.attribution import attributed
+from memplan.profiler.tracing import noting
+from memplan.torch_internals import peak_requested_bytes, recorded, recording, requested_bytes
+from memplan.trace import Block
+from memplan.units import format_bytes
+
+_MOST_BLOCKS = 5
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Memory that some code took.
+
+    Attributes:
+        peak_bytes: the most bytes of torch's allocator above those at the start.
+        blocks: those of its making that were alive then, the largest first.
+    """
+
+    peak_bytes: int
+    blocks: tuple[Block, ...]
+
+
+@contextlib.contextmanager
+def measured(device: torch.device) -> Iterator[Callable[[], Usage]]:
+    """Measure what runs inside; what is yielded returns it, afterwards.
+
+    On the CPU bytes are those of the allocator's events, on CUDA those that were asked for. It
+    records with torch's profiler, of which only one can run at a time.
+    """
+    is_cuda = device.type == "cuda"
+    before = peak_bytes = 0
+    # What was garbage before must not be freed, and counted, inside.
+    gc.collect()
+    if is_cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = requested_bytes(device)
+
+    def usage() -> Usage:
+        found = recorded(profile, device.type)
+        totals = list(accumulate(event.nbytes for event in found.events))
+        trace = attributed(found, (), (), device=str(device))
+        highest = max(range(len(totals)), key=totals.__getitem__, default=0)
+        blocks = sorted(trace.live(highest), key=lambda block: -block.nbytes)
+        peak = peak_bytes if is_cuda else max(0, *totals, 0)
+        return Usage(peak, tuple(blocks))
+
+    with paused_collector(), recording() as profile, noting(nn.Module()):
+        yield usage
+    if is_cuda:
+        torch.cuda.synchronize(device)
+        peak_bytes = max(0, peak_requested_bytes(device) - before)
+
+
+def describe_excess(usage: Usage, limit_bytes: int) -> str:
+    """By how much a limit is exceeded, and by what."""
+    excess = format_bytes(usage.peak_bytes - limit_bytes)
+    lines = [
+        f"{format_bytes(usage.peak_bytes)} of tensor memory, {excess} more than the limit of "
+        f"{format_bytes(limit_bytes)}",
+        "largest blocks at the peak:",
+    ]
+    for block in usage.blocks[:_MOST_BLOCKS]:
+        where = f" at {block.source}" if block.source else ""
+        lines.append(f"  {format_bytes(block.nbytes):>12}  {block.op or 'an unknown op'}{where}")
+    return "\n".join(lines)

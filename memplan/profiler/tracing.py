@@ -1,0 +1,125 @@
+"""Run a step, and have every event of the allocator recorded with where it comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from memplan.capture import running, users_line
+from memplan.collector import paused_collector
+from memplan.profiler.attribution import Named, Origin, attributed
+from memplan.profiler.step import clear_gradients, preserved, run_step, unchanged_inputs
+from memplan.program import Phase, Role
+from memplan.sample import Sample
+from memplan.torch_internals import SPAN_PREFIX, flatten, note, recorded, recording, storage_key
+from memplan.trace import MemoryTrace, Resident
+from memplan.update import state_tensors
+
+
+def trace_memory(
+    module: nn.Module, sample: object, *, optimizer: Optimizer | None = None
+) -> MemoryTrace:
+    """Measure a training step, after one to warm up, and account for every byte.
+
+    Gradients are None at its start, and the optimizer has its state. Parameters, buffers,
+    gradients, the optimizer's state and random states are as before afterwards.
+
+    Args:
+        module: returns its loss, alone or among other outputs.
+        sample: one batch, as in ``memplan.optimize``.
+        optimizer: its step is part of it.
+    """
+    batch = Sample.of(sample)
+    with preserved(module, optimizer), unchanged_inputs(batch):
+        run_step(module, batch, optimizer)
+        clear_gradients(module)
+        residents = residents_of(module, batch, optimizer)
+        named: list[Named] = []
+
+        @contextlib.contextmanager
+        def during(name: str) -> Iterator[None]:
+            with note(f"{SPAN_PREFIX}{name}"):
+                yield
+            if name == Phase.BACKWARD.value:
+                named.append(Named(name, Role.GRADIENT.value, gradient_addresses(module)))
+
+        gc.collect()
+        with paused_collector(), recording() as profile:
+            with noting(module):
+                kept = run_step(module, batch, optimizer, during)
+            leaves = [leaf for leaf in flatten(kept.output)[0] if isinstance(leaf, torch.Tensor)]
+            outputs = dict.fromkeys(map(_address, leaves), "")
+            del kept, leaves
+        named.append(Named("", Role.OUTPUT.value, outputs))
+        clear_gradients(module)
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        found = recorded(profile, device.type)
+        return attributed(found, residents, named, device=str(device))
+
+
+@contextlib.contextmanager
+def noting(module: nn.Module) -> Iterator[None]:
+    """Inside, calls of torch's functions are recorded with their module and the user's line."""
+    with running(module) as names, _Notes(names):
+        yield
+
+
+class _Notes(TorchFunctionMode):
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        place = users_line()
+        origin = Origin(
+            module=self.names[-1] if self.names else "",
+            source="" if place is None else f"{place[0]}:{place[1]}",
+            function=getattr(func, "__name__", ""),
+        )
+        with note(origin.as_note()):
+            return func(*args, **(kwargs or {}))
+
+
+def residents_of(
+    module: nn.Module, sample: Sample, optimizer: Optimizer | None
+) -> tuple[Resident, ...]:
+    """Parameters, buffers, inputs and the optimizer's state, each storage once."""
+    state: Iterable[torch.Tensor] = () if optimizer is None else state_tensors(optimizer)
+    tensors = [
+        *((Role.PARAMETER, name, parameter) for name, parameter in module.named_parameters()),
+        *((Role.BUFFER, name, buffer) for name, buffer in module.named_buffers()),
+        *((Role.INPUT, f"input {n}", tensor) for n, tensor in enumerate(sample.tensors())),
+        *((Role.OPTIMIZER_STATE, "", tensor) for tensor in state),
+    ]
+    first: dict[int, Resident] = {}
+    for role, name, tensor in tensors:
+        nbytes = tensor.untyped_storage().nbytes()
+        first.setdefault(storage_key(tensor), Resident(name, nbytes, role.value))
+    return tuple(first.values())
+
+
+def gradient_addresses(module: nn.Module) -> dict[int, str]:
+    """Address of each parameter's gradient to the parameter's name."""
+    return {
+        _address(parameter.grad): name
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,112 @@
+"""Which calls enclose each event of the allocator, as torch's profiler records it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch._C._profiler import _EventType, _RecordFunctionFast
+
+
+@dataclass(frozen=True, slots=True)
+class Enclosing:
+    """A recorded call.
+
+    Attributes:
+        id: tells calls apart.
+        name: such as "aten::mm", "AddmmBackward0", or that of a ``note``.
+        sequence_number: autograd's, which a forward op shares with the node that it made; -1 if
+            there is none.
+    """
+
+    id: int
+    name: str
+    sequence_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorEvent:
+    """A block that was handed out, or taken back.
+
+    Attributes:
+        time_ns: when.
+        nbytes: negative if taken back.
+        address: of the block.
+        enclosing: the calls that were running, the innermost first.
+    """
+
+    time_ns: int
+    nbytes: int
+    address: int
+    enclosing: tuple[Enclosing, ...]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Events of the allocator, and where autograd's nodes are from.
+
+    Attributes:
+        events: in order of time.
+        makers: sequence number to the calls that enclose the forward op that has it.
+    """
+
+    events: tuple[AllocatorEvent, ...]
+    makers: dict[int, tuple[Enclosing, ...]]
+
+
+def note(text: str) -> AbstractContextManager[object]:
+    """A call of this name, for the record (torch 2.13.0)."""
+    return cast("AbstractContextManager[object]", _RecordFunctionFast(text))
+
+
+def recorded(profile: torch.profiler.profile, device_type: str) -> Recorded:
+    """What was recorded of one kind of device (torch 2.13.0)."""
+    events = []
+    makers: dict[int, tuple[Enclosing, ...]] = {}
+    for node, enclosing in _walk(profile):
+        fields = node.extra_fields
+        if node.tag == _EventType.Allocation and fields.device.type == device_type:
+            size, address = int(fields.alloc_size), int(fields.ptr)
+            events.append(AllocatorEvent(node.start_time_ns, size, address, enclosing))
+        elif node.tag == _EventType.TorchOp and fields.sequence_number >= 0:
+            is_backward = any(call.name.startswith("autograd::engine") for call in enclosing)
+            if not is_backward and not node.name.startswith("autograd::engine"):
+                makers[fields.sequence_number] = enclosing
+    events.sort(key=lambda event: event.time_ns)
+    return Recorded(tuple(events), makers)
+
+
+def _walk(profile: torch.profiler.profile) -> Iterator[tuple[Any, tuple[Enclosing, ...]]]:
+    """All nodes of the tree, a parent before its children and these in order."""
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    roots = profile.profiler.kineto_results.experimental_event_tree()
+    stack: list[tuple[Any, tuple[Enclosing, ...]]] = [(root, ()) for root in reversed(roots)]
+    count = 0
+    while stack:
+        node, enclosing = stack.pop()
+        yield node, enclosing
+        if not node.children:
+            continue
+        if node.tag == _EventType.TorchOp:
+            count += 1
+            call = Enclosing(count, node.name, node.extra_fields.sequence_number)
+            enclosing = (call, *enclosing)
+        stack.extend((child, enclosing) for child in reversed(node.children))
+
+
+@cache
+def is_composite(name: str) -> bool:
+    """Whether an op such as "aten::linear" is nothing but calls of other ops (torch 2.13.0)."""
+    namespace, _, short = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace, None), short, None)
+    if packet is None:
+        return False
+    names = [f"{name}.{overload}".removesuffix(".default") for overload in packet.overloads()]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    # Some overloads are for scripts alone.
+    known = (each for each in names if torch._C._dispatch_has_kernel(each))
+    return any(has_kernel(each, "CompositeImplicitAutograd") for each in known)
