@@ -21,6 +21,7 @@ from memplan.options import Options
 from memplan.passing import Effect, Pass
 from memplan.plan import Plan
 from memplan.profiler import Comparison, Profile, compare, profile
+from memplan.profiler.monitor import log_memory
 from memplan.program import Costs
 from memplan.sample import Sample
 from memplan.units import format_bytes, parse_bytes
@@ -46,6 +47,7 @@ __all__ = [
     "compare",
     "format_bytes",
     "frontier",
+    "log_memory",
     "optimize",
     "parse_bytes",
     "passes",

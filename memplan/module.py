@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections import OrderedDict
@@ -90,6 +91,14 @@ class PlannedModule(nn.Module):
         """
         assert self.plan is not None and self._last is not None
         return self._last.trace
+
+    def print_memory_plan(self) -> None:
+        """Print ``plan.summary``.
+
+        Raises:
+            NotPlannedYet: before there is a plan.
+        """
+        sys.stdout.write(f"{self.plan.summary}\n")
 
     @property
     def plans(self) -> tuple[Plan, ...]:

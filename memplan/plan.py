@@ -118,6 +118,19 @@ class Plan:
         distinct = dict.fromkeys(effects)
         return tuple(e for e in distinct if e is not Effect.EXACT) or (Effect.EXACT,)
 
+    @property
+    def summary(self) -> str:
+        """The peak before and after, the time, the budget and the effect on results, in a line."""
+        before, after = self.original_peak_bytes, self.peak_bytes
+        change = after / before - 1 if before else 0.0
+        parts = [
+            f"peak: {format_bytes(before)} -> {format_bytes(after)} ({change:+.1%})",
+            f"time: {self.slowdown:.2f}x",
+        ]
+        if self.budget_bytes is not None:
+            parts.append(f"budget: {format_bytes(self.budget_bytes)}")
+        return " || ".join([*parts, ", ".join(effect.value for effect in self.effects)])
+
     def __str__(self) -> str:
         above = self.original_peak_bytes - self.resident_bytes
         share = (self.peak_bytes - self.resident_bytes) / above if above else 1.0
@@ -136,6 +149,11 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"<{self}>"
+
+    def _repr_html_(self) -> str:
+        from memplan.report.notebook import plan_html  # noqa: PLC0415  it imports this module
+
+        return plan_html(self)
 
     def explain(self) -> str:
         """What is at the peak, and how the rest comes back, for people."""

@@ -1,5 +1,7 @@
 """From a module and a sample to a program: forward graph, joint graph, ``Captured``."""
 
+from memplan.capture.as_on_cuda import as_on_cuda
+from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.call import OpCall, call_of, made_up_kept, reads_kept, source_of_call
 from memplan.capture.captured import Captured, Primal, tensors_of
 from memplan.capture.flat import Differentiable, OutputLeaf
@@ -7,7 +9,7 @@ from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.layout import Layouts, other_layouts, with_layouts
 from memplan.capture.origins import running, users_line
 from memplan.capture.reader import read
-from memplan.capture.surroundings import unchanged_randomness
+from memplan.capture.surroundings import unchanged_randomness, without_data_of
 from memplan.capture.updates import trained_by, update_in_backward, update_parameter
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "OutputLeaf",
     "Primal",
     "Traced",
+    "as_on_cuda",
     "call_of",
     "made_up_kept",
     "other_layouts",
@@ -29,9 +32,11 @@ __all__ = [
     "tensors_of",
     "trace",
     "trained_by",
+    "unchanged_attributes",
     "unchanged_randomness",
     "update_in_backward",
     "update_parameter",
     "users_line",
     "with_layouts",
+    "without_data_of",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from memplan.errors import CaptureError
 from memplan.sample import Sample
-from memplan.torch_internals import cpu_stand_ins, flatten, unflatten
+from memplan.torch_internals import cpu_stand_ins, flatten, stand_ins_without_data, unflatten
 
 _OWN = ("_parameters", "_buffers", "_modules")
 
@@ -40,6 +40,37 @@ def unchanged_randomness() -> Iterator[None]:
             "the forward draws numbers from numpy.random or random; captured, they would be the "
             "same in every step. Draw them with torch, or outside of the module."
         )
+
+
+@contextlib.contextmanager
+def without_data_of(
+    module: nn.Module, sample: Sample, on_cpu: bool = False
+) -> Iterator[tuple[Sample, dict[int, torch.Tensor]]]:
+    """Inside, a module's tensors have no data, nor has what is made of them.
+
+    Yields the sample, treated alike, and what stands for each parameter, by its id. With
+    ``on_cpu``, all are on the CPU.
+    """
+    owners = [child.__dict__[own] for child in module.modules() for own in _OWN[:2]]
+    lists = [c.__dict__["_flat_weights"] for c in module.modules() if "_flat_weights" in vars(c)]
+    before = [dict(tensors) for tensors in owners]
+    lists_before = [list(one) for one in lists]
+    tensors = [tensor for one in before for tensor in one.values() if tensor is not None]
+    parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+    with stand_ins_without_data([*tensors, *sample.tensors()], on_cpu) as stand_ins:
+        leaves, spec = flatten((sample.args, dict(sample.kwargs)))
+        args, kwargs = unflatten([stand_ins.get(id(leaf), leaf) for leaf in leaves], spec)
+        for own in owners:
+            own.update({name: stand_ins.get(id(tensor), tensor) for name, tensor in own.items()})
+        for one in lists:
+            one[:] = [stand_ins.get(id(tensor), tensor) for tensor in one]
+        try:
+            yield Sample(args, kwargs), {id(p): stand_ins[id(p)] for p in parameters}
+        finally:
+            for own, members in zip(owners, before, strict=True):
+                own.update(members)
+            for one, list_before in zip(lists, lists_before, strict=True):
+                one[:] = list_before
 
 
 @contextlib.contextmanager

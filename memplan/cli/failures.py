@@ -10,14 +10,21 @@ import click
 
 from memplan.errors import InfeasibleBudget, MemplanError, PlanMismatch, UnitsError
 
+NOT_FITTING = 3
+"""Too little memory for a step, or for every plan of it."""
+
 MISMATCH = 4
 """A promise that is broken, or a plan for another step."""
+
+
+PARTLY = 5
+"""With ``--strict``: something could not be looked at."""
 
 
 class InfeasibleError(click.ClickException):
     """No plan fits."""
 
-    exit_code = 3
+    exit_code = NOT_FITTING
 
 
 class MismatchError(click.ClickException):
@@ -64,7 +71,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     new = path.with_name(f".{path.name}.new")
     try:
-        new.write_text(text)
+        new.write_text(text, encoding="utf-8")
         new.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from memplan import api
 from memplan.cli.failures import failures
 from memplan.cli.output import Format, show, with_format
 from memplan.cli.progress import progress
+from memplan.cli.report import with_drawn_output, write_document
 from memplan.cli.target import command_line, load_target, with_target
 from memplan.report import frontier_document, frontier_sheet
 
@@ -17,8 +20,13 @@ from memplan.report import frontier_document, frontier_sheet
 @click.option(
     "--points", type=click.IntRange(min=2), default=12, show_default=True, help="Budgets to try."
 )
+@with_drawn_output(
+    ".svg", ".png", ".json", text="Write the figure (.svg, .png) or the JSON here too."
+)
 @with_format
-def frontier(target: str, settings: tuple[str, ...], points: int, shape: Format) -> None:
+def frontier(
+    target: str, settings: tuple[str, ...], *, points: int, output: Path | None, shape: Format
+) -> None:
     r"""Plans from the smallest budget that is feasible to the unplanned peak.
 
     TARGET is file.py:factory or package.module:factory; the factory returns (model, batch), or
@@ -30,11 +38,15 @@ def frontier(target: str, settings: tuple[str, ...], points: int, shape: Format)
     model, batch, optimizer = load_target(target, settings)
     with failures(), progress():
         plans = api.frontier(model, batch, points=points, optimizer=optimizer)
+    document = frontier_document(plans)
     bounds = ["--budget", str(plans[len(plans) // 2].peak_bytes)]
     again = command_line("compare", target, settings, bounds=bounds)
     show(
         shape,
         [frontier_sheet(plans)],
-        frontier_document(plans),
+        document,
         f"To measure one of them: {again}",
     )
+    if output is not None:
+        with failures():
+            write_document(document, output)

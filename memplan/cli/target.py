@@ -16,12 +16,19 @@ from typing import TypeVar
 import click
 from torch import nn
 
+from memplan.cli.dtypes import default_dtype, under_autocast
+from memplan.cli.hub import HUB, model_of_config
+from memplan.torch_internals import making_no_data
+
 
 class TargetError(click.ClickException):
     """The factory failed, or returned something else than a model and a batch."""
 
     exit_code = 1
 
+
+Made = tuple[nn.Module, object, object]
+"""Model, batch and optimizer."""
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -36,6 +43,25 @@ def with_target(command: Command) -> Command:
         help="An argument of the factory, as often as there are some.",
     )
     return click.argument("target")(option(command))
+
+
+def with_sizes(command: Command) -> Command:
+    """Give a command ``--batch-size`` and ``--seq-len``, short for ``--set``."""
+
+    def add(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
+        if value is not None:
+            setting = f"{parameter.name}={value}"
+            context.params["settings"] = (*context.params.get("settings", ()), setting)
+
+    for name in ("--seq-len", "--batch-size"):
+        command = click.option(
+            name,
+            type=click.IntRange(min=1),
+            expose_value=False,
+            callback=add,
+            help=f"Short for --set {name.removeprefix('--').replace('-', '_')}=...",
+        )(command)
+    return command
 
 
 def with_bounds(command: Command) -> Command:
@@ -57,7 +83,13 @@ def command_line(
     return shlex.join(["memplan", command, *more, target, *given, *bounds])
 
 
-def load_target(target: str, settings: Iterable[str] = ()) -> tuple[nn.Module, object, object]:
+def load_target(
+    target: str,
+    settings: Iterable[str] = (),
+    *,
+    without_data: bool = False,
+    dtype: str = "as is",
+) -> tuple[nn.Module, object, object]:
     """Call a factory that returns ``(model, batch)`` or ``(model, batch, optimizer)``.
 
     The optimizer is one over the model's parameters, a callable that makes one, or None.
@@ -66,12 +98,34 @@ def load_target(target: str, settings: Iterable[str] = ()) -> tuple[nn.Module, o
         target: ``path/to/file.py:factory`` or ``package.module:factory``.
         settings: keyword arguments of the factory, each ``name=value``; a value that is no Python
             literal is text.
+        without_data: call it so that tensors have a shape and no data, if it can be.
+        dtype: as in ``with_dtype``.
 
     Raises:
         click.UsageError: if there is no such file, module, factory or argument.
         TargetError: if the factory raises or returns something else.
     """
     arguments = dict(map(_setting, settings))
+    with default_dtype(dtype):
+        made = _without_data(target, arguments) if without_data else None
+        model, batch, optimizer = _made(target, arguments) if made is None else made
+    return under_autocast(model, dtype), batch, optimizer
+
+
+def _without_data(target: str, arguments: Mapping[str, object]) -> Made | None:
+    """What the factory makes on tensors that have no data; None if it needs some."""
+    try:
+        with making_no_data():
+            return _made(target, arguments)
+    except TargetError as error:
+        note = f"note: {error.message}, on tensors without data; it is called with data"
+        click.echo(note, err=True)
+        return None
+
+
+def _made(target: str, arguments: Mapping[str, object]) -> Made:
+    if target.startswith(HUB):
+        return model_of_config(Path(target.removeprefix(HUB)), arguments)
     place, colon, name = target.rpartition(":")
     if not colon or not place or not name:
         raise click.UsageError(

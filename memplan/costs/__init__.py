@@ -3,6 +3,7 @@
 from memplan.costs.analytic import analytic_costs
 from memplan.costs.cache import CostCache, cache_folder
 from memplan.costs.devices import CPU, DEVICES, Device, device_named
+from memplan.costs.kernels import KernelMemory, least_memory, measured_memory, most_memory
 from memplan.costs.measured import measured_costs
 
 __all__ = [
@@ -10,8 +11,12 @@ __all__ = [
     "DEVICES",
     "CostCache",
     "Device",
+    "KernelMemory",
     "analytic_costs",
     "cache_folder",
     "device_named",
+    "least_memory",
     "measured_costs",
+    "measured_memory",
+    "most_memory",
 ]

@@ -27,6 +27,7 @@ class Device:
         random_s: time for each random number.
         granule_bytes: the allocator's blocks are multiples of it.
         is_cuda: whether attention runs as CUDA's fused kernels.
+        memory_bytes: what the driver offers of its memory; 0 where that is the machine's own.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Device:
     random_s: float = 0.0
     granule_bytes: int = 1
     is_cuda: bool = False
+    memory_bytes: int = 0
 
     def flops_of(self, dtype: torch.dtype) -> float:
         """Throughput for operands of this type."""
@@ -54,7 +56,7 @@ CPU: Final = Device(
 )
 
 
-def _cuda(name: str, tb_per_s: float, tflops: float, half_tflops: float) -> Device:
+def _cuda(name: str, gib: float, tb_per_s: float, tflops: float, half_tflops: float) -> Device:
     return Device(
         name=name,
         bytes_per_s=_REACHED * tb_per_s * 1e12,
@@ -63,16 +65,17 @@ def _cuda(name: str, tb_per_s: float, tflops: float, half_tflops: float) -> Devi
         launch_s=5e-6,
         granule_bytes=512,
         is_cuda=True,
+        memory_bytes=int(gib * 2**30),
     )
 
 
 DEVICES: Final[Mapping[str, Device]] = {
     "cpu": CPU,
-    "a100": _cuda("A100 SXM 80 GB", 2.04, 19.5, 312),
-    "h100": _cuda("H100 SXM 80 GB", 3.35, 67, 989),
-    "h200": _cuda("H200 SXM 141 GB", 4.8, 67, 989),
-    "l40s": _cuda("L40S 48 GB", 0.864, 91.6, 362),
-    "rtx4090": _cuda("GeForce RTX 4090 24 GB", 1.008, 82.6, 165),
+    "a100": _cuda("A100 SXM 80 GB", 79.1, 2.04, 19.5, 312),
+    "h100": _cuda("H100 SXM 80 GB", 79.1, 3.35, 67, 989),
+    "h200": _cuda("H200 SXM 141 GB", 139.8, 4.8, 67, 989),
+    "l40s": _cuda("L40S 48 GB", 44.4, 0.864, 91.6, 362),
+    "rtx4090": _cuda("GeForce RTX 4090 24 GB", 23.5, 1.008, 82.6, 165),
 }
 """By name; bandwidth and dense throughput are those of NVIDIA's data sheets."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from memplan.program import Phase
 from memplan.torch_internals import SPAN_PREFIX, AllocatorEvent, Enclosing, Recorded, is_composite
@@ -74,6 +75,7 @@ def attributed(
     named: Iterable[Named],
     *,
     device: str,
+    kind: Literal["measured", "predicted"] = "measured",
     otherwise: str = END,
 ) -> MemoryTrace:
     """What was recorded, as a trace.
@@ -83,6 +85,7 @@ def attributed(
         residents: what was there before.
         named: what is known by address.
         device: where it ran.
+        kind: whether it was measured.
         otherwise: the phase of events outside of every phase.
     """
     events = found.events
@@ -117,7 +120,7 @@ def attributed(
         )
     start_ns = events[0].time_ns if events else 0
     return MemoryTrace(
-        kind="measured",
+        kind=kind,
         device=device,
         residents=residents,
         blocks=tuple(blocks),

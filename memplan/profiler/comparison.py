@@ -76,6 +76,11 @@ class Comparison:
     def __repr__(self) -> str:
         return f"<{self}>"
 
+    def _repr_html_(self) -> str:
+        from memplan.report.notebook import comparison_html  # noqa: PLC0415  it imports this module
+
+        return comparison_html(self)
+
 
 @dataclass(frozen=True)
 class _Outcome:

@@ -56,7 +56,7 @@ def measured(device: torch.device) -> Iterator[Callable[[], Usage]]:
         trace = attributed(found, (), (), device=str(device))
         highest = max(range(len(totals)), key=totals.__getitem__, default=0)
         blocks = sorted(trace.live(highest), key=lambda block: -block.nbytes)
-        peak = peak_bytes if is_cuda else max(0, *totals, 0)
+        peak = peak_bytes if is_cuda else max([0, *totals])
         return Usage(peak, tuple(blocks))
 
     with paused_collector(), recording() as profile, noting(nn.Module()):

@@ -72,6 +72,11 @@ class Profile:
     def __repr__(self) -> str:
         return f"<{self}>"
 
+    def _repr_html_(self) -> str:
+        from memplan.report.notebook import profile_html  # noqa: PLC0415  it imports this module
+
+        return profile_html(self)
+
 
 def profile(
     module: nn.Module, sample: object, *, steps: int = 3, optimizer: Optimizer | None = None

@@ -81,9 +81,8 @@ def preserved(module: nn.Module, optimizer: Optimizer | None = None) -> Iterator
         for name, buffer in child.named_buffers(recurse=False)
     ]
     parameters = [(parameter, version_of(parameter)) for parameter in module.parameters()]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
     unchanged = contextlib.nullcontext() if optimizer is None else restored(optimizer)
-    with torch.random.fork_rng(), unchanged:
+    with restored_randomness(), unchanged:
         try:
             clear_gradients(module)
             yield
@@ -93,11 +92,21 @@ def preserved(module: nn.Module, optimizer: Optimizer | None = None) -> Iterator
                     setattr(child, name, buffer.copy_(content))
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
     changed = any(version_of(parameter) != version for parameter, version in parameters)
     if changed and optimizer is None:
         raise MemplanError("the module's forward changes its parameters; it cannot be measured")
+
+
+@contextlib.contextmanager
+def restored_randomness() -> Iterator[None]:
+    """Put torch's, numpy's and Python's random states back at the end."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 @contextlib.contextmanager

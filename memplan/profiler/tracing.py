@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,9 +19,16 @@ from memplan.profiler.attribution import Named, Origin, attributed
 from memplan.profiler.step import clear_gradients, preserved, run_step, unchanged_inputs
 from memplan.program import Phase, Role
 from memplan.sample import Sample
-from memplan.torch_internals import SPAN_PREFIX, flatten, note, recorded, recording, storage_key
+from memplan.torch_internals import (
+    SPAN_PREFIX,
+    flatten,
+    note,
+    recorded,
+    recording,
+    storage_key,
+)
 from memplan.trace import MemoryTrace, Resident
-from memplan.update import state_tensors
+from memplan.update import state_tensors, tensors_in
 
 
 def trace_memory(
@@ -48,7 +56,7 @@ def trace_memory(
             with note(f"{SPAN_PREFIX}{name}"):
                 yield
             if name == Phase.BACKWARD.value:
-                named.append(Named(name, Role.GRADIENT.value, gradient_addresses(module)))
+                named.append(Named(name, Role.GRADIENT.value, gradients_at(module, _address)))
 
         gc.collect()
         with paused_collector(), recording() as profile:
@@ -65,16 +73,21 @@ def trace_memory(
 
 
 @contextlib.contextmanager
-def noting(module: nn.Module) -> Iterator[None]:
+def noting(
+    module: nn.Module, note: Callable[[str], AbstractContextManager[object]] = note
+) -> Iterator[None]:
     """Inside, calls of torch's functions are recorded with their module and the user's line."""
-    with running(module) as names, _Notes(names):
+    with running(module) as names, _Notes(names, note):
         yield
 
 
 class _Notes(TorchFunctionMode):
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(
+        self, names: Sequence[str], note: Callable[[str], AbstractContextManager[object]]
+    ) -> None:
         super().__init__()
         self.names = names
+        self.note = note
 
     def __torch_function__(
         self,
@@ -90,32 +103,46 @@ class _Notes(TorchFunctionMode):
             source="" if place is None else f"{place[0]}:{place[1]}",
             function=getattr(func, "__name__", ""),
         )
-        with note(origin.as_note()):
+        with self.note(origin.as_note()):
             return func(*args, **(kwargs or {}))
 
 
 def residents_of(
-    module: nn.Module, sample: Sample, optimizer: Optimizer | None
+    module: nn.Module, sample: Sample, optimizer: Optimizer | None, granule_bytes: int = 1
 ) -> tuple[Resident, ...]:
-    """Parameters, buffers, inputs and the optimizer's state, each storage once."""
-    state: Iterable[torch.Tensor] = () if optimizer is None else state_tensors(optimizer)
+    """Parameters, buffers, inputs and the optimizer's state, each storage once.
+
+    In blocks of an allocator that hands out multiples of ``granule_bytes``.
+    """
+    state = [] if optimizer is None else _named_state(module, optimizer)
     tensors = [
         *((Role.PARAMETER, name, parameter) for name, parameter in module.named_parameters()),
         *((Role.BUFFER, name, buffer) for name, buffer in module.named_buffers()),
         *((Role.INPUT, f"input {n}", tensor) for n, tensor in enumerate(sample.tensors())),
-        *((Role.OPTIMIZER_STATE, "", tensor) for tensor in state),
+        *((Role.OPTIMIZER_STATE, name, tensor) for name, tensor in state),
     ]
     first: dict[int, Resident] = {}
     for role, name, tensor in tensors:
-        nbytes = tensor.untyped_storage().nbytes()
+        nbytes = -(-tensor.untyped_storage().nbytes() // granule_bytes) * granule_bytes
         first.setdefault(storage_key(tensor), Resident(name, nbytes, role.value))
     return tuple(first.values())
 
 
-def gradient_addresses(module: nn.Module) -> dict[int, str]:
+def _named_state(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
+    """What an optimizer holds, by the parameter that it is for; "" for what is for all."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    named = [
+        (names.get(id(parameter), ""), tensor)
+        for parameter, held in optimizer.state.items()
+        for tensor in tensors_in(held, but=[parameter])
+    ]
+    return [*named, *(("", tensor) for tensor in state_tensors(optimizer))]
+
+
+def gradients_at(module: nn.Module, address: Callable[[torch.Tensor], int]) -> dict[int, str]:
     """Address of each parameter's gradient to the parameter's name."""
     return {
-        _address(parameter.grad): name
+        address(parameter.grad): name
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }

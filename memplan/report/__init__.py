@@ -6,6 +6,7 @@ from memplan.report.documents import (
     plan_document,
     profile_document,
 )
+from memplan.report.estimates import estimate_document, estimate_sheets, verdict
 from memplan.report.profiles import peak_line, profile_sheets
 from memplan.report.sheet import Sheet, markdown, terminal
 from memplan.report.text import comparison_sheet, frontier_sheet, plan_sheets
@@ -14,6 +15,8 @@ __all__ = [
     "Sheet",
     "comparison_document",
     "comparison_sheet",
+    "estimate_document",
+    "estimate_sheets",
     "frontier_document",
     "frontier_sheet",
     "markdown",
@@ -23,4 +26,5 @@ __all__ = [
     "profile_document",
     "profile_sheets",
     "terminal",
+    "verdict",
 ]

@@ -25,7 +25,7 @@ def profile_document(trace: MemoryTrace, seconds: Mapping[str, float]) -> Docume
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "profile",
-        **_totals(trace),
+        **totals(trace),
         "device": trace.device,
         "torch": torch.__version__,
         "step_s": sum(seconds.values()),
@@ -45,7 +45,7 @@ def trace_document(label: str, trace: MemoryTrace) -> Document:
     return {
         "label": label,
         "source": trace.kind,
-        **_totals(trace),
+        **totals(trace),
         "peak": {
             "phase": trace.phase_at(event),
             "op": "" if block is None else block.op,
@@ -67,7 +67,8 @@ def _traces(traces: Mapping[str, MemoryTrace]) -> list[Document]:
     return [trace_document(label, trace) for label, trace in traces.items()]
 
 
-def _totals(trace: MemoryTrace) -> Document:
+def totals(trace: MemoryTrace) -> Document:
+    """What every report has."""
     return {
         "peak_bytes": trace.peak_bytes,
         "resident_bytes": trace.resident_bytes,

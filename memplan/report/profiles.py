@@ -17,13 +17,14 @@ _BAR = 20
 _COLUMNS = {
     "parameters": (Role.PARAMETER.value, Role.BUFFER.value),
     "gradients": (Role.GRADIENT.value, Role.EXISTING_GRADIENT.value),
+    "optimizer": (Role.OPTIMIZER_STATE.value,),
     "activations": (SAVED, TEMPORARY, WORKSPACE, Role.OUTPUT.value, Role.KEPT.value),
 }
 
 
 def profile_sheets(trace: MemoryTrace, seconds: Mapping[str, float]) -> list[Sheet]:
     """What is there at the peak, by category, by module and by line; peak and time by phase."""
-    return [_categories(trace, seconds), _modules(trace), _lines(trace)]
+    return [categories_sheet(trace, seconds), modules_sheet(trace), lines_sheet(trace)]
 
 
 def peak_line(trace: MemoryTrace) -> str:
@@ -48,7 +49,8 @@ def short_source(source: str) -> str:
     return f"{'/'.join(Path(path).parts[-2:])}:{line}"
 
 
-def _categories(trace: MemoryTrace, seconds: Mapping[str, float]) -> Sheet:
+def categories_sheet(trace: MemoryTrace, seconds: Mapping[str, float]) -> Sheet:
+    """Bytes by category at the peak; the most in each phase, and its time."""
     categories = trace.categories(trace.peak_event)
     rows: list[tuple[str, ...]] = [
         (
@@ -80,7 +82,8 @@ def _phases(trace: MemoryTrace, seconds: Mapping[str, float]) -> str:
     return f"The most in each phase: {', '.join(peaks)}."
 
 
-def _modules(trace: MemoryTrace) -> Sheet:
+def modules_sheet(trace: MemoryTrace) -> Sheet:
+    """The largest modules at the peak."""
     root = tree(by_module(trace, trace.peak_event))
     rows = [_place_row(*one) for one in largest(root, _MOST_PLACES)]
     inside = sum(child.total for child in root.children.values())
@@ -102,7 +105,8 @@ def _place_row(place: Place, path: str, depth: int) -> tuple[str, ...]:
     return (f"{'  ' * depth}{path}{count}", *cells, format_bytes(place.total))
 
 
-def _lines(trace: MemoryTrace) -> Sheet:
+def lines_sheet(trace: MemoryTrace) -> Sheet:
+    """The ops and lines that made most of what is there at the peak."""
     groups = by_line(trace, trace.peak_event)
     rows = [
         (

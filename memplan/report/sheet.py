@@ -1,9 +1,10 @@
-"""A table as data, and what it looks like in a terminal or in Markdown."""
+"""A table as data, and what it looks like in a terminal, in Markdown or in HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape as escape_html
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -83,6 +84,24 @@ def _markdown(sheet: Sheet) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def html_table(sheet: Sheet) -> str:
+    """For a notebook."""
+    header = "".join(_cell("th", text, n in sheet.numbers) for n, text in enumerate(sheet.headers))
+    rows = [f"<tr>{header}</tr>"]
+    for row in filter(None, sheet.rows):
+        cells = (_cell("td", text, n in sheet.numbers) for n, text in enumerate(row))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    footer = f"<p>{escape_html(sheet.footer)}</p>" if sheet.footer else ""
+    caption = f"<caption><b>{escape_html(sheet.title)}</b></caption>"
+    return f"<table>{caption}{''.join(rows)}</table>{footer}"
+
+
+def _cell(tag: str, text: str, is_number: bool) -> str:
+    side = "right" if is_number else "left"
+    shown = f"<b>{escape_html(text)}</b>" if _alarms(text) else escape_html(text)
+    return f'<{tag} style="text-align: {side}">{shown}</{tag}>'
 
 
 def _alarms(cell: str) -> bool:

@@ -44,6 +44,12 @@ def is_plain_tensor(tensor: torch.Tensor) -> bool:
     )
 
 
+def making_no_data() -> contextlib.AbstractContextManager[object]:
+    """Inside, tensors that are made have no data (torch 2.13.0)."""
+    mode: contextlib.AbstractContextManager[object] = FakeTensorMode(allow_non_fake_inputs=True)
+    return mode
+
+
 def fake_mode_of(tensors: Iterable[torch.Tensor]) -> FakeTensorMode:
     """The mode of tensors that are fake already, or a new one (torch 2.13.0)."""
     mode = detect_fake_mode(list(tensors))
@@ -52,17 +58,42 @@ def fake_mode_of(tensors: Iterable[torch.Tensor]) -> FakeTensorMode:
 
 def cpu_stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
     """For tensors on the meta device, by id: such on the CPU, without data (torch 2.13.0)."""
+    on_meta = [tensor for tensor in tensors if tensor.is_meta]
+    return _stand_ins(on_meta, FakeTensorMode(allow_non_fake_inputs=True))
+
+
+@contextlib.contextmanager
+def stand_ins_without_data(
+    tensors: Iterable[torch.Tensor], on_cpu: bool
+) -> Iterator[dict[int, torch.Tensor]]:
+    """For all tensors, by id: such without data; what is made inside has none (torch 2.13.0).
+
+    With ``on_cpu``, those on another device are on the CPU.
+    """
+    given = list(tensors)
+    mode = fake_mode_of(given)
+    stand_ins = {id(tensor): tensor for tensor in given if is_fake(tensor)}
+    stand_ins |= _stand_ins([tensor for tensor in given if not is_fake(tensor)], mode, on_cpu)
+    with mode:
+        yield stand_ins
+
+
+def _stand_ins(
+    tensors: Iterable[torch.Tensor], mode: FakeTensorMode, on_cpu: bool = False
+) -> dict[int, torch.Tensor]:
     stand_ins: dict[int, torch.Tensor] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with mode:
         for tensor in tensors:
-            if tensor.is_meta and id(tensor) not in stand_ins:
-                made = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
-                ).requires_grad_(tensor.requires_grad)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                stand_ins[id(tensor)] = (
-                    nn.Parameter(made, tensor.requires_grad) if is_parameter else made
-                )
+            if id(tensor) in stand_ins:
+                continue
+            device = "cpu" if on_cpu or tensor.is_meta else tensor.device
+            made = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+            ).requires_grad_(tensor.requires_grad)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            stand_ins[id(tensor)] = (
+                nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+            )
     return stand_ins
 
 
@@ -175,6 +206,27 @@ def questions_about_tracing(answer: bool) -> Iterator[set[str]]:
     finally:
         for name, original in originals.items():
             setattr(torch.compiler, name, original)
+
+
+class _SeemsReal(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return caller.startswith("torch.") and isinstance(instance, FakeTensor)
+
+
+class _NeverFake(metaclass=_SeemsReal):
+    """Stands for the class of tensors without data."""
+
+
+@contextlib.contextmanager
+def seeming_real() -> Iterator[None]:
+    """Inside, code outside of torch takes tensors without data for real ones (torch 2.13.0)."""
+    original = torch._subclasses.FakeTensor
+    torch._subclasses.FakeTensor = _NeverFake  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch._subclasses.FakeTensor = original  # type: ignore[misc]
 
 
 @contextlib.contextmanager

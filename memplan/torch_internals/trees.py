@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
@@ -54,3 +54,13 @@ def flatten(tree: object) -> tuple[list[Any], TreeSpec]:
 def unflatten(leaves: Sequence[object], spec: TreeSpec) -> Any:
     """Inverse of ``flatten``."""
     return pytree.tree_unflatten(leaves, spec)
+
+
+def map_leaves(change: Callable[[object], object], tree: Any) -> Any:
+    """The same containers around changed leaves; dataclasses are leaves here (torch 2.13.0)."""
+    return pytree.tree_map(change, tree)
+
+
+def leaves_of(tree: object) -> list[Any]:
+    """Leaves of nested containers; dataclasses are leaves here (torch 2.13.0)."""
+    return pytree.tree_leaves(tree)

@@ -39,6 +39,22 @@ def duplicate(optimizer: Optimizer, copies: Mapping[int, nn.Parameter]) -> Optim
     return made
 
 
+def duplicate_over(optimizer: Optimizer, stand_ins: Mapping[int, torch.Tensor]) -> Optimizer:
+    """The same optimizer over what stands for its parameters, by their ids, without its state.
+
+    Raises:
+        MemplanError: if it has a parameter that nothing stands for.
+    """
+    copies = {
+        id(parameter): stand_ins[id(parameter)]
+        for parameter in parameters_of(optimizer)
+        if id(parameter) in stand_ins
+    }
+    if len(copies) < len(parameters_of(optimizer)):
+        raise MemplanError("the optimizer has parameters that are not the model's")
+    return duplicate(optimizer, {k: v for k, v in copies.items() if isinstance(v, nn.Parameter)})
+
+
 def step(optimizer: Optimizer) -> None:
     """One step, as the class defines it.
 

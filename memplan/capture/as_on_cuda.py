@@ -1,0 +1,53 @@
+"""What Python calls, as a CUDA device would run it, where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from memplan.capture.attention import CudaAttention
+from memplan.capture.casts import cuda_casts_on_cpu
+from memplan.sample import Sample
+
+
+@contextlib.contextmanager
+def as_on_cuda(given: Sample) -> Iterator[None]:
+    """Inside, attention, dropout and autocast are those of a CUDA device."""
+    is_there = any(tensor.is_cuda for tensor in given.tensors())
+    casts = contextlib.nullcontext() if is_there else cuda_casts_on_cpu()
+    with CudaAttention(), _CudaDropout(), casts:
+        yield
+
+
+class _CudaDropout(TorchFunctionMode):
+    """Inside, dropout is CUDA's fused kernel, which keeps a mask of booleans."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func is nn.functional.dropout:
+            x, probability, is_training = _dropout_arguments(*args, **kwargs)
+            if is_training and 0 < probability < 1:
+                return torch.native_dropout(x, probability, True)[0]
+        return func(*args, **kwargs)
+
+
+def _dropout_arguments(
+    input: torch.Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, float, bool]:
+    del inplace
+    return input, p, training

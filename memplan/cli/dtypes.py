@@ -1,0 +1,64 @@
+"""``--dtype``: what the model computes in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import click
+import torch
+from torch import nn
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MIXED = "-mixed"
+
+
+def with_dtype(command: Command) -> Command:
+    """Give a command ``--dtype``."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["as is", *_TYPES, "bf16-mixed", "fp16-mixed"]),
+        default="as is",
+        show_default=True,
+        help="Make the model in this type, or train it under autocast (-mixed).",
+    )(command)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: str) -> Iterator[None]:
+    """Inside, parameters and tensors are made in a type."""
+    if dtype not in _TYPES:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_TYPES[dtype])
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Autocast(nn.Module):
+    """A module whose forward runs under autocast."""
+
+    def __init__(self, model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.device_type = device_type
+        self.dtype = dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device_type, self.dtype):
+            return self.model(*args, **kwargs)
+
+
+def under_autocast(model: nn.Module, dtype: str) -> nn.Module:
+    """The module, its forward under autocast if the type says so."""
+    if not dtype.endswith(_MIXED):
+        return model
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    kind = "cpu" if device.type == "meta" else device.type
+    return _Autocast(model, kind, _TYPES[dtype.removesuffix(_MIXED)])

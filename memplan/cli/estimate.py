@@ -1,0 +1,87 @@
+"""``memplan estimate``: what a step will take, before it is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+import psutil
+
+from memplan import profiler
+from memplan.cli.dtypes import with_dtype
+from memplan.cli.failures import NOT_FITTING, PARTLY, failures
+from memplan.cli.optimizers import make_optimizer, with_optimizer
+from memplan.cli.output import Format, show, with_format, with_output
+from memplan.cli.progress import progress
+from memplan.cli.target import command_line, load_target, with_sizes, with_target
+from memplan.costs import CPU, DEVICES
+from memplan.report import estimate_document, estimate_sheets, verdict
+from memplan.units import parse_bytes
+
+
+@click.command()
+@with_target
+@with_sizes
+@with_optimizer
+@with_dtype
+@click.option("--device", type=click.Choice(list(DEVICES)), help="A device that need not be there.")
+@click.option("--memory", metavar="BYTES", help="What there is, if not the device's memory.")
+@click.option(
+    "--costs",
+    type=click.Choice(["analytic", "measured"]),
+    default="analytic",
+    show_default=True,
+    help="Whether to run each kernel alone, for its workspace.",
+)
+@click.option("--strict", is_flag=True, help="End with 5 if a kernel could not be measured.")
+@with_format
+@with_output
+def estimate(
+    target: str,
+    settings: tuple[str, ...],
+    *,
+    optimizer_name: str | None,
+    dtype: str,
+    device: str | None,
+    memory: str | None,
+    costs: Literal["analytic", "measured"],
+    strict: bool,
+    shape: Format,
+    output: Path | None,
+) -> None:
+    r"""What a training step will take: whether it fits, and what is there at the peak.
+
+    TARGET is file.py:factory, package.module:factory or hf:config.json. Nothing is allocated or
+    computed: the factory runs on tensors that have no data. With "--costs measured" it runs for
+    real, and each distinct kernel is run alone.
+
+    \b
+    Exit codes: 0 it fits; 1 the factory failed, or the step needs data; 2 wrong usage;
+    3 it does not fit, or may not; 5 something could not be measured, with --strict.
+    """
+    with failures(), progress():
+        memory_bytes = _memory_bytes(memory, device)
+        is_real = costs == "measured"
+        model, batch, given = load_target(target, settings, without_data=not is_real, dtype=dtype)
+        optimizer = make_optimizer(model, optimizer_name, given)
+        found = profiler.estimate(model, batch, optimizer=optimizer, device=device, costs=costs)
+    bounds = ["--budget", str(memory_bytes), *([] if device is None else ["--device", device])]
+    show(
+        shape,
+        estimate_sheets(found, memory_bytes),
+        estimate_document(found, memory_bytes),
+        f"To make it smaller: {command_line('plan', target, settings, bounds=bounds)}",
+        output,
+    )
+    if verdict(found, memory_bytes) != "fits":
+        raise SystemExit(NOT_FITTING)
+    if strict and found.refusals:
+        raise SystemExit(PARTLY)
+
+
+def _memory_bytes(memory: str | None, device: str | None) -> int:
+    if memory is not None:
+        return parse_bytes(memory)
+    spec = CPU if device is None else DEVICES[device]
+    return spec.memory_bytes or int(psutil.virtual_memory().total)

@@ -1,0 +1,101 @@
+"""What a step will take, before it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from memplan.costs import Device, device_named, least_memory, measured_memory, most_memory
+from memplan.errors import MemplanError
+from memplan.profiler.following import follow_step
+from memplan.profiler.reserving import reserved_bytes
+from memplan.trace import MemoryTrace
+
+_UNSEEN = 0.01
+"""Of what is above residents: scalars that no op is seen to make, and the like."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step of an untouched module will take.
+
+    Attributes:
+        trace: the step, block by block; its peak is the estimate.
+        least_bytes: the peak is not below.
+        most_bytes: nor above.
+        reserved_bytes: what CUDA's caching allocator would hold, by a model of it that is not
+            verified; None for the CPU.
+        costs: whether kernels' workspace was "measured" on this machine, or is "analytic".
+        refusals: kernels that could not be measured alone, and why.
+        device: what it is for.
+    """
+
+    trace: MemoryTrace
+    least_bytes: int
+    most_bytes: int
+    reserved_bytes: int | None
+    costs: Literal["measured", "analytic"]
+    refusals: tuple[str, ...]
+    device: Device
+
+    @property
+    def peak_bytes(self) -> int:
+        """The estimate."""
+        return self.trace.peak_bytes
+
+
+def estimate(
+    module: nn.Module,
+    sample: object,
+    *,
+    optimizer: Optimizer | None = None,
+    device: str | None = None,
+    costs: Literal["measured", "analytic"] = "analytic",
+) -> Estimate:
+    """What a training step will take, before it is run.
+
+    The step of the module as it is, Python's references and autograd's alike; for that of a plan
+    see ``memplan.plan``. Gradients are None at its start, and the optimizer has its state.
+
+    Args:
+        module: returns its loss, alone or among other outputs; it may be without data.
+        sample: one batch, as in ``memplan.optimize``.
+        optimizer: its step is part of it.
+        device: a name of ``memplan.costs.DEVICES``, which need not be there; None is the device
+            that the module is on.
+        costs: "measured" runs each distinct kernel alone, on this machine. "analytic" runs
+            nothing: the interval then spans what kernels may need inside.
+
+    Raises:
+        MemplanError: if the device is not known, or the step needs data.
+    """
+    spec = None if device is None else device_named(device)
+    if costs == "measured" and spec is not None:
+        raise MemplanError(
+            'costs="measured" runs kernels on this machine, and cannot for another device; leave '
+            'device out, or use "analytic"'
+        )
+    step = follow_step(module, sample, optimizer=optimizer, device=spec)
+    least, most = (step.trace(memory) for memory in (least_memory, most_memory))
+    trace, refusals = least, set[str]()
+    if costs == "measured":
+        where = next((p.device for p in module.parameters()), torch.device("cpu"))
+        memory = measured_memory(step.calls, torch.device("cpu") if where.type == "meta" else where)
+        trace = most = step.trace(memory)
+        refusals = {memory(call).refusal for call in step.calls} - {""}
+    unseen = int(_UNSEEN * (most.peak_bytes - most.resident_bytes))
+    lowest = least if refusals else trace
+    is_cuda = step.device.is_cuda
+    return Estimate(
+        trace=trace,
+        least_bytes=max(lowest.resident_bytes, lowest.peak_bytes - unseen),
+        most_bytes=most.peak_bytes + unseen,
+        reserved_bytes=reserved_bytes(trace) if is_cuda else None,
+        costs=costs,
+        refusals=tuple(sorted(refusals)),
+        device=step.device,
+    )

@@ -1,0 +1,137 @@
+"""What a figure shows, before it is drawn: which traces share an axis, units and ticks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memplan.report.reading import TraceView, UnreadableDocument
+from memplan.trace import Span, spans_of
+from memplan.units import format_bytes
+
+END = "end"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        number: the position of the trace in the document.
+        trace: the one whose bytes are stacked.
+        predicted: what was predicted of it, where the trace is measured and that is known.
+    """
+
+    number: int
+    trace: TraceView
+    predicted: TraceView | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """The higher one of both peaks."""
+        return max(one.peak_bytes for one in (self.trace, self.predicted) if one is not None)
+
+    @property
+    def title(self) -> str:
+        """What it is of."""
+        return self.trace.label if self.predicted is None else f"{self.trace.label} and predicted"
+
+    @property
+    def time_label(self) -> str:
+        """What its time is."""
+        if self.predicted is None:
+            return f"{self.trace.source} time"
+        return "measured time; each phase of the prediction is scaled to the measured phase"
+
+
+def panels(traces: Sequence[TraceView]) -> list[Panel]:
+    """A panel a trace; a prediction is drawn over what was measured of the same step.
+
+    Not where their phases are different ones, as nothing could be laid upon another then. A trace
+    without events has nothing to show.
+
+    Raises:
+        UnreadableDocument: if that leaves none.
+    """
+    drawn = [(number, one) for number, one in enumerate(traces) if one.times_s]
+    if not drawn:
+        raise UnreadableDocument("it has no traces, so there is no timeline to draw")
+    predictions = {_subject(one): one for _, one in drawn if one.source == "predicted"}
+    measured = {_subject(one): one for _, one in drawn if one.source == "measured"}
+    shared = {
+        subject
+        for subject, one in predictions.items()
+        if subject in measured and _order(one) == _order(measured[subject])
+    }
+    return [
+        Panel(number, one, predictions[_subject(one)] if _subject(one) in shared else None)
+        for number, one in drawn
+        if one.source != "predicted" or _subject(one) not in shared
+    ]
+
+
+def phase_spans(trace: TraceView) -> list[tuple[str, float, float]]:
+    """The phases in order, each with the seconds at which it starts and ends."""
+    spans = spans_of(trace.phases)
+    starts = [trace.times_s[span.first] for span in spans]
+    ends = [*starts[1:], trace.times_s[-1]]
+    return [
+        (span.phase, start, end)
+        for span, start, end in zip(spans, starts, ends, strict=True)
+        if span.phase != END
+    ]
+
+
+def scaled_times(predicted: TraceView, measured: TraceView) -> list[float]:
+    """The predicted events on the measured clock: each phase begins and ends with the measured."""
+    times: list[float] = []
+    both = zip(_stretches(predicted), phase_spans(predicted), phase_spans(measured), strict=True)
+    for span, (_, start, end), (_, on_start, on_end) in both:
+        factor = (on_end - on_start) / (end - start) if end > start else 0.0
+        events = predicted.times_s[span.first : span.end]
+        times += [on_start + (time - start) * factor for time in events]
+    return times + [measured.times_s[-1]] * (len(predicted.times_s) - len(times))
+
+
+def peak_label(trace: TraceView) -> str:
+    """Where the peak is, in few words."""
+    parts = [trace.peak.get("phase"), trace.peak.get("op")]
+    return ", ".join([f"peak {format_bytes(trace.peak_bytes)}", *filter(None, parts)])
+
+
+def memory_unit(nbytes: int) -> tuple[str, int]:
+    """The unit for an axis up to so many bytes, and its bytes."""
+    names = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(max(nbytes.bit_length() - 1, 0) // 10, len(names) - 1)
+    return names[power], 1024**power
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit for an axis up to so many seconds, and its seconds."""
+    for name, unit_s in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= unit_s:
+            return name, unit_s
+    return "µs", 1e-6
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """About so many round numbers, or fewer, between two numbers."""
+    if high <= low:
+        return [low]
+    least = (high - low) / most
+    magnitude = 10.0 ** math.floor(math.log10(least))
+    step = next(f * magnitude for f in (1, 2, 2.5, 5, 10) if f * magnitude >= least)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _subject(trace: TraceView) -> str:
+    return trace.label.removesuffix(trace.source).rstrip(", ")
+
+
+def _stretches(trace: TraceView) -> list[Span]:
+    return [span for span in spans_of(trace.phases) if span.phase != END]
+
+
+def _order(trace: TraceView) -> list[str]:
+    return [span.phase for span in _stretches(trace)]

@@ -1,0 +1,284 @@
+"""The allocator's events of a step that is run on tensors without data."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from memplan.torch_internals.fake import DispatchMode
+from memplan.torch_internals.recorded import AllocatorEvent, Enclosing, Recorded
+from memplan.torch_internals.state import OpOverload, storage_key
+
+_NUMBERS: dict[torch.dtype, bool | int] = {torch.bool: True, torch.int64: 1000, torch.int32: 1000}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's layout.
+
+    Attributes:
+        shape: its sizes.
+        stride: in elements.
+        offset: into the storage, in elements.
+        dtype: its type.
+        storage_bytes: size of its storage.
+        device: where it is.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    storage_bytes: int
+    device: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """The layout of a tensor."""
+        return cls(
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            int(tensor.storage_offset()),
+            tensor.dtype,
+            int(tensor.untyped_storage().nbytes()),
+            str(tensor.device),
+        )
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A call of a kernel.
+
+    Attributes:
+        target: the kernel.
+        args: its arguments, tensors as ``TensorSpec``.
+        kwargs: the others.
+        blocks: the blocks that it allocated for its results, in order.
+        result_bytes: of all of them.
+        with_grad: whether gradients were enabled: some kernels keep more for their backward then.
+    """
+
+    target: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    blocks: tuple[int, ...]
+    result_bytes: int
+    with_grad: bool
+
+    @property
+    def signature(self) -> str:
+        """Equal for calls that do the same on other data."""
+        return f"call {self.target}({self.args!r}, {self.kwargs!r}, {self.with_grad})"
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A step that was followed.
+
+    Attributes:
+        recorded: its events, kernels' workspace not among them.
+        calls: number of events that happened when a kernel ran, and the call, for each call.
+        enclosing: of each call.
+    """
+
+    recorded: Recorded
+    calls: tuple[tuple[int, KernelCall], ...]
+    enclosing: tuple[tuple[Enclosing, ...], ...]
+
+
+class Following(DispatchMode):
+    """Notes every storage that an op makes inside, and when it is gone (torch 2.13.0).
+
+    A number that is asked of a tensor is taken to be that of a step long under way.
+    """
+
+    def __init__(self, granule_bytes: int = 1) -> None:
+        super().__init__()
+        self.granule_bytes = granule_bytes
+        self.events: list[AllocatorEvent] = []
+        self.calls: list[tuple[int, KernelCall]] = []
+        self.call_enclosing: list[tuple[Enclosing, ...]] = []
+        self.makers: dict[int, tuple[Enclosing, ...]] = {}
+        self._open: list[tuple[bool, Enclosing]] = []
+        self._live: dict[int, tuple[int, int]] = {}
+        self._ids = 0
+        self._is_over = False
+
+    def followed(self) -> Followed:
+        """What was seen until now; nothing is noted afterwards."""
+        self._is_over = True
+        recorded = Recorded(tuple(self.events), self.makers)
+        return Followed(recorded, tuple(self.calls), tuple(self.call_enclosing))
+
+    def block_of(self, tensor: torch.Tensor) -> int:
+        """The address of the block that stands for a tensor's memory; -1 if it is none of ours."""
+        return self._live.get(storage_key(tensor), (-1, 0))[0]
+
+    @contextlib.contextmanager
+    def note(self, text: str) -> Iterator[None]:
+        """A call of this name encloses what happens inside."""
+        is_backward = torch._C._current_autograd_node() is not None
+        self._open.append((is_backward, self._enclosing(text)))
+        try:
+            yield
+        finally:
+            self._open.pop()
+
+    def _enclosing(self, name: str, sequence_number: int = -1) -> Enclosing:
+        self._ids += 1
+        return Enclosing(self._ids, name, sequence_number)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _NUMBERS.get(args[0].dtype, 1000.0)
+        if func.namespace == "prim" or self._is_over:
+            return func(*args, **kwargs)
+        enclosing = self._context(func)
+        over = _accumulated_into(func, args)
+        result = func(*args, **kwargs)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known = {storage_key(tensor) for tensor in given}
+        made = [
+            leaf
+            for leaf in tree_leaves(result)
+            if isinstance(leaf, torch.Tensor) and storage_key(leaf) not in known
+        ]
+        if over is not None and storage_key(over) in self._live:
+            self._take_over(over, result)
+            made = []
+        blocks = tuple(
+            block for leaf in made for block in self._add(leaf.untyped_storage(), enclosing)
+        )
+        nbytes = sum(leaf.untyped_storage().nbytes() for leaf in made)
+        spec_args, spec_kwargs = tree_map(_specified, (args, kwargs))
+        with_grad = torch.is_grad_enabled()
+        call = KernelCall(func, spec_args, spec_kwargs, blocks, nbytes, with_grad)
+        self.calls.append((len(self.events), call))
+        self.call_enclosing.append(enclosing)
+        return result
+
+    def _context(self, func: OpOverload) -> tuple[Enclosing, ...]:
+        """The calls around a kernel, the innermost first."""
+        around = tuple(call for _, call in reversed(self._open))
+        node = torch._C._current_autograd_node()
+        if node is None:
+            # The node of the op that is run now was made just before.
+            number = int(torch.autograd._get_sequence_nr()) - 1
+            self.makers[number] = around
+        else:
+            name = str(node.name())
+            engine = f"autograd::engine::evaluate_function: {name}"
+            inside = [call for is_backward, call in reversed(self._open) if is_backward]
+            outside = [call for is_backward, call in reversed(self._open) if not is_backward]
+            around = (*inside, self._enclosing(engine, int(node._sequence_nr())), *outside)
+        name = str(func.name())  # type: ignore[no-untyped-call]
+        return (self._enclosing(name.partition(".")[0]), *around)
+
+    def _add(self, storage: torch.UntypedStorage, enclosing: tuple[Enclosing, ...]) -> list[int]:
+        """Note a storage, if it is new; its block."""
+        key = storage._cdata
+        if key in self._live:
+            return []
+        # What is opaque has no size here, and some there.
+        blocks = max(1, -(-storage.nbytes() // self.granule_bytes))
+        nbytes = blocks * self.granule_bytes
+        self._ids += 1
+        self._live[key] = (self._ids, nbytes)
+        self._happen(nbytes, self._ids, enclosing)
+        weakref.finalize(storage, self._remove, key).atexit = False
+        return [self._live[key][0]]
+
+    def _take_over(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """The block of one tensor is another's from now on."""
+        storage = new.untyped_storage()
+        self._live[storage._cdata] = self._live.pop(storage_key(old))
+        weakref.finalize(storage, self._remove, storage._cdata).atexit = False
+
+    def _remove(self, key: int) -> None:
+        if key not in self._live:
+            return
+        block, nbytes = self._live.pop(key)
+        if not self._is_over:
+            self._happen(-nbytes, block, tuple(call for _, call in reversed(self._open)))
+
+    def _happen(self, nbytes: int, block: int, enclosing: tuple[Enclosing, ...]) -> None:
+        self.events.append(AllocatorEvent(time.perf_counter_ns(), nbytes, block, enclosing))
+
+
+_UNSHARED = (4, 2)
+"""References to a tensor, and to its storage, when autograd's engine alone holds it and hands it
+to an op that a mode sees."""
+
+
+def _accumulated_into(func: OpOverload, args: tuple[Any, ...]) -> torch.Tensor | None:
+    """The operand that a sum of gradients is written over, where no mode sees it.
+
+    Autograd's engine adds into a gradient that nothing else holds; with a mode it does not.
+    """
+    if func is not torch.ops.aten.add.Tensor or torch.is_grad_enabled():
+        return None
+    if torch._C._current_autograd_node() is None or len(args) != 2:
+        return None
+    one, other = args
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return None
+    alike = (one.shape, one.dtype, one.is_contiguous()) == (other.shape, other.dtype, True)
+    references = (
+        one._use_count(),  # type: ignore[attr-defined]
+        torch._C._storage_Use_Count(one.untyped_storage()._cdata),
+    )
+    return one if alike and references == _UNSHARED else None
+
+
+def _specified(leaf: object) -> object:
+    return TensorSpec.of(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def with_kernels(
+    followed: Followed,
+    workspace_bytes: Callable[[KernelCall], int],
+    result_bytes: Callable[[KernelCall], tuple[int, ...] | None],
+) -> Recorded:
+    """The events as the kernels make them.
+
+    Args:
+        followed: a step that was followed.
+        workspace_bytes: what a call takes and gives back while it runs.
+        result_bytes: what each of its results takes, or None where that is as its layout says.
+    """
+    sizes: dict[int, int] = {}
+    for _, call in followed.calls:
+        seen = result_bytes(call)
+        if seen is not None and len(seen) == len(call.blocks):
+            sizes |= dict(zip(call.blocks, seen, strict=True))
+    given = [_resized(event, sizes) for event in followed.recorded.events]
+    events: list[AllocatorEvent] = []
+    done = 0
+    pairs = zip(followed.calls, followed.enclosing, strict=True)
+    for number, ((position, call), enclosing) in enumerate(pairs):
+        nbytes = workspace_bytes(call)
+        if not nbytes:
+            continue
+        events += given[done:position]
+        done = position
+        when_ns = events[-1].time_ns if events else 0
+        # No block has a negative address.
+        events += [AllocatorEvent(when_ns, sign * nbytes, ~number, enclosing) for sign in (1, -1)]
+    return Recorded((*events, *given[done:]), followed.recorded.makers)
+
+
+def _resized(event: AllocatorEvent, sizes: Mapping[int, int]) -> AllocatorEvent:
+    if event.address not in sizes:
+        return event
+    return replace(event, nbytes=int(math.copysign(sizes[event.address], event.nbytes)))
