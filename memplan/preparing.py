@@ -36,6 +36,7 @@ class Prepared:
         unplanned: peak and time of the captured step, no pass taken part.
         describe: makes a plan of a schedule.
         unplanned_trace: what the captured step will leave, no pass taken part.
+        device: what it is planned for.
     """
 
     captured: Captured
@@ -44,12 +45,13 @@ class Prepared:
     unplanned: Original
     describe: Callable[..., Plan]
     unplanned_trace: Callable[[], MemoryTrace]
+    device: str
 
     def trace(self, schedule: Schedule) -> MemoryTrace:
         """What a schedule will leave."""
         program = self.captured.program
         catalog = Catalog.of(program, self.recoveries)
-        return predicted_trace(program, catalog, schedule, self.costs, str(self.captured.device))
+        return predicted_trace(program, catalog, schedule, self.costs, self.device)
 
     def resolve(self, budget: Budget | None) -> int | None:
         """A budget in bytes."""
@@ -86,15 +88,16 @@ def prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
         captured_effect=Effect.ROUNDING if is_rounded else Effect.EXACT,
         notes=[difference.reason for difference in captured.differences],
     )
+    device = str(original.device) if pricing.device is None else pricing.device.name
     unplanned_trace = partial(
         predicted_trace,
         original.program,
         Catalog.of(original.program, ()),
         unplanned.schedule,
         original_costs,
-        str(original.device) if pricing.device is None else pricing.device.name,
+        device,
     )
-    return Prepared(captured, recoveries, costs, unplanned, describe, unplanned_trace)
+    return Prepared(captured, recoveries, costs, unplanned, describe, unplanned_trace, device)
 
 
 def _rewritten(traced: Traced, request: Request) -> Traced:

@@ -42,6 +42,21 @@ def parse_bytes(size: int | str) -> int:
     return int(Fraction(match[1]) * _FACTORS[match[2].lower()])
 
 
+def parse_share(text: str) -> float:
+    """Read a percentage.
+
+    Raises:
+        UnitsError: for anything else.
+
+    >>> parse_share("2%")
+    0.02
+    """
+    match = _PERCENT.fullmatch(text)
+    if match is None:
+        raise UnitsError(f'{text!r} is not a percentage such as "2%"')
+    return float(Fraction(match[1]) / 100)
+
+
 def format_bytes(nbytes: int) -> str:
     """Write a number of bytes for people.
 

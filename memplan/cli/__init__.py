@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
+import traceback
+
 import click
 
 from memplan.cli.compare import compare
+from memplan.cli.diff import diff
+from memplan.cli.doctor import doctor
 from memplan.cli.estimate import estimate
 from memplan.cli.frontier import frontier
 from memplan.cli.plan import plan
 from memplan.cli.profile import profile
 from memplan.cli.report import report
+from memplan.cli.solve import solve
 from memplan.cli.verify import verify
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Main(click.Group):
+    """What goes wrong inside is one line, and the whole traceback with ``--debug``."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except click.ClickException:
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            raise
+        except (click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            raise click.ClickException(
+                f"internal error: {type(error).__name__}: {error} (please report it, with what "
+                "'memplan --debug ...' prints)"
+            ) from error
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(self.commands)
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="memplan")
-def main() -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of what goes wrong.")
+def main(debug: bool) -> None:
     """Train within the memory that you have."""
+    del debug
 
 
-for command in (profile, estimate, plan, frontier, compare, verify, report):
+for command in (
+    profile,
+    estimate,
+    plan,
+    solve,
+    frontier,
+    compare,
+    verify,
+    diff,
+    report,
+    doctor,
+):
     main.add_command(command)
 
 __all__ = ["main"]

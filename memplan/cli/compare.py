@@ -39,7 +39,7 @@ def compare(
     shape: Format,
     output: Path | None,
 ) -> None:
-    r"""Plan a training step and measure it beside the untouched one.
+    """Plan a training step and measure it beside the untouched one.
 
     TARGET is file.py:factory or package.module:factory; the factory returns (model, batch), or
     (model, batch, optimizer) for the whole step.

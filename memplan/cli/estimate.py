@@ -12,7 +12,7 @@ from memplan import profiler
 from memplan.cli.dtypes import with_dtype
 from memplan.cli.failures import NOT_FITTING, PARTLY, failures
 from memplan.cli.optimizers import make_optimizer, with_optimizer
-from memplan.cli.output import Format, show, with_format, with_output
+from memplan.cli.output import Format, export, show, with_exports, with_format, with_output
 from memplan.cli.progress import progress
 from memplan.cli.target import command_line, load_target, with_sizes, with_target
 from memplan.costs import CPU, DEVICES
@@ -37,6 +37,7 @@ from memplan.units import parse_bytes
 @click.option("--strict", is_flag=True, help="End with 5 if a kernel could not be measured.")
 @with_format
 @with_output
+@with_exports
 def estimate(
     target: str,
     settings: tuple[str, ...],
@@ -49,8 +50,10 @@ def estimate(
     strict: bool,
     shape: Format,
     output: Path | None,
+    snapshot: Path | None,
+    chrome_trace: Path | None,
 ) -> None:
-    r"""What a training step will take: whether it fits, and what is there at the peak.
+    """What a training step will take: whether it fits, and what is there at the peak.
 
     TARGET is file.py:factory, package.module:factory or hf:config.json. Nothing is allocated or
     computed: the factory runs on tensors that have no data. With "--costs measured" it runs for
@@ -66,6 +69,7 @@ def estimate(
         model, batch, given = load_target(target, settings, without_data=not is_real, dtype=dtype)
         optimizer = make_optimizer(model, optimizer_name, given)
         found = profiler.estimate(model, batch, optimizer=optimizer, device=device, costs=costs)
+    export(found.trace, snapshot, chrome_trace)
     bounds = ["--budget", str(memory_bytes), *([] if device is None else ["--device", device])]
     show(
         shape,

@@ -63,7 +63,7 @@ def end_if_broken(broken: list[str]) -> None:
         raise SystemExit(MISMATCH)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file, whole or not at all.
 
     Raises:
@@ -71,7 +71,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     new = path.with_name(f".{path.name}.new")
     try:
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
         new.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -8,9 +8,8 @@ import click
 
 from memplan import api
 from memplan.cli.failures import failures
-from memplan.cli.output import Format, show, with_format
+from memplan.cli.output import Format, show, with_drawn_output, with_format
 from memplan.cli.progress import progress
-from memplan.cli.report import with_drawn_output, write_document
 from memplan.cli.target import command_line, load_target, with_target
 from memplan.report import frontier_document, frontier_sheet
 
@@ -27,7 +26,7 @@ from memplan.report import frontier_document, frontier_sheet
 def frontier(
     target: str, settings: tuple[str, ...], *, points: int, output: Path | None, shape: Format
 ) -> None:
-    r"""Plans from the smallest budget that is feasible to the unplanned peak.
+    """Plans from the smallest budget that is feasible to the unplanned peak.
 
     TARGET is file.py:factory or package.module:factory; the factory returns (model, batch), or
     (model, batch, optimizer) for the whole step. The model is not run.
@@ -41,12 +40,6 @@ def frontier(
     document = frontier_document(plans)
     bounds = ["--budget", str(plans[len(plans) // 2].peak_bytes)]
     again = command_line("compare", target, settings, bounds=bounds)
-    show(
-        shape,
-        [frontier_sheet(plans)],
-        document,
-        f"To measure one of them: {again}",
-    )
-    if output is not None:
-        with failures():
-            write_document(document, output)
+    following = f"To measure one of them: {again}"
+    with failures():
+        show(shape, [frontier_sheet(plans)], document, following, output)

@@ -1,4 +1,4 @@
-"""How a command shows its result: a table, JSON or Markdown, on stdout alone."""
+"""How a command shows its result: a table, JSON or Markdown on stdout, and files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import click
 from rich.console import Console
 
 from memplan.cli.failures import write_whole
-from memplan.report import Sheet, markdown, terminal
+from memplan.report import Sheet, chrome_trace, markdown, snapshot_bytes, terminal
+from memplan.report.figures import save_figure
+from memplan.report.html import html_report
+from memplan.trace import MemoryTrace
 
 Format = Literal["table", "json", "markdown"]
 
@@ -34,14 +37,77 @@ def with_format(command: Command) -> Command:
     return option(short(command))
 
 
-def with_output(command: Command) -> Command:
-    """Give a command ``-o``, for what ``memplan report`` and ``memplan diff`` read."""
+def with_drawn_output(*suffixes: str, text: str) -> Callable[[Command], Command]:
+    """Give a command ``-o``, for a file of one of several kinds.
+
+    Args:
+        suffixes: that tell the kinds.
+        text: what the help says.
+    """
+
+    def checked(_ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None and path.suffix not in suffixes:
+            expected = ", ".join(suffixes)
+            raise click.BadParameter(f"{path}: expected a name that ends in {expected}")
+        return path
+
     return click.option(
         "-o",
         "--output",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Write the JSON here too, for 'memplan report' and 'memplan diff'.",
-    )(command)
+        callback=checked,
+        help=text,
+    )
+
+
+with_output = with_drawn_output(
+    ".json",
+    ".html",
+    ".svg",
+    ".png",
+    text="Write it here too: JSON for 'memplan report' and 'memplan diff', a page or a figure.",
+)
+"""Give a command ``-o``."""
+
+
+def with_exports(command: Command) -> Command:
+    """Give a command ``--snapshot`` and ``--chrome-trace``."""
+    path = click.Path(path_type=Path, dir_okay=False)
+    snapshot = click.option(
+        "--snapshot",
+        type=path,
+        help="Write the step's blocks here, as a pickle for pytorch.org/memory_viz.",
+    )
+    chrome = click.option(
+        "--chrome-trace", type=path, help="Write a timeline here, for Perfetto or chrome://tracing."
+    )
+    return snapshot(chrome(command))
+
+
+def export(trace: MemoryTrace, snapshot: Path | None, chrome: Path | None) -> None:
+    """Write what ``with_exports`` asked for."""
+    if snapshot is not None:
+        write_whole(snapshot, snapshot_bytes(trace))
+    if chrome is not None:
+        write_whole(chrome, json.dumps(chrome_trace(trace)) + "\n")
+
+
+def write_document(document: Mapping[str, object], path: Path) -> None:
+    """Write a document as what the suffix says, whole or not at all.
+
+    Raises:
+        UnreadableDocument: if there is nothing in it to draw.
+        click.UsageError: if the file cannot be written.
+    """
+    if path.suffix == ".json":
+        write_whole(path, json.dumps(document) + "\n")
+    elif path.suffix == ".html":
+        write_whole(path, html_report(document))
+    else:
+        try:
+            save_figure(document, path)
+        except OSError as error:
+            raise click.UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def show(
@@ -51,17 +117,18 @@ def show(
     following: str,
     output: Path | None = None,
 ) -> None:
-    """Print a result, and what to do next where people read."""
-    if output is not None:
-        write_whole(output, json.dumps(document) + "\n")
-        following = f"To look at it: memplan report {output} -o {output.with_suffix('.html')}"
+    """Print a result, and what to do next where people read; write it where it was asked for."""
     if shape == "json":
         click.echo(json.dumps(document))
-        return
-    if shape == "markdown":
+    elif shape == "markdown":
         click.echo(markdown(sheets))
-        return
-    console = Console(highlight=False)
-    for sheet in sheets:
-        console.print(terminal(sheet))
-    click.echo(following)
+    else:
+        console = Console(highlight=False)
+        for sheet in sheets:
+            console.print(terminal(sheet))
+    if output is not None:
+        write_document(document, output)
+        if output.suffix == ".json":
+            following = f"To look at it: memplan report {output}"
+    if shape == "table":
+        click.echo(following)

@@ -8,23 +8,38 @@ import click
 
 from memplan import api
 from memplan.cli.failures import failures, write_whole
-from memplan.cli.output import Format, show, with_format
+from memplan.cli.optimizers import make_optimizer, with_optimizer
+from memplan.cli.output import Format, export, show, with_exports, with_format
+from memplan.cli.passes import passes_named, with_passes
 from memplan.cli.progress import progress
 from memplan.cli.target import command_line, load_target, with_bounds, with_target
 from memplan.costs import DEVICES
+from memplan.errors import InfeasibleBudget
 from memplan.options import Options
-from memplan.report import plan_document, plan_sheets
+from memplan.passes import PASSES
+from memplan.report import plan_document, plan_sheets, techniques_document, techniques_sheet
+from memplan.request import make_request
+from memplan.sample import Sample
+from memplan.techniques import Technique, compare_techniques
 
 
 @click.command()
 @with_target
 @with_bounds
+@with_passes
+@with_optimizer
 @click.option(
     "--device", type=click.Choice(list(DEVICES)), help="Plan for a device that need not be there."
 )
 @click.option(
+    "--techniques",
+    is_flag=True,
+    help="Then plan with each technique alone, and rank them (with --budget).",
+)
+@click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan here."
 )
+@with_exports
 @with_format
 def plan(
     target: str,
@@ -32,40 +47,88 @@ def plan(
     *,
     budget: str | None,
     max_slowdown: float | None,
+    pass_names: tuple[str, ...],
+    optimizer_name: str | None,
     device: str | None,
+    techniques: bool,
     output: Path | None,
+    snapshot: Path | None,
+    chrome_trace: Path | None,
     shape: Format,
 ) -> None:
-    r"""Plan a training step: its peak, its time, and what is alive at the peak.
+    """Plan a training step: its peak, its time, and what is alive at the peak.
 
-    TARGET is file.py:factory or package.module:factory; the factory returns (model, batch), or
-    (model, batch, optimizer) for the whole step. The model is not run.
+    TARGET is file.py:factory, package.module:factory or hf:config.json; the factory returns
+    (model, batch), or (model, batch, optimizer) for the whole step. The model is not run.
 
     \b
     Exit codes: 0 there is a plan; 1 the factory or the capture failed; 2 wrong usage;
     3 no plan fits the budget.
     """
-    model, batch, optimizer = load_target(target, settings)
+    if techniques and budget is None:
+        raise click.UsageError("--techniques needs --budget: what is to be reached")
+    named = passes_named(pass_names)
+    model, batch, given = load_target(target, settings, without_data=device is not None)
+    options = Options(device=device)
     with failures(), progress():
-        found = api.plan(
+        optimizer = make_optimizer(model, optimizer_name, given)
+        request = make_request(
             model,
-            batch,
             budget=budget,
             max_slowdown=max_slowdown,
+            passes=named.values(),
+            default_passes=True,
             optimizer=optimizer,
-            options=Options(device=device),
+            plan=None,
+            options=options,
         )
+        ranked: list[Technique] = []
+        if techniques and budget is not None:
+            alone = {**{name: make() for name, make in PASSES.items()}, **named}
+            ranked = compare_techniques(
+                model, batch, budget=budget, passes=alone, optimizer=optimizer, options=options
+            )
+        try:
+            prepared, found = api.make_plan(model, Sample.of(batch), request)
+        except InfeasibleBudget:
+            # What comes nearest is the more wanted for it.
+            _show_ranked(ranked, shape)
+            raise
+    traces = {
+        "unplanned, predicted": prepared.unplanned_trace(),
+        "planned, predicted": prepared.trace(found.schedule),
+    }
     if output is not None:
         write_whole(output, found.to_json() + "\n")
-    bounds = [] if budget is None else ["--budget", budget]
-    bounds += [] if max_slowdown is None else ["--max-slowdown", str(max_slowdown)]
-    if device is not None:
-        following = f"All trade-offs: {command_line('frontier', target, settings)}"
-    elif output is not None:
-        following = f"To measure it: {command_line('verify', target, settings, str(output))}"
-    else:
-        following = f"To measure it: {command_line('compare', target, settings, bounds=bounds)}"
-    show(shape, plan_sheets(found), plan_document(found), following)
+    export(traces["planned, predicted"], snapshot, chrome_trace)
+    document = plan_document(found, traces) | techniques_document(ranked)
+    sheets = [*plan_sheets(found), *([techniques_sheet(ranked)] if ranked else [])]
+    following = _following(target, settings, budget, max_slowdown, device, output)
+    show(shape, sheets, document, following)
     for note in (found.advice, *found.notes):
         if note:
             click.echo(f"note: {note}", err=True)
+
+
+def _show_ranked(ranked: list[Technique], shape: Format) -> None:
+    if ranked and shape != "json":
+        show(shape, [techniques_sheet(ranked)], {}, "")
+
+
+def _following(  # noqa: PLR0917 - what the command was given
+    target: str,
+    settings: tuple[str, ...],
+    budget: str | None,
+    max_slowdown: float | None,
+    device: str | None,
+    output: Path | None,
+) -> str:
+    """What to do next."""
+    bounds = [] if budget is None else ["--budget", budget]
+    bounds += [] if max_slowdown is None else ["--max-slowdown", str(max_slowdown)]
+    if device is not None:
+        sizes = command_line("estimate", target, settings, bounds=["--device", device])
+        return f"To see where the untouched step's bytes are: {sizes}"
+    if output is not None:
+        return f"To measure it: {command_line('verify', target, settings, str(output))}"
+    return f"To measure it: {command_line('compare', target, settings, bounds=bounds)}"

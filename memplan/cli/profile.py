@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from memplan.cli.failures import failures
 from memplan.cli.optimizers import make_optimizer, with_optimizer
-from memplan.cli.output import Format, show, with_format, with_output
+from memplan.cli.output import Format, export, show, with_exports, with_format, with_output
 from memplan.cli.progress import progress
 from memplan.cli.target import command_line, load_target, with_target
 from memplan.profiler import time_phases, trace_memory
@@ -23,6 +23,7 @@ from memplan.report import profile_document, profile_sheets
 @with_optimizer
 @with_format
 @with_output
+@with_exports
 @click.option(
     "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps to time."
 )
@@ -33,9 +34,11 @@ def profile(
     optimizer_name: str | None,
     shape: Format,
     output: Path | None,
+    snapshot: Path | None,
+    chrome_trace: Path | None,
     steps: int,
 ) -> None:
-    r"""Measure a training step: its peak, and every byte that is there then.
+    """Measure a training step: its peak, and every byte that is there then.
 
     TARGET is file.py:factory or package.module:factory; the factory returns (model, batch), or
     (model, batch, optimizer) for the whole step. The step starts without gradients. Parameters
@@ -49,6 +52,7 @@ def profile(
         optimizer = make_optimizer(model, optimizer_name, given)
         trace = trace_memory(model, batch, optimizer=optimizer)
         seconds = _seconds(model, batch, optimizer, steps)
+    export(trace, snapshot, chrome_trace)
     again = command_line("plan", target, settings, bounds=["--budget", "50%"])
     show(
         shape,

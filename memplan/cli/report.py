@@ -2,61 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import click
 
-from memplan.cli.failures import failures, write_whole
-from memplan.report.figures import FIGURE_SUFFIXES, save_figure
-from memplan.report.html import html_report
+from memplan.cli.failures import failures
+from memplan.cli.output import with_drawn_output, write_document
+from memplan.report.documents import Document
+from memplan.report.figures import FIGURE_SUFFIXES
 from memplan.report.reading import UnreadableDocument, read_document
-
-Command = TypeVar("Command", bound=Callable[..., None])
-
-
-def with_drawn_output(*suffixes: str, text: str) -> Callable[[Command], Command]:
-    """Give a command ``-o``, for a file of one of several kinds.
-
-    Args:
-        suffixes: that tell the kinds.
-        text: what the help says.
-    """
-
-    def checked(_ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
-        if path is not None and path.suffix not in suffixes:
-            expected = ", ".join(suffixes)
-            raise click.BadParameter(f"{path}: expected a name that ends in {expected}")
-        return path
-
-    return click.option(
-        "-o",
-        "--output",
-        type=click.Path(path_type=Path, dir_okay=False),
-        callback=checked,
-        help=text,
-    )
-
-
-def write_document(document: Mapping[str, object], path: Path) -> None:
-    """Write a document as what the suffix says, whole or not at all.
-
-    Raises:
-        UnreadableDocument: if there is nothing in it to draw.
-        click.UsageError: if the file cannot be written.
-    """
-    if path.suffix == ".json":
-        write_whole(path, json.dumps(document) + "\n")
-    elif path.suffix == ".html":
-        write_whole(path, html_report(document))
-    else:
-        try:
-            save_figure(document, path)
-        except OSError as error:
-            raise click.UsageError(f"cannot write {path}: {error.strerror}") from error
-
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
@@ -73,15 +27,28 @@ def report(file: Path, output: Path | None) -> None:
 
     \b
     Exit codes: 0 written; 1 a PNG without matplotlib; 2 wrong usage, or not such a file.
-    """  # noqa: D301
+    """
     path = file.with_suffix(".html") if output is None else output
     if path.resolve() == file.resolve():
         raise click.UsageError(f"{file} would be overwritten; name another file with -o")
+    document = read_file(file)
     with failures():
         try:
-            write_document(read_document(file.read_text(encoding="utf-8")), path)
-        except (UnreadableDocument, UnicodeDecodeError) as error:
+            write_document(document, path)
+        except UnreadableDocument as error:
             raise click.UsageError(f"cannot read {file}: {error}") from error
-        except OSError as error:
-            raise click.UsageError(f"cannot read {file}: {error.strerror}") from error
     click.echo(path)
+
+
+def read_file(path: Path) -> Document:
+    """A document that a command wrote.
+
+    Raises:
+        click.UsageError: if the file cannot be read, or is something else.
+    """
+    try:
+        return read_document(path.read_text(encoding="utf-8"))
+    except (UnreadableDocument, UnicodeDecodeError) as error:
+        raise click.UsageError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise click.UsageError(f"cannot read {path}: {error.strerror}") from error

@@ -33,7 +33,7 @@ def verify(
     shape: Format,
     output: Path | None,
 ) -> None:
-    r"""Apply a saved plan, and measure it beside the untouched step.
+    """Apply a saved plan, and measure it beside the untouched step.
 
     PLAN is a file that "memplan plan -o" wrote. TARGET is what it was made for:
     file.py:factory or package.module:factory.

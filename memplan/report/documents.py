@@ -135,6 +135,17 @@ def comparison_document(
     }
 
 
+def checks_document(checks: Mapping[str, tuple[bool, str]]) -> Document:
+    """What works here: whether, and in words."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "checks",
+        "checks": [
+            {"name": name, "is_ok": is_ok, "text": text} for name, (is_ok, text) in checks.items()
+        ],
+    }
+
+
 def _measured(profile: Profile) -> Document:
     return {
         "peak_bytes": profile.peak_bytes,

@@ -1,0 +1,110 @@
+"""``memplan solve``: the largest batch or sequence that fits, by planning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import click
+import torch
+
+from memplan import api, profiler
+from memplan.cli.dtypes import with_dtype
+from memplan.cli.failures import NOT_FITTING, failures
+from memplan.cli.optimizers import make_optimizer, with_optimizer
+from memplan.cli.output import Format, show, with_format
+from memplan.cli.progress import progress
+from memplan.cli.target import command_line, load_target, with_target
+from memplan.costs import DEVICES
+from memplan.largest import largest_fitting
+from memplan.options import Options
+from memplan.report import solution_document, solution_sheet
+from memplan.units import parse_bytes
+
+
+@click.command()
+@click.argument("field", metavar="FIELD")
+@with_target
+@click.option("--budget", required=True, metavar="BYTES", help='Bound on the peak, as in "24GiB".')
+@click.option(
+    "--max-slowdown",
+    type=click.FloatRange(min=1),
+    default=1.5,
+    show_default=True,
+    help="Bound on the planned step's predicted time.",
+)
+@click.option(
+    "--multiple-of",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Look at multiples of this alone.",
+)
+@with_optimizer
+@with_dtype
+@click.option("--device", type=click.Choice(list(DEVICES)), help="A device that need not be there.")
+@with_format
+def solve(
+    field: str,
+    target: str,
+    settings: tuple[str, ...],
+    *,
+    budget: str,
+    max_slowdown: float,
+    multiple_of: int,
+    optimizer_name: str | None,
+    dtype: str,
+    device: str | None,
+    shape: Format,
+) -> None:
+    """The largest value of FIELD whose step fits: untouched, and planned.
+
+    FIELD is an argument of the factory that is a whole number, such as batch_size or seq_len.
+    TARGET is file.py:factory, package.module:factory or hf:config.json. The model is not run, and
+    nothing runs out of memory: each value that is tried is estimated and planned.
+
+    \b
+    Exit codes: 0 there is such a value; 1 the factory or the capture failed; 2 wrong usage;
+    3 not even 1 fits.
+    """
+    options = Options(device=device, on_infeasible="smallest")
+    with failures():
+        memory_bytes = parse_bytes(budget)
+
+    def made(value: int) -> tuple[torch.nn.Module, object, torch.optim.Optimizer | None]:
+        given = (*settings, f"{field}={value}")
+        model, batch, own = load_target(target, given, without_data=device is not None, dtype=dtype)
+        return model, batch, make_optimizer(model, optimizer_name, own)
+
+    def untouched(value: int) -> int:
+        model, batch, optimizer = made(value)
+        costs: Literal["measured", "analytic"] = "measured" if device is None else "analytic"
+        found = profiler.estimate(model, batch, optimizer=optimizer, device=device, costs=costs)
+        return found.most_bytes
+
+    def planned(value: int) -> int:
+        model, batch, optimizer = made(value)
+        found = api.plan(
+            model,
+            batch,
+            budget=memory_bytes,
+            max_slowdown=max_slowdown,
+            optimizer=optimizer,
+            options=options,
+        )
+        return found.peak_bytes
+
+    with failures(), progress():
+        before, of_untouched = largest_fitting(untouched, memory_bytes, multiple_of)
+        after, of_planned = largest_fitting(planned, memory_bytes, multiple_of)
+    again = command_line(
+        "plan", target, (*settings, f"{field}={after}"), bounds=["--budget", budget]
+    )
+    rows = {"untouched": (before, of_untouched), "planned": (after, of_planned)}
+    show(
+        shape,
+        [solution_sheet(field, memory_bytes, max_slowdown, rows)],
+        solution_document(field, memory_bytes, max_slowdown, rows),
+        f"To plan it: {again}" if after else "Not even 1 fits.",
+    )
+    if not after:
+        raise SystemExit(NOT_FITTING)

@@ -1,0 +1,50 @@
+"""The largest value that fits, as a sheet and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from memplan.report.documents import SCHEMA_VERSION, Document
+from memplan.report.sheet import Sheet
+from memplan.units import format_bytes
+
+Solutions = Mapping[str, tuple[int, Mapping[int, int]]]
+""""untouched" and "planned" to the largest value, and the bytes of each that was tried."""
+
+
+def solution_sheet(
+    field: str, memory_bytes: int, max_slowdown: float, solutions: Solutions
+) -> Sheet:
+    """The largest value untouched and planned, and what stands on either side of the bound."""
+    rows = []
+    for name, (value, tried) in solutions.items():
+        here = format_bytes(tried[value]) if value else ""
+        more = min((number for number in tried if number > value), default=0)
+        above = format_bytes(tried[more]) if more else ""
+        rows.append((name, str(value), here, above, str(len(tried))))
+    return Sheet(
+        f"The largest {field} within {format_bytes(memory_bytes)}",
+        ("step", field, "needs", "the next needs", "tried"),
+        tuple(rows),
+        frozenset({1, 2, 3, 4}),
+        footer=f"Planned: at no more than {max_slowdown:g}x the predicted time.",
+    )
+
+
+def solution_document(
+    field: str, memory_bytes: int, max_slowdown: float, solutions: Solutions
+) -> Document:
+    """The same; the totals are those of the planned step."""
+    value, tried = solutions["planned"]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "solution",
+        "peak_bytes": tried.get(value, 0),
+        "memory_bytes": memory_bytes,
+        "field": field,
+        "max_slowdown": max_slowdown,
+        **{
+            name: {"value": found, "tried": {str(k): v for k, v in sorted(seen.items())}}
+            for name, (found, seen) in solutions.items()
+        },
+    }

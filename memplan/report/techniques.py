@@ -1,0 +1,59 @@
+"""Techniques as a sheet and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from memplan.report.documents import Document
+from memplan.report.sheet import Sheet
+from memplan.techniques import Technique
+from memplan.units import format_bytes
+
+
+def techniques_sheet(ranked: Sequence[Technique]) -> Sheet:
+    """Each technique's yield, as they are ranked."""
+    rows = [
+        (
+            one.name,
+            format_bytes(one.plan.peak_bytes),
+            f"{one.plan.slowdown:.3f}x",
+            _yield(one),
+            ", ".join(effect.value for effect in one.plan.effects),
+            "fits" if one.fits else "",
+        )
+        for one in ranked
+    ]
+    return Sheet(
+        "What would make it fit",
+        ("technique", "peak", "time", "saved per 1 %", "results", ""),
+        tuple(rows),
+        frozenset({1, 2, 3}),
+        frozenset({0}),
+        footer="Each planned alone, as near to the budget as it comes; exact ones first.",
+    )
+
+
+def _yield(one: Technique) -> str:
+    if math.isinf(one.bytes_per_percent):
+        return "free"
+    return format_bytes(int(one.bytes_per_percent)) if one.saved_bytes else ""
+
+
+def techniques_document(ranked: Sequence[Technique]) -> Document:
+    """The same, or nothing where none was asked for."""
+    if not ranked:
+        return {}
+    return {
+        "techniques": [
+            {
+                "name": one.name,
+                "peak_bytes": one.plan.peak_bytes,
+                "saved_bytes": one.saved_bytes,
+                "slowdown": one.plan.slowdown,
+                "effects": [effect.value for effect in one.plan.effects],
+                "fits": one.fits,
+            }
+            for one in ranked
+        ]
+    }
