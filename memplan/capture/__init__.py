@@ -7,7 +7,7 @@ from memplan.capture.captured import Captured, Primal, tensors_of
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.layout import Layouts, other_layouts, with_layouts
-from memplan.capture.origins import running, users_line
+from memplan.capture.origins import running, running_anywhere, users_line
 from memplan.capture.reader import read
 from memplan.capture.surroundings import unchanged_randomness, without_data_of
 from memplan.capture.updates import trained_by, update_in_backward, update_parameter
@@ -28,6 +28,7 @@ __all__ = [
     "reads_kept",
     "rewrite",
     "running",
+    "running_anywhere",
     "source_of_call",
     "tensors_of",
     "trace",

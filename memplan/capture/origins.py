@@ -42,11 +42,33 @@ def running(
 
     ``changed`` is called with them after each change.
     """
-    fqns = {child: name for name, child in module.named_modules()}
+    with _running({child: name for name, child in module.named_modules()}, changed) as names:
+        yield names
+
+
+@contextlib.contextmanager
+def running_anywhere(roots: dict[nn.Module, str]) -> Iterator[Sequence[str]]:
+    """The same for all modules that are called inside; roots and their names are added.
+
+    The first root's name is "", others go by their class.
+    """
+    with _running({}, lambda names: None, roots) as names:
+        yield names
+
+
+@contextlib.contextmanager
+def _running(
+    fqns: dict[nn.Module, str],
+    changed: Callable[[Sequence[str]], None],
+    roots: dict[nn.Module, str] | None = None,
+) -> Iterator[Sequence[str]]:
     names: list[str] = []
 
     def enter(child: nn.Module, inputs: object) -> None:
         del inputs
+        if roots is not None and not names and child not in fqns:
+            roots[child] = type(child).__name__ if roots else ""
+            fqns.update(_named(child, roots[child]))
         if child in fqns:
             names.append(fqns[child])
             changed(names)
@@ -66,6 +88,10 @@ def running(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _named(root: nn.Module, prefix: str) -> dict[nn.Module, str]:
+    return {child: name for name, child in root.named_modules(prefix=prefix)}
 
 
 class _Lines(TorchFunctionMode):

@@ -17,6 +17,7 @@ from memplan.module import PlannedModule
 from memplan.plan import Plan
 from memplan.profiler import Comparison, trace_memory
 from memplan.report import comparison_document, comparison_sheet
+from memplan.report.documents import PLANNED
 from memplan.schedule import Effect
 from memplan.trace import MemoryTrace
 
@@ -65,7 +66,7 @@ def traces_of(model: nn.Module, planned: PlannedModule, batch: object) -> dict[s
     optimizer = planned.optimizer
     return {
         "original, measured": trace_memory(model, batch, optimizer=optimizer),
-        "planned, measured": trace_memory(planned, batch, optimizer=optimizer),
+        PLANNED: trace_memory(planned, batch, optimizer=optimizer),
         "planned, predicted": planned.trace,
     }
 
@@ -80,13 +81,8 @@ def show_proof(
     output: Path | None,
 ) -> None:
     """Print a comparison; end the command with 4 if the plan breaks a promise."""
-    show(
-        shape,
-        [comparison_sheet(comparison, plan)],
-        comparison_document(comparison, plan, traces),
-        following,
-        output,
-    )
+    document = comparison_document(comparison, plan, traces) if traces else {}
+    show(shape, [comparison_sheet(comparison, plan)], document, following, output)
     if not comparison.is_exact:
         for note in plan.notes:
             click.echo(f"note: {note}", err=True)

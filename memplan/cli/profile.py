@@ -13,13 +13,16 @@ from memplan.cli.failures import failures
 from memplan.cli.optimizers import make_optimizer, with_optimizer
 from memplan.cli.output import Format, export, show, with_exports, with_format, with_output
 from memplan.cli.progress import progress
-from memplan.cli.target import command_line, load_target, with_target
-from memplan.profiler import time_phases, trace_memory
+from memplan.cli.target import TargetError, command_line, load_target, with_target
+from memplan.errors import MemplanError
+from memplan.profiler import profile_script, time_phases, trace_memory
 from memplan.report import profile_document, profile_sheets
+from memplan.trace import MemoryTrace
 
 
 @click.command()
 @with_target
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @with_optimizer
 @with_format
 @with_output
@@ -27,40 +30,76 @@ from memplan.report import profile_document, profile_sheets
 @click.option(
     "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps to time."
 )
+@click.option(
+    "--step",
+    type=click.IntRange(min=3),
+    default=4,
+    show_default=True,
+    help="Of a script: the step to record. The script is stopped after it.",
+)
 def profile(
     target: str,
     settings: tuple[str, ...],
     *,
+    arguments: tuple[str, ...],
     optimizer_name: str | None,
     shape: Format,
     output: Path | None,
     snapshot: Path | None,
     chrome_trace: Path | None,
     steps: int,
+    step: int,
 ) -> None:
     """Measure a training step: its peak, and every byte that is there then.
 
-    TARGET is file.py:factory or package.module:factory; the factory returns (model, batch), or
-    (model, batch, optimizer) for the whole step. The step starts without gradients. Parameters
-    and all other states are as before afterwards.
+    TARGET is file.py:factory, package.module:factory or hf:config.json; the factory returns
+    (model, batch), or (model, batch, optimizer) for the whole step. The step starts without
+    gradients. Parameters and all other states are as before afterwards.
+
+    TARGET can also be a whole training script, which needs no change: script.py -- ARGUMENTS...
+    One of its steps is recorded, from the end of an optimizer step to the end of the next.
 
     \b
-    Exit codes: 0 measured; 1 the factory or the step failed; 2 wrong usage.
+    Exit codes: 0 measured; 1 the factory, the script or the step failed; 2 wrong usage.
     """
-    model, batch, given = load_target(target, settings)
-    with failures(), progress():
-        optimizer = make_optimizer(model, optimizer_name, given)
-        trace = trace_memory(model, batch, optimizer=optimizer)
-        seconds = _seconds(model, batch, optimizer, steps)
+    is_script = target.endswith(".py")
+    if is_script:
+        trace, seconds = _script(target, arguments, step, settings, optimizer_name)
+        following = "To plan such a step, write a factory that returns (model, batch, optimizer)"
+    elif arguments:
+        raise click.UsageError(f"{target} takes --set NAME=VALUE; '-- ...' is for a whole script")
+    else:
+        model, batch, given = load_target(target, settings)
+        with failures(), progress():
+            optimizer = make_optimizer(model, optimizer_name, given)
+            trace = trace_memory(model, batch, optimizer=optimizer)
+            seconds = _seconds(model, batch, optimizer, steps)
+        again = command_line("plan", target, settings, bounds=["--budget", "50%"])
+        following = f"To see what would make it smaller: {again}"
     export(trace, snapshot, chrome_trace)
-    again = command_line("plan", target, settings, bounds=["--budget", "50%"])
-    show(
-        shape,
-        profile_sheets(trace, seconds),
-        profile_document(trace, seconds),
-        f"To see what would make it smaller: {again}",
-        output,
-    )
+    document = profile_document(trace, seconds)
+    show(shape, profile_sheets(trace, seconds), document, following, output)
+
+
+def _script(
+    target: str,
+    arguments: tuple[str, ...],
+    step: int,
+    settings: tuple[str, ...],
+    optimizer_name: str | None,
+) -> tuple[MemoryTrace, dict[str, float]]:
+    if settings or optimizer_name:
+        raise click.UsageError("a whole script takes its own arguments, after --")
+    path = Path(target)
+    if not path.is_file():
+        raise click.UsageError(f"there is no file {target!r}")
+    try:
+        found = profile_script(path, arguments, step=step)
+    except MemplanError as error:
+        raise click.ClickException(str(error)) from error
+    except Exception as error:
+        raise TargetError(f"{target} raised {type(error).__name__}: {error}") from error
+    return found.trace, {"step": found.step_s}
 
 
 def _seconds(

@@ -17,6 +17,7 @@ from memplan.cli.target import command_line, load_target, with_target
 from memplan.costs import DEVICES
 from memplan.largest import largest_fitting
 from memplan.options import Options
+from memplan.plan import Plan
 from memplan.report import solution_document, solution_sheet
 from memplan.units import parse_bytes
 
@@ -67,6 +68,7 @@ def solve(
     3 not even 1 fits.
     """
     options = Options(device=device, on_infeasible="smallest")
+    plans: dict[int, Plan] = {}
     with failures():
         memory_bytes = parse_bytes(budget)
 
@@ -83,7 +85,7 @@ def solve(
 
     def planned(value: int) -> int:
         model, batch, optimizer = made(value)
-        found = api.plan(
+        plans[value] = api.plan(
             model,
             batch,
             budget=memory_bytes,
@@ -91,7 +93,7 @@ def solve(
             optimizer=optimizer,
             options=options,
         )
-        return found.peak_bytes
+        return plans[value].peak_bytes
 
     with failures(), progress():
         before, of_untouched = largest_fitting(untouched, memory_bytes, multiple_of)
@@ -103,7 +105,7 @@ def solve(
     show(
         shape,
         [solution_sheet(field, memory_bytes, max_slowdown, rows)],
-        solution_document(field, memory_bytes, max_slowdown, rows),
+        solution_document(field, memory_bytes, max_slowdown, rows, plans[after or multiple_of]),
         f"To plan it: {again}" if after else "Not even 1 fits.",
     )
     if not after:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,6 @@ from memplan.trace import (
     Block,
     MemoryTrace,
     Resident,
-    Span,
     spans_of,
 )
 
@@ -56,15 +56,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class Named:
-    """Storages that are known when a phase ends.
+    """Storages that are known at a moment.
 
     Attributes:
-        phase: that phase; "" for the last before all is given back.
+        mark: of that moment.
         category: theirs.
         names: address to name.
     """
 
-    phase: str
+    mark: str
     category: str
     names: Mapping[int, str]
 
@@ -92,7 +92,7 @@ def attributed(
     phases = [_phase_of(event, otherwise) for event in events]
     spans = spans_of(phases)
     ends = _ends(events)
-    known = _known(events, spans, tuple(named))
+    known = _known(found, tuple(named))
     next_backward = _next_backward(phases)
     blocks = []
     for number, event in enumerate(events):
@@ -153,25 +153,21 @@ def _ends(events: Sequence[AllocatorEvent]) -> dict[int, int | None]:
     return ends
 
 
-def _known(
-    events: Sequence[AllocatorEvent], spans: Sequence[Span], named: Sequence[Named]
-) -> dict[int, tuple[str, str]]:
+def _known(found: Recorded, named: Sequence[Named]) -> dict[int, tuple[str, str]]:
     """Category and name of blocks that are known by address, by the event that made them."""
     known: dict[int, tuple[str, str]] = {}
-    within = [span for span in spans if span.phase != END]
+    times = [event.time_ns for event in found.events]
     for one in named:
-        for span in within if one.phase else within[-1:]:
-            if one.phase not in ("", span.phase):
-                continue
-            alive: dict[int, int] = {}
-            for number, event in enumerate(events[: span.end]):
-                if event.nbytes > 0:
-                    alive[event.address] = number
-                else:
-                    alive.pop(event.address, None)
-            for address, name in one.names.items():
-                if address in alive:
-                    known.setdefault(alive[address], (one.category, name))
+        alive: dict[int, int] = {}
+        for number in range(bisect_right(times, found.marks[one.mark])):
+            event = found.events[number]
+            if event.nbytes > 0:
+                alive[event.address] = number
+            else:
+                alive.pop(event.address, None)
+        for address, name in one.names.items():
+            if address in alive:
+                known.setdefault(alive[address], (one.category, name))
     return known
 
 

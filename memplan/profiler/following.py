@@ -127,10 +127,15 @@ def _follow(
         with following.note(f"{SPAN_PREFIX}{name}"):
             yield
         if name == Phase.BACKWARD.value:
-            named.append(Named(name, Role.GRADIENT.value, gradients_at(module, following.block_of)))
+            following.mark(name)
+            found = gradients_at(module, following.block_of)
+            named.append(Named(name, Role.GRADIENT.value, found))
 
     with paused_collector(), seeming_real(), following, noting(module, following.note):
         kept = run_step(module, sample, optimizer, during)
     leaves = [leaf for leaf in flatten(kept.output)[0] if isinstance(leaf, torch.Tensor)]
-    named.append(Named("", Role.OUTPUT.value, dict.fromkeys(map(following.block_of, leaves), "")))
+    following.mark("outputs")
+    named.append(
+        Named("outputs", Role.OUTPUT.value, dict.fromkeys(map(following.block_of, leaves), ""))
+    )
     return FollowedStep(following.followed(), residents, tuple(named), device)

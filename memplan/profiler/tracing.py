@@ -22,6 +22,7 @@ from memplan.sample import Sample
 from memplan.torch_internals import (
     SPAN_PREFIX,
     flatten,
+    mark,
     note,
     recorded,
     recording,
@@ -56,16 +57,18 @@ def trace_memory(
             with note(f"{SPAN_PREFIX}{name}"):
                 yield
             if name == Phase.BACKWARD.value:
-                named.append(Named(name, Role.GRADIENT.value, gradients_at(module, _address)))
+                mark(name)
+                named.append(Named(name, Role.GRADIENT.value, gradients_at(module, address_of)))
 
         gc.collect()
         with paused_collector(), recording() as profile:
             with noting(module):
                 kept = run_step(module, batch, optimizer, during)
             leaves = [leaf for leaf in flatten(kept.output)[0] if isinstance(leaf, torch.Tensor)]
-            outputs = dict.fromkeys(map(_address, leaves), "")
+            outputs = dict.fromkeys(map(address_of, leaves), "")
+            mark("outputs")
             del kept, leaves
-        named.append(Named("", Role.OUTPUT.value, outputs))
+        named.append(Named("outputs", Role.OUTPUT.value, outputs))
         clear_gradients(module)
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         found = recorded(profile, device.type)
@@ -77,8 +80,15 @@ def noting(
     module: nn.Module, note: Callable[[str], AbstractContextManager[object]] = note
 ) -> Iterator[None]:
     """Inside, calls of torch's functions are recorded with their module and the user's line."""
-    with running(module) as names, _Notes(names, note):
+    with running(module) as names, noting_in(names, note):
         yield
+
+
+def noting_in(
+    names: Sequence[str], note: Callable[[str], AbstractContextManager[object]] = note
+) -> AbstractContextManager[object]:
+    """The same, for modules that run by these names, the innermost last."""
+    return _Notes(names, note)
 
 
 class _Notes(TorchFunctionMode):
@@ -148,5 +158,6 @@ def gradients_at(module: nn.Module, address: Callable[[torch.Tensor], int]) -> d
     }
 
 
-def _address(tensor: torch.Tensor) -> int:
+def address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory is."""
     return tensor.untyped_storage().data_ptr()

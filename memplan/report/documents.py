@@ -17,6 +17,9 @@ SCHEMA_VERSION = 1
 _POINTS = 2000
 """Of a timeline, at most about so many."""
 
+PLANNED = "planned, measured"
+"""The trace of a comparison that its totals are of."""
+
 Document = dict[str, object]
 
 
@@ -79,7 +82,7 @@ def totals(trace: MemoryTrace) -> Document:
 
 def plan_document(plan: Plan, traces: Mapping[str, MemoryTrace] | None = None) -> Document:
     """What a plan predicts; its schedule is in the file that ``-o`` writes."""
-    return {**_plan_totals("plan", plan), **_plan(plan), "traces": _traces(traces or {})}
+    return {**plan_totals("plan", plan), **_plan(plan), "traces": _traces(traces or {})}
 
 
 def _plan(plan: Plan) -> Document:
@@ -106,20 +109,20 @@ def _plan(plan: Plan) -> Document:
 def frontier_document(plans: Sequence[Plan]) -> Document:
     """Plans by ascending peak; the totals are those of the unplanned step, the last of them."""
     return {
-        **_plan_totals("frontier", plans[-1]),
+        **plan_totals("frontier", plans[-1]),
         "original_peak_bytes": plans[-1].original_peak_bytes,
         "plans": [_plan(plan) for plan in plans],
     }
 
 
 def comparison_document(
-    comparison: Comparison, plan: Plan, traces: Mapping[str, MemoryTrace] | None = None
+    comparison: Comparison, plan: Plan, traces: Mapping[str, MemoryTrace]
 ) -> Document:
-    """Two measured steps and the plan of the second; the totals are the second's."""
+    """Two measured steps and the plan of the second; the totals are those of its trace."""
     return {
-        **_plan_totals("comparison", plan),
-        "peak_bytes": comparison.planned.peak_bytes,
-        "resident_bytes": comparison.planned.resident_bytes,
+        "schema_version": SCHEMA_VERSION,
+        "kind": "comparison",
+        **totals(traces[PLANNED]),
         "original": _measured(comparison.original),
         "planned": _measured(comparison.planned),
         "plan": _plan(plan),
@@ -131,7 +134,7 @@ def comparison_document(
         "parameters_equal": comparison.parameters_equal,
         "rng_equal": comparison.rng_equal,
         "max_gradient_error": comparison.max_gradient_error,
-        "traces": _traces(traces or {}),
+        "traces": _traces(traces),
     }
 
 
@@ -159,7 +162,7 @@ def _measured(profile: Profile) -> Document:
     }
 
 
-def _plan_totals(kind: str, plan: Plan) -> Document:
+def plan_totals(kind: str, plan: Plan) -> Document:
     """Of a prediction: every byte of it has a name."""
     return {
         "schema_version": SCHEMA_VERSION,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memplan.report.documents import SCHEMA_VERSION, Document
+from memplan.plan import Plan
+from memplan.report.documents import Document, plan_totals
 from memplan.report.sheet import Sheet
 from memplan.units import format_bytes
 
@@ -32,14 +33,19 @@ def solution_sheet(
 
 
 def solution_document(
-    field: str, memory_bytes: int, max_slowdown: float, solutions: Solutions
+    field: str, memory_bytes: int, max_slowdown: float, solutions: Solutions, plan: Plan
 ) -> Document:
-    """The same; the totals are those of the planned step."""
-    value, tried = solutions["planned"]
+    """The same; the totals are those of a planned step.
+
+    Args:
+        field: the factory's argument.
+        memory_bytes: the bound.
+        max_slowdown: the bound on the planned step's predicted time.
+        solutions: untouched and planned.
+        plan: of the largest value that fits, or of the smallest one where not even that fits.
+    """
     return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "solution",
-        "peak_bytes": tried.get(value, 0),
+        **plan_totals("solution", plan),
         "memory_bytes": memory_bytes,
         "field": field,
         "max_slowdown": max_slowdown,

@@ -65,6 +65,7 @@ from memplan.torch_internals.recorded import (
     Enclosing,
     Recorded,
     is_composite,
+    mark,
     note,
     recorded,
 )
@@ -124,6 +125,7 @@ __all__ = [
     "leaves_of",
     "making_no_data",
     "map_leaves",
+    "mark",
     "note",
     "peak_requested_bytes",
     "phase",

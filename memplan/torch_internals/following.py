@@ -107,6 +107,7 @@ class Following(DispatchMode):
         self.calls: list[tuple[int, KernelCall]] = []
         self.call_enclosing: list[tuple[Enclosing, ...]] = []
         self.makers: dict[int, tuple[Enclosing, ...]] = {}
+        self.marks: dict[str, int] = {}
         self._open: list[tuple[bool, Enclosing]] = []
         self._live: dict[int, tuple[int, int]] = {}
         self._ids = 0
@@ -115,12 +116,16 @@ class Following(DispatchMode):
     def followed(self) -> Followed:
         """What was seen until now; nothing is noted afterwards."""
         self._is_over = True
-        recorded = Recorded(tuple(self.events), self.makers)
+        recorded = Recorded(tuple(self.events), self.makers, self.marks)
         return Followed(recorded, tuple(self.calls), tuple(self.call_enclosing))
 
     def block_of(self, tensor: torch.Tensor) -> int:
         """The address of the block that stands for a tensor's memory; -1 if it is none of ours."""
         return self._live.get(storage_key(tensor), (-1, 0))[0]
+
+    def mark(self, text: str) -> None:
+        """Note a moment."""
+        self.marks[text] = time.perf_counter_ns()
 
     @contextlib.contextmanager
     def note(self, text: str) -> Iterator[None]:
@@ -275,7 +280,7 @@ def with_kernels(
         when_ns = events[-1].time_ns if events else 0
         # No block has a negative address.
         events += [AllocatorEvent(when_ns, sign * nbytes, ~number, enclosing) for sign in (1, -1)]
-    return Recorded((*events, *given[done:]), followed.recorded.makers)
+    return replace(followed.recorded, events=(*events, *given[done:]))
 
 
 def _resized(event: AllocatorEvent, sizes: Mapping[int, int]) -> AllocatorEvent:

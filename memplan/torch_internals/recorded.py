@@ -52,10 +52,12 @@ class Recorded:
     Attributes:
         events: in order of time.
         makers: sequence number to the calls that enclose the forward op that has it.
+        marks: when each ``mark`` was made, in ns.
     """
 
     events: tuple[AllocatorEvent, ...]
     makers: dict[int, tuple[Enclosing, ...]]
+    marks: dict[str, int]
 
 
 def note(text: str) -> AbstractContextManager[object]:
@@ -63,21 +65,33 @@ def note(text: str) -> AbstractContextManager[object]:
     return cast("AbstractContextManager[object]", _RecordFunctionFast(text))
 
 
+_MARK = "memplan!"
+
+
+def mark(text: str) -> None:
+    """Note a moment in the record."""
+    with note(f"{_MARK}{text}"):
+        pass
+
+
 def recorded(profile: torch.profiler.profile, device_type: str) -> Recorded:
     """What was recorded of one kind of device (torch 2.13.0)."""
     events = []
     makers: dict[int, tuple[Enclosing, ...]] = {}
+    marks: dict[str, int] = {}
     for node, enclosing in _walk(profile):
         fields = node.extra_fields
         if node.tag == _EventType.Allocation and fields.device.type == device_type:
             size, address = int(fields.alloc_size), int(fields.ptr)
             events.append(AllocatorEvent(node.start_time_ns, size, address, enclosing))
+        elif node.tag == _EventType.TorchOp and node.name.startswith(_MARK):
+            marks[node.name.removeprefix(_MARK)] = node.start_time_ns
         elif node.tag == _EventType.TorchOp and fields.sequence_number >= 0:
             is_backward = any(call.name.startswith("autograd::engine") for call in enclosing)
             if not is_backward and not node.name.startswith("autograd::engine"):
                 makers[fields.sequence_number] = enclosing
     events.sort(key=lambda event: event.time_ns)
-    return Recorded(tuple(events), makers)
+    return Recorded(tuple(events), makers, marks)
 
 
 def _walk(profile: torch.profiler.profile) -> Iterator[tuple[Any, tuple[Enclosing, ...]]]:
