@@ -20,7 +20,7 @@ from memplan.module import PlannedModule
 from memplan.options import Options
 from memplan.passing import Effect, Pass
 from memplan.plan import Plan
-from memplan.profiler import Comparison, Profile, compare, profile
+from memplan.profiler import Comparison, Estimate, Profile, compare, estimate, profile
 from memplan.profiler.monitor import log_memory
 from memplan.program import Costs
 from memplan.sample import Sample
@@ -32,6 +32,7 @@ __all__ = [
     "Comparison",
     "Costs",
     "Effect",
+    "Estimate",
     "InfeasibleBudget",
     "MemplanError",
     "NotPlannedYet",
@@ -45,6 +46,7 @@ __all__ = [
     "UnitsError",
     "WithLoss",
     "compare",
+    "estimate",
     "format_bytes",
     "frontier",
     "log_memory",

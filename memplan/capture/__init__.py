@@ -1,6 +1,6 @@
 """From a module and a sample to a program: forward graph, joint graph, ``Captured``."""
 
-from memplan.capture.as_on_cuda import as_on_cuda
+from memplan.capture.as_on_cuda import CudaDropout, as_on_cuda
 from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.call import OpCall, call_of, made_up_kept, reads_kept, source_of_call
 from memplan.capture.captured import Captured, Primal, tensors_of
@@ -14,6 +14,7 @@ from memplan.capture.updates import trained_by, update_in_backward, update_param
 
 __all__ = [
     "Captured",
+    "CudaDropout",
     "Differentiable",
     "Layouts",
     "OpCall",

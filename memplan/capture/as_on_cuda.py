@@ -17,14 +17,13 @@ from memplan.sample import Sample
 
 @contextlib.contextmanager
 def as_on_cuda(given: Sample) -> Iterator[None]:
-    """Inside, attention, dropout and autocast are those of a CUDA device."""
+    """Inside, attention and autocast are those of a CUDA device."""
     is_there = any(tensor.is_cuda for tensor in given.tensors())
-    casts = contextlib.nullcontext() if is_there else cuda_casts_on_cpu()
-    with CudaAttention(), _CudaDropout(), casts:
+    with CudaAttention(), contextlib.nullcontext() if is_there else cuda_casts_on_cpu():
         yield
 
 
-class _CudaDropout(TorchFunctionMode):
+class CudaDropout(TorchFunctionMode):
     """Inside, dropout is CUDA's fused kernel, which keeps a mask of booleans."""
 
     def __torch_function__(

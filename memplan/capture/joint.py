@@ -10,9 +10,8 @@ import torch
 from torch import fx, nn
 
 from memplan.capture.accumulate import accumulate
-from memplan.capture.attention import CudaAttention
+from memplan.capture.as_on_cuda import as_on_cuda
 from memplan.capture.attributes import unchanged_attributes, unchanged_tensors
-from memplan.capture.casts import cuda_casts_on_cpu
 from memplan.capture.decisions import Decision, decide
 from memplan.capture.dropout import dropout_as_eager
 from memplan.capture.explain import explain, is_data_dependent
@@ -98,7 +97,7 @@ def trace(
         unchanged_tensors(module),
         unchanged_attributes(module),
         OneLayerAtATime() as recurrent,
-        _as_on_cuda(given) if is_for_cuda else contextlib.nullcontext(),
+        as_on_cuda(given) if is_for_cuda else contextlib.nullcontext(),
         without_checkpointing(),
         without_flat_weights(),
         without_idle_moves(),
@@ -153,13 +152,6 @@ def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor]) -> Joint:
         with origins(flat.wrapped):
             joint = trace_joint(flat, tensors)
     return joint
-
-
-@contextlib.contextmanager
-def _as_on_cuda(given: Sample) -> Iterator[None]:
-    is_there = any(tensor.is_cuda for tensor in given.tensors())
-    with CudaAttention(), contextlib.nullcontext() if is_there else cuda_casts_on_cpu():
-        yield
 
 
 @contextlib.contextmanager

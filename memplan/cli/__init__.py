@@ -10,6 +10,7 @@ from memplan.cli.compare import compare
 from memplan.cli.diff import diff
 from memplan.cli.doctor import doctor
 from memplan.cli.estimate import estimate
+from memplan.cli.failures import described
 from memplan.cli.frontier import frontier
 from memplan.cli.plan import plan
 from memplan.cli.profile import profile
@@ -34,7 +35,7 @@ class _Main(click.Group):
             if ctx.params["debug"]:
                 raise
             raise click.ClickException(
-                f"internal error: {type(error).__name__}: {error} (please report it, with what "
+                f"internal error: {described(error)} (please report it, with what "
                 "'memplan --debug ...' prints)"
             ) from error
 

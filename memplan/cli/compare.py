@@ -12,7 +12,7 @@ from memplan import api, profiler
 from memplan.cli.failures import end_if_broken, failures
 from memplan.cli.output import Format, show, with_format, with_output
 from memplan.cli.progress import progress
-from memplan.cli.target import load_target, with_bounds, with_target
+from memplan.cli.target import Target, with_bounds, with_target
 from memplan.module import PlannedModule
 from memplan.plan import Plan
 from memplan.profiler import Comparison, trace_memory
@@ -31,8 +31,7 @@ from memplan.trace import MemoryTrace
     "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds to time."
 )
 def compare(
-    target: str,
-    settings: tuple[str, ...],
+    target: Target,
     *,
     budget: str | None,
     max_slowdown: float | None,
@@ -49,7 +48,7 @@ def compare(
     Exit codes: 0 the plan holds what it promises; 1 the factory or the capture failed;
     2 wrong usage; 3 no plan fits the budget; 4 the plan breaks a promise.
     """
-    model, batch, optimizer = load_target(target, settings)
+    model, batch, optimizer = target.load()
     with failures(), progress():
         planned = api.optimize(
             model, batch, budget=budget, max_slowdown=max_slowdown, optimizer=optimizer

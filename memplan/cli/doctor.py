@@ -17,7 +17,7 @@ import memplan
 from memplan.cli.failures import write_whole
 from memplan.cli.output import Format, show, with_format
 from memplan.costs import CostCache, cache_folder
-from memplan.report import Sheet, checks_document
+from memplan.report import checks_document, checks_sheet
 from memplan.torch_internals import warn_of_untested_torch
 from memplan.units import format_bytes
 
@@ -33,10 +33,8 @@ def doctor(shape: Format) -> None:
     Exit codes: 0 all works; 1 something does not.
     """
     found = {name: _outcome(check) for name, check in _CHECKS.items()}
-    rows = [(name, "ok" if is_ok else "FAILS", text) for name, (is_ok, text) in found.items()]
-    sheet = Sheet("memplan on this machine", ("", "", ""), tuple(rows), folded=frozenset({2}))
     following = "To try it on a model: memplan profile file.py:factory"
-    show(shape, [sheet], checks_document(found), following)
+    show(shape, [checks_sheet(found)], checks_document(found), following)
     if not all(is_ok for is_ok, _ in found.values()):
         raise SystemExit(1)
 

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
-import click
 import torch
 from torch import nn
-
-Command = TypeVar("Command", bound=Callable[..., None])
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MIXED = "-mixed"
 
-
-def with_dtype(command: Command) -> Command:
-    """Give a command ``--dtype``."""
-    return click.option(
-        "--dtype",
-        type=click.Choice(["as is", *_TYPES, "bf16-mixed", "fp16-mixed"]),
-        default="as is",
-        show_default=True,
-        help="Make the model in this type, or train it under autocast (-mixed).",
-    )(command)
+DTYPES = (*_TYPES, "bf16-mixed", "fp16-mixed")
 
 
 @contextlib.contextmanager
-def default_dtype(dtype: str) -> Iterator[None]:
+def default_dtype(dtype: str | None) -> Iterator[None]:
     """Inside, parameters and tensors are made in a type."""
-    if dtype not in _TYPES:
+    if dtype is None or dtype not in _TYPES:
         yield
         return
     before = torch.get_default_dtype()
@@ -55,9 +43,9 @@ class _Autocast(nn.Module):
             return self.model(*args, **kwargs)
 
 
-def under_autocast(model: nn.Module, dtype: str) -> nn.Module:
+def under_autocast(model: nn.Module, dtype: str | None) -> nn.Module:
     """The module, its forward under autocast if the type says so."""
-    if not dtype.endswith(_MIXED):
+    if dtype is None or not dtype.endswith(_MIXED):
         return model
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kind = "cpu" if device.type == "meta" else device.type

@@ -9,12 +9,10 @@ import click
 import psutil
 
 from memplan import profiler
-from memplan.cli.dtypes import with_dtype
 from memplan.cli.failures import NOT_FITTING, PARTLY, failures
-from memplan.cli.optimizers import make_optimizer, with_optimizer
 from memplan.cli.output import Format, export, show, with_exports, with_format, with_output
 from memplan.cli.progress import progress
-from memplan.cli.target import command_line, load_target, with_sizes, with_target
+from memplan.cli.target import Target, with_target
 from memplan.costs import CPU, DEVICES
 from memplan.report import estimate_document, estimate_sheets, verdict
 from memplan.units import parse_bytes
@@ -22,9 +20,6 @@ from memplan.units import parse_bytes
 
 @click.command()
 @with_target
-@with_sizes
-@with_optimizer
-@with_dtype
 @click.option("--device", type=click.Choice(list(DEVICES)), help="A device that need not be there.")
 @click.option("--memory", metavar="BYTES", help="What there is, if not the device's memory.")
 @click.option(
@@ -39,11 +34,8 @@ from memplan.units import parse_bytes
 @with_output
 @with_exports
 def estimate(
-    target: str,
-    settings: tuple[str, ...],
+    target: Target,
     *,
-    optimizer_name: str | None,
-    dtype: str,
     device: str | None,
     memory: str | None,
     costs: Literal["analytic", "measured"],
@@ -66,8 +58,7 @@ def estimate(
     with failures(), progress():
         memory_bytes = _memory_bytes(memory, device)
         is_real = costs == "measured"
-        model, batch, given = load_target(target, settings, without_data=not is_real, dtype=dtype)
-        optimizer = make_optimizer(model, optimizer_name, given)
+        model, batch, optimizer = target.load(without_data=not is_real)
         found = profiler.estimate(model, batch, optimizer=optimizer, device=device, costs=costs)
     export(found.trace, snapshot, chrome_trace)
     bounds = ["--budget", str(memory_bytes), *([] if device is None else ["--device", device])]
@@ -75,7 +66,7 @@ def estimate(
         shape,
         estimate_sheets(found, memory_bytes),
         estimate_document(found, memory_bytes),
-        f"To make it smaller: {command_line('plan', target, settings, bounds=bounds)}",
+        f"To make it smaller: {target.command_line('plan', bounds=bounds)}",
         output,
     )
     if verdict(found, memory_bytes) != "fits":

@@ -46,6 +46,11 @@ def failures() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
+def described(error: BaseException) -> str:
+    """What an exception is and says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 @contextlib.contextmanager
 def mismatches() -> Iterator[None]:
     """Inside, a plan for another step ends the command with 4."""

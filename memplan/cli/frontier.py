@@ -10,7 +10,7 @@ from memplan import api
 from memplan.cli.failures import failures
 from memplan.cli.output import Format, show, with_drawn_output, with_format
 from memplan.cli.progress import progress
-from memplan.cli.target import command_line, load_target, with_target
+from memplan.cli.target import Target, with_target
 from memplan.report import frontier_document, frontier_sheet
 
 
@@ -23,9 +23,7 @@ from memplan.report import frontier_document, frontier_sheet
     ".svg", ".png", ".json", text="Write the figure (.svg, .png) or the JSON here too."
 )
 @with_format
-def frontier(
-    target: str, settings: tuple[str, ...], *, points: int, output: Path | None, shape: Format
-) -> None:
+def frontier(target: Target, *, points: int, output: Path | None, shape: Format) -> None:
     """Plans from the smallest budget that is feasible to the unplanned peak.
 
     TARGET is file.py:factory or package.module:factory; the factory returns (model, batch), or
@@ -34,12 +32,12 @@ def frontier(
     \b
     Exit codes: 0 there are plans; 1 the factory or the capture failed; 2 wrong usage.
     """
-    model, batch, optimizer = load_target(target, settings)
+    model, batch, optimizer = target.load()
     with failures(), progress():
         plans = api.frontier(model, batch, points=points, optimizer=optimizer)
     document = frontier_document(plans)
     bounds = ["--budget", str(plans[len(plans) // 2].peak_bytes)]
-    again = command_line("compare", target, settings, bounds=bounds)
+    again = target.command_line("compare", bounds=bounds)
     following = f"To measure one of them: {again}"
     with failures():
         show(shape, [frontier_sheet(plans)], document, following, output)

@@ -11,6 +11,8 @@ import click
 import torch
 from torch import nn
 
+from memplan.cli.failures import described
+
 HUB = "hf:"
 
 _BATCH_SIZE = 1
@@ -52,7 +54,7 @@ def model_of_config(
         config = transformers.AutoConfig.for_model(**{**fields, **given})
         model = kind(config).train()
     except Exception as error:
-        raise click.UsageError(f"{path}: {type(error).__name__}: {error}") from error
+        raise click.UsageError(f"{path}: {described(error)}") from error
     return model, _batch(config, batch_size, seq_len, str(names[0])), None
 
 

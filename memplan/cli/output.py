@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -118,17 +119,19 @@ def show(
     output: Path | None = None,
 ) -> None:
     """Print a result, and what to do next where people read; write it where it was asked for."""
+    if output is not None:
+        write_document(document, output)
+        if output.suffix == ".json":
+            following = f"To look at it: memplan report {output}"
     if shape == "json":
         click.echo(json.dumps(document))
     elif shape == "markdown":
         click.echo(markdown(sheets))
     else:
-        console = Console(highlight=False)
+        # rich keeps bold where there is no colour; whoever wants none wants plain text
+        colours = None if os.environ.get("NO_COLOR") else "auto"
+        console = Console(highlight=False, color_system=colours)
         for sheet in sheets:
             console.print(terminal(sheet))
-    if output is not None:
-        write_document(document, output)
-        if output.suffix == ".json":
-            following = f"To look at it: memplan report {output}"
     if shape == "table":
         click.echo(following)

@@ -8,11 +8,10 @@ import click
 
 from memplan import api
 from memplan.cli.failures import failures, write_whole
-from memplan.cli.optimizers import make_optimizer, with_optimizer
 from memplan.cli.output import Format, export, show, with_exports, with_format
 from memplan.cli.passes import passes_named, with_passes
 from memplan.cli.progress import progress
-from memplan.cli.target import command_line, load_target, with_bounds, with_target
+from memplan.cli.target import Target, with_bounds, with_target
 from memplan.costs import DEVICES
 from memplan.errors import InfeasibleBudget
 from memplan.options import Options
@@ -27,7 +26,6 @@ from memplan.techniques import Technique, compare_techniques
 @with_target
 @with_bounds
 @with_passes
-@with_optimizer
 @click.option(
     "--device", type=click.Choice(list(DEVICES)), help="Plan for a device that need not be there."
 )
@@ -42,13 +40,11 @@ from memplan.techniques import Technique, compare_techniques
 @with_exports
 @with_format
 def plan(
-    target: str,
-    settings: tuple[str, ...],
+    target: Target,
     *,
     budget: str | None,
     max_slowdown: float | None,
     pass_names: tuple[str, ...],
-    optimizer_name: str | None,
     device: str | None,
     techniques: bool,
     output: Path | None,
@@ -68,10 +64,9 @@ def plan(
     if techniques and budget is None:
         raise click.UsageError("--techniques needs --budget: what is to be reached")
     named = passes_named(pass_names)
-    model, batch, given = load_target(target, settings, without_data=device is not None)
+    model, batch, optimizer = target.load(without_data=device is not None)
     options = Options(device=device)
-    with failures(), progress():
-        optimizer = make_optimizer(model, optimizer_name, given)
+    with failures():
         request = make_request(
             model,
             budget=budget,
@@ -85,11 +80,13 @@ def plan(
         ranked: list[Technique] = []
         if techniques and budget is not None:
             alone = {**{name: make() for name, make in PASSES.items()}, **named}
-            ranked = compare_techniques(
-                model, batch, budget=budget, passes=alone, optimizer=optimizer, options=options
-            )
+            with progress():
+                ranked = compare_techniques(
+                    model, batch, budget=budget, passes=alone, optimizer=optimizer, options=options
+                )
         try:
-            prepared, found = api.make_plan(model, Sample.of(batch), request)
+            with progress():
+                prepared, found = api.make_plan(model, Sample.of(batch), request)
         except InfeasibleBudget:
             # What comes nearest is the more wanted for it.
             _show_ranked(ranked, shape)
@@ -103,7 +100,7 @@ def plan(
     export(traces["planned, predicted"], snapshot, chrome_trace)
     document = plan_document(found, traces) | techniques_document(ranked)
     sheets = [*plan_sheets(found), *([techniques_sheet(ranked)] if ranked else [])]
-    following = _following(target, settings, budget, max_slowdown, device, output)
+    following = _following(target, budget, max_slowdown, device, output)
     show(shape, sheets, document, following)
     for note in (found.advice, *found.notes):
         if note:
@@ -115,9 +112,8 @@ def _show_ranked(ranked: list[Technique], shape: Format) -> None:
         show(shape, [techniques_sheet(ranked)], {}, "")
 
 
-def _following(  # noqa: PLR0917 - what the command was given
-    target: str,
-    settings: tuple[str, ...],
+def _following(
+    target: Target,
     budget: str | None,
     max_slowdown: float | None,
     device: str | None,
@@ -127,8 +123,8 @@ def _following(  # noqa: PLR0917 - what the command was given
     bounds = [] if budget is None else ["--budget", budget]
     bounds += [] if max_slowdown is None else ["--max-slowdown", str(max_slowdown)]
     if device is not None:
-        sizes = command_line("estimate", target, settings, bounds=["--device", device])
+        sizes = target.command_line("estimate", bounds=["--device", device])
         return f"To see where the untouched step's bytes are: {sizes}"
     if output is not None:
-        return f"To measure it: {command_line('verify', target, settings, str(output))}"
-    return f"To measure it: {command_line('compare', target, settings, bounds=bounds)}"
+        return f"To measure it: {target.command_line('verify', str(output))}"
+    return f"To measure it: {target.command_line('compare', bounds=bounds)}"

@@ -9,11 +9,11 @@ import click
 from torch import nn
 from torch.optim import Optimizer
 
+from memplan.cli.factory import TargetError
 from memplan.cli.failures import failures
-from memplan.cli.optimizers import make_optimizer, with_optimizer
 from memplan.cli.output import Format, export, show, with_exports, with_format, with_output
 from memplan.cli.progress import progress
-from memplan.cli.target import TargetError, command_line, load_target, with_target
+from memplan.cli.target import Target, with_target
 from memplan.errors import MemplanError
 from memplan.profiler import profile_script, time_phases, trace_memory
 from memplan.report import profile_document, profile_sheets
@@ -23,7 +23,6 @@ from memplan.trace import MemoryTrace
 @click.command()
 @with_target
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@with_optimizer
 @with_format
 @with_output
 @with_exports
@@ -38,11 +37,9 @@ from memplan.trace import MemoryTrace
     help="Of a script: the step to record. The script is stopped after it.",
 )
 def profile(
-    target: str,
-    settings: tuple[str, ...],
+    target: Target,
     *,
     arguments: tuple[str, ...],
-    optimizer_name: str | None,
     shape: Format,
     output: Path | None,
     snapshot: Path | None,
@@ -62,19 +59,19 @@ def profile(
     \b
     Exit codes: 0 measured; 1 the factory, the script or the step failed; 2 wrong usage.
     """
-    is_script = target.endswith(".py")
-    if is_script:
-        trace, seconds = _script(target, arguments, step, settings, optimizer_name)
+    if target.text.endswith(".py"):
+        trace, seconds = _script(target, arguments, step)
         following = "To plan such a step, write a factory that returns (model, batch, optimizer)"
     elif arguments:
-        raise click.UsageError(f"{target} takes --set NAME=VALUE; '-- ...' is for a whole script")
+        raise click.UsageError(
+            f"{target.text} takes --set NAME=VALUE; '-- ...' is for a whole script"
+        )
     else:
-        model, batch, given = load_target(target, settings)
+        model, batch, optimizer = target.load()
         with failures(), progress():
-            optimizer = make_optimizer(model, optimizer_name, given)
             trace = trace_memory(model, batch, optimizer=optimizer)
             seconds = _seconds(model, batch, optimizer, steps)
-        again = command_line("plan", target, settings, bounds=["--budget", "50%"])
+        again = target.command_line("plan", bounds=["--budget", "50%"])
         following = f"To see what would make it smaller: {again}"
     export(trace, snapshot, chrome_trace)
     document = profile_document(trace, seconds)
@@ -82,23 +79,19 @@ def profile(
 
 
 def _script(
-    target: str,
-    arguments: tuple[str, ...],
-    step: int,
-    settings: tuple[str, ...],
-    optimizer_name: str | None,
+    target: Target, arguments: tuple[str, ...], step: int
 ) -> tuple[MemoryTrace, dict[str, float]]:
-    if settings or optimizer_name:
+    if target != Target(target.text):
         raise click.UsageError("a whole script takes its own arguments, after --")
-    path = Path(target)
+    path = Path(target.text)
     if not path.is_file():
-        raise click.UsageError(f"there is no file {target!r}")
+        raise click.UsageError(f"there is no file {target.text!r}")
     try:
         found = profile_script(path, arguments, step=step)
     except MemplanError as error:
         raise click.ClickException(str(error)) from error
     except Exception as error:
-        raise TargetError(f"{target} raised {type(error).__name__}: {error}") from error
+        raise TargetError(f"{target.text} raised {type(error).__name__}: {error}") from error
     return found.trace, {"step": found.step_s}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.status import Status
@@ -20,16 +22,22 @@ class _ToStatus(logging.Handler):
             self.status.update(record.getMessage())
 
 
+def aside() -> AbstractContextManager[object]:
+    """Inside, what the user's code prints goes to stderr: stdout is for the result alone."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 @contextlib.contextmanager
 def progress() -> Iterator[None]:
-    """Show what memplan logs as it works, in one line that goes away."""
+    """Show what memplan logs as it works, in one line that goes away; the rest as ``aside``."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield
+        with aside():
+            yield
         return
     logger = logging.getLogger("memplan")
     level = logger.level
-    with console.status("starting") as status:
+    with aside(), console.status("starting") as status:
         handler = _ToStatus(status)
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG)

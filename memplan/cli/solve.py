@@ -8,12 +8,10 @@ import click
 import torch
 
 from memplan import api, profiler
-from memplan.cli.dtypes import with_dtype
 from memplan.cli.failures import NOT_FITTING, failures
-from memplan.cli.optimizers import make_optimizer, with_optimizer
 from memplan.cli.output import Format, show, with_format
 from memplan.cli.progress import progress
-from memplan.cli.target import command_line, load_target, with_target
+from memplan.cli.target import Target, with_target
 from memplan.costs import DEVICES
 from memplan.largest import largest_fitting
 from memplan.options import Options
@@ -40,20 +38,15 @@ from memplan.units import parse_bytes
     show_default=True,
     help="Look at multiples of this alone.",
 )
-@with_optimizer
-@with_dtype
 @click.option("--device", type=click.Choice(list(DEVICES)), help="A device that need not be there.")
 @with_format
 def solve(
-    field: str,
-    target: str,
-    settings: tuple[str, ...],
+    target: Target,
     *,
+    field: str,
     budget: str,
     max_slowdown: float,
     multiple_of: int,
-    optimizer_name: str | None,
-    dtype: str,
     device: str | None,
     shape: Format,
 ) -> None:
@@ -73,9 +66,7 @@ def solve(
         memory_bytes = parse_bytes(budget)
 
     def made(value: int) -> tuple[torch.nn.Module, object, torch.optim.Optimizer | None]:
-        given = (*settings, f"{field}={value}")
-        model, batch, own = load_target(target, given, without_data=device is not None, dtype=dtype)
-        return model, batch, make_optimizer(model, optimizer_name, own)
+        return target.with_setting(f"{field}={value}").load(without_data=device is not None)
 
     def untouched(value: int) -> int:
         model, batch, optimizer = made(value)
@@ -98,8 +89,8 @@ def solve(
     with failures(), progress():
         before, of_untouched = largest_fitting(untouched, memory_bytes, multiple_of)
         after, of_planned = largest_fitting(planned, memory_bytes, multiple_of)
-    again = command_line(
-        "plan", target, (*settings, f"{field}={after}"), bounds=["--budget", budget]
+    again = target.with_setting(f"{field}={after}").command_line(
+        "plan", bounds=["--budget", budget]
     )
     rows = {"untouched": (before, of_untouched), "planned": (after, of_planned)}
     show(

@@ -11,7 +11,7 @@ from memplan.cli.compare import show_proof, traces_of
 from memplan.cli.failures import failures, mismatches
 from memplan.cli.output import Format, with_format, with_output
 from memplan.cli.progress import progress
-from memplan.cli.target import load_target, with_target
+from memplan.cli.target import Target, with_target
 from memplan.errors import PlanMismatch
 from memplan.plan import Plan
 
@@ -25,10 +25,9 @@ from memplan.plan import Plan
     "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds to time."
 )
 def verify(
-    path: Path,
-    target: str,
-    settings: tuple[str, ...],
+    target: Target,
     *,
+    path: Path,
     steps: int,
     shape: Format,
     output: Path | None,
@@ -44,7 +43,7 @@ def verify(
     another step.
     """
     saved = _read(path)
-    model, batch, optimizer = load_target(target, settings)
+    model, batch, optimizer = target.load()
     with failures(), mismatches(), progress():
         planned = api.optimize(model, batch, plan=saved, optimizer=optimizer)
         comparison = profiler.compare(model, planned, batch, steps=steps)

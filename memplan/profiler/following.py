@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memplan.capture import as_on_cuda, unchanged_attributes, without_data_of
+from memplan.capture import CudaDropout, as_on_cuda, unchanged_attributes, without_data_of
 from memplan.collector import paused_collector
 from memplan.costs import CPU, Device, KernelMemory
 from memplan.errors import MemplanError
@@ -97,6 +97,7 @@ def follow_step(
         stepped = None if optimizer is None else duplicate_over(optimizer, copies)
         if device.is_cuda:
             stack.enter_context(as_on_cuda(batch))
+            stack.enter_context(CudaDropout())
         try:
             return _follow(module, batch, stepped, device)
         except MemplanError:

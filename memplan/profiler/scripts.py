@@ -25,7 +25,15 @@ from memplan.errors import MemplanError
 from memplan.profiler.attribution import Named, attributed
 from memplan.profiler.tracing import address_of, gradients_at, noting_in
 from memplan.program import Phase, Role
-from memplan.torch_internals import SPAN_PREFIX, mark, note, recorded, recording, storage_key
+from memplan.torch_internals import (
+    SPAN_PREFIX,
+    is_fake,
+    mark,
+    note,
+    recorded,
+    recording,
+    storage_key,
+)
 from memplan.trace import Block, MemoryTrace, Resident, spans_of
 from memplan.update import tensors_in
 
@@ -173,8 +181,9 @@ class _Recorder:
                 name = names.get(id(parameter), "")
                 own = tensors_in(state, but=[parameter])
                 named += [(Role.OPTIMIZER_STATE, name, tensor) for tensor in own]
-        objects = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
-        named += [(Role.INPUT, _HELD, tensor) for tensor in objects]
+        objects = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+        with_data = [one for one in objects if not (is_fake(one) or one.is_meta)]
+        named += [(Role.INPUT, _HELD, tensor) for tensor in with_data]
         first: dict[int, tuple[int, Resident]] = {}
         for role, name, tensor in named:
             nbytes = tensor.untyped_storage().nbytes()

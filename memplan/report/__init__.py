@@ -15,11 +15,12 @@ from memplan.report.sheet import Sheet, markdown, terminal
 from memplan.report.snapshot import snapshot_bytes
 from memplan.report.solutions import solution_document, solution_sheet
 from memplan.report.techniques import techniques_document, techniques_sheet
-from memplan.report.text import comparison_sheet, frontier_sheet, plan_sheets
+from memplan.report.text import checks_sheet, comparison_sheet, frontier_sheet, plan_sheets
 
 __all__ = [
     "Sheet",
     "checks_document",
+    "checks_sheet",
     "chrome_trace",
     "comparison_document",
     "comparison_sheet",

@@ -27,7 +27,11 @@ def difference_sheet(before: Document, after: Document) -> Sheet:
     categories = [_categories(one) for one in (before, after)]
     names = sorted(
         categories[0].keys() | categories[1].keys(),
-        key=lambda name: -abs(categories[1].get(name, 0) - categories[0].get(name, 0)),
+        key=lambda name: (
+            -abs(categories[1].get(name, 0) - categories[0].get(name, 0)),
+            -categories[1].get(name, 0),
+            name,
+        ),
     )
     rows.append(())
     rows += [_bytes_row(name, *(one.get(name, 0) for one in categories)) for name in names[:_MOST]]

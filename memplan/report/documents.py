@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -133,9 +134,14 @@ def comparison_document(
         "buffers_equal": comparison.buffers_equal,
         "parameters_equal": comparison.parameters_equal,
         "rng_equal": comparison.rng_equal,
-        "max_gradient_error": comparison.max_gradient_error,
+        "max_gradient_error": _finite(comparison.max_gradient_error),
         "traces": _traces(traces),
     }
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no other numbers."""
+    return number if math.isfinite(number) else None
 
 
 def checks_document(checks: Mapping[str, tuple[bool, str]]) -> Document:

@@ -28,6 +28,7 @@ def solution_sheet(
         ("step", field, "needs", "the next needs", "tried"),
         tuple(rows),
         frozenset({1, 2, 3, 4}),
+        frozenset({1}),
         footer=f"Planned: at no more than {max_slowdown:g}x the predicted time.",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from memplan.plan import Plan
 from memplan.profiler import Comparison
@@ -43,7 +43,7 @@ def comparison_sheet(comparison: Comparison, plan: Plan) -> Sheet:
         ("predicted time", "", "", f"{plan.slowdown:.3f}"),
     ]
     headers = ("", "original", "planned", "planned / original")
-    return Sheet("One training step, measured", headers, tuple(rows), _THREE)
+    return Sheet("One training step, measured", headers, tuple(rows), _THREE, frozenset({3}))
 
 
 _MOST_LIVE = 8
@@ -72,7 +72,8 @@ def _totals(plan: Plan) -> Sheet:
         rows.append(("budget", "", format_bytes(plan.budget_bytes), ""))
     rows.append(("results", "", ", ".join(effect.value for effect in plan.effects), ""))
     headers = ("", "unplanned", "planned", "planned / unplanned")
-    return Sheet("One training step, predicted", headers, tuple(rows), _THREE)
+    title = "One training step, predicted"
+    return Sheet(title, headers, tuple(rows), _THREE, frozenset({2, 3}))
 
 
 def _at_the_peak(plan: Plan) -> Sheet:
@@ -119,6 +120,12 @@ def frontier_sheet(plans: Sequence[Plan]) -> Sheet:
     headers = ("peak", "above resident", "share", "time", "ops run again", "time added")
     numbers = frozenset(range(5))
     return Sheet("What memory costs in time, predicted", headers, tuple(rows), numbers)
+
+
+def checks_sheet(checks: Mapping[str, tuple[bool, str]]) -> Sheet:
+    """What works on this machine."""
+    rows = [(name, "ok" if is_ok else "FAILS", text) for name, (is_ok, text) in checks.items()]
+    return Sheet("memplan on this machine", ("", "", ""), tuple(rows), folded=frozenset({2}))
 
 
 def same(equal: bool) -> str:
