@@ -93,7 +93,7 @@ def test_a_plan_that_breaks_its_promise_is_4(run):
         ("fails", (), 1, "raised ValueError: no data here"),
         ("nonsense", (), 1, "must return (model, batch)"),
         ("branches", (), 1, "cannot be captured"),
-        ("make", ("--max-slowdown", "0.5"), 1, "at least 1"),
+        ("make", ("--max-slowdown", "0.5"), 2, "--max-slowdown"),
     ],
 )
 def test_bad_input_is_one_clear_line(run, factory, arguments, code, message):

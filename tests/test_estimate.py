@@ -288,3 +288,36 @@ def test_an_unknown_device_is_told_from_those_that_are_known():
 def test_kernels_of_another_device_cannot_be_measured():
     with pytest.raises(memplan.MemplanError, match="cannot for another device"):
         estimate(Attending(), torch.randn(2, 4, 256, 32), device="h100", costs="measured")
+
+
+def test_the_gradient_of_a_layer_norm_is_contiguous():
+    """It is noted in the layout of the gradient that comes in, which is another here."""
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 32, 3, padding=1)
+            self.second = nn.Conv2d(32, 32, 3, padding=1)
+            self.norm = nn.LayerNorm(32)
+
+        def forward(self, x):
+            x = self.norm(self.second(self.first(x)).permute(0, 2, 3, 1))
+            return x.permute(0, 3, 1, 2).contiguous().square().sum()
+
+    model, x = Norm(), torch.randn(4, 3, 32, 32)
+    assert estimate(model, x, costs="measured").peak_bytes == profile(model, x, steps=1).peak_bytes
+
+
+def test_grouped_products_in_32_bits():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 16, 32))
+
+        def forward(self, x):
+            ends = torch.tensor([4, 8], dtype=torch.int32)
+            return torch._grouped_mm(x, self.weight, offs=ends).square().sum()
+
+    model, x = Experts(), torch.randn(8, 16)
+    found = estimate(model, x, costs="measured")
+    assert abs(found.peak_bytes - profile(model, x, steps=1).peak_bytes) <= 64

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -275,7 +276,8 @@ def main() -> None:
         print(report(json.loads(arguments.read.read_text())["rows"]))
         return
     transformers.utils.logging.set_verbosity_error()
-    machine = f"CPU, torch {torch.__version__}, transformers {transformers.__version__}"
+    packages = ["torch", "transformers", *(name for name in OTHERS if name != "MemTracker")]
+    machine = ", ".join(["CPU", *(f"{name} {version(name)}" for name in packages)])
     rows: list[Row] = []
     for threads in arguments.threads:
         estimators = OURS | (OTHERS if threads == arguments.threads[0] else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,11 @@ class _Lines(TorchFunctionMode):
 def _traceback_line() -> str:
     place = users_line()
     return "" if place is None else f'File "{place[0]}", line {place[1]}'
+
+
+def is_users(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame is outside of torch and memplan."""
+    return not frame.filename.startswith(_NOT_THE_USERS)
 
 
 def users_line() -> tuple[str, int] | None:

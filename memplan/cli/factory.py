@@ -139,7 +139,7 @@ def failing(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except click.UsageError:
+    except click.ClickException:
         raise
     except SystemExit as error:
         raise TargetError(f"{where} ended the program with sys.exit({error.code!r})") from error

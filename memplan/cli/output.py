@@ -129,7 +129,7 @@ def show(
         click.echo(markdown(sheets))
     else:
         # rich keeps bold where there is no colour; whoever wants none wants plain text
-        colours = None if os.environ.get("NO_COLOR") else "auto"
+        colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
         console = Console(highlight=False, color_system=colours)
         for sheet in sheets:
             console.print(terminal(sheet))

@@ -9,12 +9,11 @@ import click
 from torch import nn
 from torch.optim import Optimizer
 
-from memplan.cli.factory import TargetError
+from memplan.cli.factory import failing
 from memplan.cli.failures import failures
 from memplan.cli.output import Format, export, show, with_exports, with_format, with_output
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
-from memplan.errors import MemplanError
 from memplan.profiler import profile_script, time_phases, trace_memory
 from memplan.report import profile_document, profile_sheets
 from memplan.trace import MemoryTrace
@@ -68,7 +67,7 @@ def profile(
         )
     else:
         model, batch, optimizer = target.load()
-        with failures(), progress():
+        with failing(target.text), failures(), progress():
             trace = trace_memory(model, batch, optimizer=optimizer)
             seconds = _seconds(model, batch, optimizer, steps)
         again = target.command_line("plan", bounds=["--budget", "50%"])
@@ -86,12 +85,8 @@ def _script(
     path = Path(target.text)
     if not path.is_file():
         raise click.UsageError(f"there is no file {target.text!r}")
-    try:
+    with failing(target.text), failures():
         found = profile_script(path, arguments, step=step)
-    except MemplanError as error:
-        raise click.ClickException(str(error)) from error
-    except Exception as error:
-        raise TargetError(f"{target.text} raised {type(error).__name__}: {error}") from error
     return found.trace, {"step": found.step_s}
 
 

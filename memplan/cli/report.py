@@ -12,6 +12,7 @@ from memplan.report.documents import Document
 from memplan.report.figures import FIGURE_SUFFIXES
 from memplan.report.reading import UnreadableDocument, read_document
 
+
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @with_drawn_output(

@@ -119,6 +119,9 @@ def with_bounds(command: Command) -> Command:
         "--budget", metavar="BYTES", help='Bound on the peak: "6GiB", 6000000000, "50%".'
     )
     max_slowdown = click.option(
-        "--max-slowdown", type=float, metavar="X", help="Bound on predicted time: 1.2 is 20% more."
+        "--max-slowdown",
+        type=click.FloatRange(min=1),
+        metavar="X",
+        help="Bound on predicted time: 1.2 is 20% more.",
     )
     return budget(max_slowdown(command))

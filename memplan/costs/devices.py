@@ -88,7 +88,7 @@ def device_named(name: str) -> Device:
     """
     if name not in DEVICES:
         raise MemplanError(
-            f"Options(device={name!r}) is not known; there is {', '.join(sorted(DEVICES))}. "
+            f"device {name!r} is not known; there is {', '.join(sorted(DEVICES))}. "
             "Leave it out to plan for the device that the model is on."
         )
     return DEVICES[name]

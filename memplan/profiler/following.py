@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memplan.capture import CudaDropout, as_on_cuda, unchanged_attributes, without_data_of
+from memplan.capture import CudaDropout, as_on_cuda, is_users, unchanged_attributes, without_data_of
 from memplan.collector import paused_collector
 from memplan.costs import CPU, Device, KernelMemory
 from memplan.errors import MemplanError
@@ -27,6 +28,7 @@ from memplan.torch_internals import (
     flatten,
     seeming_real,
     with_kernels,
+    without_log_of_failures,
 )
 from memplan.trace import MemoryTrace, Resident
 from memplan.update import duplicate_over
@@ -98,18 +100,26 @@ def follow_step(
         if device.is_cuda:
             stack.enter_context(as_on_cuda(batch))
             stack.enter_context(CudaDropout())
+        stack.enter_context(without_log_of_failures())
         try:
             return _follow(module, batch, stepped, device)
         except MemplanError:
             raise
         except Exception as error:
-            cause = str(error).strip().partition("\n")[0]
             raise MemplanError(
                 f"{type(module).__name__}'s step cannot be followed without data "
-                f"({type(error).__name__}: {cause}); measure it instead, with memplan profile"
+                f"({_cause(error)}); measure it instead, with memplan profile"
             ) from error
         finally:
             clear_gradients(module)
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong and where in the user's code, in a line."""
+    text = str(error).strip().partition("\n")[0]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame)]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{f': {text}' if text else ''}{where}"
 
 
 def _follow(

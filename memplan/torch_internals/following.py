@@ -151,7 +151,7 @@ class Following(DispatchMode):
             return func(*args, **kwargs)
         enclosing = self._context(func)
         over = _accumulated_into(func, args)
-        result = func(*args, **kwargs)
+        result = _as_kernels_do(func, args, kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         known = {storage_key(tensor) for tensor in given}
         made = [
@@ -219,6 +219,18 @@ class Following(DispatchMode):
 
     def _happen(self, nbytes: int, block: int, enclosing: tuple[Enclosing, ...]) -> None:
         self.events.append(AllocatorEvent(time.perf_counter_ns(), nbytes, block, enclosing))
+
+
+def _as_kernels_do(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an op returns, as its kernel makes it where that is noted otherwise."""
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype is torch.float32:
+        # The kernel takes more types than what stands for it.
+        halves = [one.to(torch.bfloat16) for one in args[:2]]
+        return func(*halves, *args[2:], **kwargs).to(torch.float32)
+    result = func(*args, **kwargs)
+    if func is torch.ops.aten.native_layer_norm_backward.default and result[0] is not None:
+        return (result[0].contiguous(), *result[1:])
+    return result
 
 
 _UNSHARED = (4, 2)
