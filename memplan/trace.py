@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,9 @@ class MemoryTrace:
 
     def phase_at(self, event: int) -> str:
         """The phase of an event."""
-        return next((span.phase for span in self.spans if span.first <= event < span.end), "end")
+        place = bisect_right(self.spans, event, key=lambda span: span.first) - 1
+        is_inside = place >= 0 and event < self.spans[place].end
+        return self.spans[place].phase if is_inside else "end"
 
     def live(self, event: int) -> list[Block]:
         """The blocks that are alive right after an event."""

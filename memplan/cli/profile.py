@@ -10,13 +10,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memplan.cli.factory import failing
-from memplan.cli.failures import failures
+from memplan.cli.failures import PARTLY, failures
 from memplan.cli.output import Format, export, show, with_exports, with_format, with_output
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.profiler import profile_script, time_phases, trace_memory
 from memplan.report import profile_document, profile_sheets
 from memplan.trace import MemoryTrace
+
+_EXPLAINED = 0.01
 
 
 @click.command()
@@ -27,6 +29,9 @@ from memplan.trace import MemoryTrace
 @with_exports
 @click.option(
     "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps to time."
+)
+@click.option(
+    "--strict", is_flag=True, help="End with 5 if more than 1 % of the peak is unexplained."
 )
 @click.option(
     "--step",
@@ -45,6 +50,7 @@ def profile(
     chrome_trace: Path | None,
     steps: int,
     step: int,
+    strict: bool,
 ) -> None:
     """Measure a training step: its peak, and every byte that is there then.
 
@@ -56,7 +62,8 @@ def profile(
     One of its steps is recorded, from the end of an optimizer step to the end of the next.
 
     \b
-    Exit codes: 0 measured; 1 the factory, the script or the step failed; 2 wrong usage.
+    Exit codes: 0 measured; 1 the factory, the script or the step failed; 2 wrong usage;
+    5 too much is unexplained, with --strict.
     """
     if target.text.endswith(".py"):
         trace, seconds = _script(target, arguments, step)
@@ -75,6 +82,8 @@ def profile(
     export(trace, snapshot, chrome_trace)
     document = profile_document(trace, seconds)
     show(shape, profile_sheets(trace, seconds), document, following, output)
+    if strict and trace.unexplained_bytes > _EXPLAINED * trace.peak_bytes:
+        raise SystemExit(PARTLY)
 
 
 def _script(
