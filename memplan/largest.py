@@ -38,7 +38,7 @@ def largest_fitting(
 
     low = _search(fits, tried, memory_bytes, 0, multiple_of)
     further = int(low * _FURTHER)
-    while further > low + 1 and fits(further):
+    while low + 1 < further < MOST and fits(further):
         low = _search(fits, tried, memory_bytes, further, multiple_of)
         further = int(low * _FURTHER)
     return low * multiple_of, tried
@@ -75,5 +75,5 @@ def _next(tried: dict[int, int], memory_bytes: int, low: int, high: int) -> int:
     if high < MOST and (len(tried) % 2 or not low < guess < high):
         # Where the line is of no use, halves are.
         guess = (low + high) // 2
-    within = high - 1 if high < MOST else max(4 * low, 2)
+    within = high - 1 if high < MOST else min(high - 1, max(4 * low, 2))
     return max(low + 1, min(guess, within))

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Final, Literal
 
 from memplan.program import Role
+from memplan.units import format_bytes
 
 SAVED: Final = "saved activation"
 TEMPORARY: Final = "temporary"
@@ -119,6 +120,12 @@ class MemoryTrace:
     times_s: tuple[float, ...]
     spans: tuple[Span, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"<MemoryTrace: {self.kind} on {self.device}, {len(self.blocks)} blocks, peak "
+            f"{format_bytes(self.peak_bytes)}>"
+        )
+
     @cached_property
     def resident_bytes(self) -> int:
         """Bytes that are there before and after."""
@@ -148,7 +155,7 @@ class MemoryTrace:
         """Number of the (first) event that reaches the peak."""
         return max(range(len(self.totals)), key=self.totals.__getitem__, default=0)
 
-    @property
+    @cached_property
     def peak_bytes(self) -> int:
         """The most bytes at any time, residents included."""
         return max(self.totals, default=self.resident_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memplan.largest import largest_fitting
+from memplan.largest import MOST, largest_fitting
 
 
 @given(
@@ -46,3 +46,8 @@ def test_a_step_of_noise_is_stepped_over():
         return 1001 if number == 40 else 10 * number
 
     assert largest_fitting(needs, 1000)[0] == 100
+
+
+def test_what_needs_no_more_ends():
+    found, tried = largest_fitting(lambda number: 10, 100)
+    assert found == MOST - 1 and len(tried) < 60

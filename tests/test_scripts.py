@@ -116,3 +116,38 @@ def test_the_command_takes_scripts(script, tmp_path):
     assert fails.exit_code == 1 and "raised ValueError" in fails.stderr
     wrong = CliRunner().invoke(main, ["profile", str(script), "--optimizer", "sgd"])
     assert wrong.exit_code == 2 and "after --" in wrong.stderr
+
+
+DELETED = """
+import torch
+from torch import nn
+teacher = nn.Linear(1024, 1024)
+teacher(torch.ones(1, 1024))
+del teacher
+first, second = nn.Linear(8, 8), nn.Linear(4, 4)
+one = torch.optim.SGD(first.parameters(), lr=0.1)
+other = torch.optim.SGD(second.parameters(), lr=0.1)
+while True:
+    try:
+        first(torch.ones(2, 8)).sum().backward()
+        one.step()
+        one.zero_grad()
+        second(torch.ones(2, 4)).sum().backward()
+        other.step()
+        other.zero_grad()
+    except Exception:
+        pass
+"""
+
+
+def test_a_script_keeps_what_it_keeps_and_no_more(tmp_path):
+    """A module that it deletes is gone; two optimizers each have gradients of their own."""
+    path = tmp_path / "two.py"
+    path.write_text(DELETED)
+    command = [sys.executable, "-m", "memplan", "profile", str(path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    data = json.loads(done.stdout)
+    assert data["categories"]["parameter"] == 4 * (8 * 8 + 8 + 4 * 4 + 4)
+    gradients = [b for b in profile_script(path, []).trace.blocks if b.category == "gradient"]
+    assert {block.name for block in gradients} >= {"weight", "bias"}
+    assert {block.nbytes for block in gradients} >= {4 * 8 * 8, 4 * 4 * 4}

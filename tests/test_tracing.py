@@ -9,6 +9,7 @@ import torch
 from rows import MODELS
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.checkpoint import checkpoint
 
 import memplan
 from memplan.profiler import profile, trace_memory
@@ -136,3 +137,20 @@ def test_torchs_tracker_agrees(name):
     theirs["Gradient and Temp"] = theirs["Gradient"] + theirs["Temp"]
     for category, nbytes in mine.items():
         assert abs(nbytes - theirs[category]) <= 0.01 * theirs["Total"], category
+
+
+def test_what_a_checkpoint_runs_again_is_its_own():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = (nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.Dropout(0.1))
+            self.body = nn.Sequential(*layers)
+
+        def forward(self, x):
+            return checkpoint(self.body, x, use_reentrant=False).square().mean()
+
+    model, x = Model(), torch.randn(512, 64)
+    for trace in (trace_memory(model, x), memplan.estimate(model, x).trace):
+        again = {b.module for b in trace.blocks if b.phase == "backward" and b.op == "aten::addmm"}
+        assert again == {"body.0", "body.2"}
+        assert trace.unexplained_bytes == 0

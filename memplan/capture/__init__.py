@@ -7,7 +7,7 @@ from memplan.capture.captured import Captured, Primal, tensors_of
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.layout import Layouts, other_layouts, with_layouts
-from memplan.capture.origins import is_users, running, running_anywhere, users_line
+from memplan.capture.origins import running, running_anywhere, users_line, users_place
 from memplan.capture.reader import read
 from memplan.capture.surroundings import unchanged_randomness, without_data_of
 from memplan.capture.updates import trained_by, update_in_backward, update_parameter
@@ -23,7 +23,6 @@ __all__ = [
     "Traced",
     "as_on_cuda",
     "call_of",
-    "is_users",
     "made_up_kept",
     "other_layouts",
     "read",
@@ -40,6 +39,7 @@ __all__ = [
     "update_in_backward",
     "update_parameter",
     "users_line",
+    "users_place",
     "with_layouts",
     "without_data_of",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -48,20 +49,20 @@ def running(
 
 
 @contextlib.contextmanager
-def running_anywhere(roots: dict[nn.Module, str]) -> Iterator[Sequence[str]]:
+def running_anywhere(roots: MutableMapping[nn.Module, str]) -> Iterator[Sequence[str]]:
     """The same for all modules that are called inside; roots and their names are added.
 
     The first root's name is "", others go by their class.
     """
-    with _running({}, lambda names: None, roots) as names:
+    with _running(WeakKeyDictionary(), lambda names: None, roots) as names:
         yield names
 
 
 @contextlib.contextmanager
 def _running(
-    fqns: dict[nn.Module, str],
+    fqns: MutableMapping[nn.Module, str],
     changed: Callable[[Sequence[str]], None],
-    roots: dict[nn.Module, str] | None = None,
+    roots: MutableMapping[nn.Module, str] | None = None,
 ) -> Iterator[Sequence[str]]:
     names: list[str] = []
 
@@ -120,9 +121,14 @@ def _traceback_line() -> str:
     return "" if place is None else f'File "{place[0]}", line {place[1]}'
 
 
-def is_users(frame: traceback.FrameSummary) -> bool:
-    """Whether a frame is outside of torch and memplan."""
-    return not frame.filename.startswith(_NOT_THE_USERS)
+def users_place(error: BaseException) -> str:
+    """Where in the user's code something was raised, as " at file.py:line", or ""."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_NOT_THE_USERS)
+    ]
+    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def users_line() -> tuple[str, int] | None:

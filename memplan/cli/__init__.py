@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 
 import click
@@ -31,6 +33,10 @@ class _Main(click.Group):
             raise
         except (click.Abort, click.exceptions.Exit):
             raise
+        except BrokenPipeError:
+            # Who reads has seen enough; what is left in the buffer goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
         except Exception as error:
             if ctx.params["debug"]:
                 raise

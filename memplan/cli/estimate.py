@@ -61,7 +61,12 @@ def estimate(
         model, batch, optimizer = target.load(without_data=not is_real)
         found = profiler.estimate(model, batch, optimizer=optimizer, device=device, costs=costs)
     export(found.trace, snapshot, chrome_trace)
-    bounds = ["--budget", str(memory_bytes), *([] if device is None else ["--device", device])]
+    fits = verdict(found, memory_bytes) == "fits"
+    bounds = [
+        "--budget",
+        "50%" if fits else str(memory_bytes),
+        *([] if device is None else ["--device", device]),
+    ]
     show(
         shape,
         estimate_sheets(found, memory_bytes),
@@ -69,7 +74,7 @@ def estimate(
         f"To make it smaller: {target.command_line('plan', bounds=bounds)}",
         output,
     )
-    if verdict(found, memory_bytes) != "fits":
+    if not fits:
         raise SystemExit(NOT_FITTING)
     if strict and found.refusals:
         raise SystemExit(PARTLY)

@@ -15,6 +15,7 @@ from types import ModuleType
 import click
 from torch import nn
 
+from memplan.capture import users_place
 from memplan.cli.failures import described
 from memplan.cli.hub import HUB, model_of_config
 from memplan.cli.progress import aside
@@ -144,4 +145,4 @@ def failing(where: str) -> Iterator[None]:
     except SystemExit as error:
         raise TargetError(f"{where} ended the program with sys.exit({error.code!r})") from error
     except Exception as error:
-        raise TargetError(f"{where} raised {described(error)}") from error
+        raise TargetError(f"{where} raised {described(error)}{users_place(error)}") from error

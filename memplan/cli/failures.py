@@ -39,7 +39,7 @@ def failures() -> Iterator[None]:
     try:
         yield
     except UnitsError as error:
-        raise click.BadParameter(str(error), param_hint="--budget") from error
+        raise click.BadParameter(str(error), param_hint="--budget or --memory") from error
     except InfeasibleBudget as error:
         raise InfeasibleError(str(error)) from error
     except MemplanError as error:

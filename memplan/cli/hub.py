@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from memplan.cli.failures import described
+from memplan.torch_internals import is_fake
 
 HUB = "hf:"
 
@@ -52,9 +54,13 @@ def model_of_config(
     )
     try:
         config = transformers.AutoConfig.for_model(**{**fields, **given})
-        model = kind(config).train()
     except Exception as error:
         raise click.UsageError(f"{path}: {described(error)}") from error
+    # Weights that have no data are not filled; some ways to fill them look at what is there.
+    is_without_data = is_fake(torch.empty(0))
+    skip = transformers.initialization.no_init_weights
+    with skip() if is_without_data else contextlib.nullcontext():
+        model = kind(config).train()
     return model, _batch(config, batch_size, seq_len, str(names[0])), None
 
 

@@ -13,7 +13,7 @@ from memplan.cli.output import Format, show, with_format
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.costs import DEVICES
-from memplan.largest import largest_fitting
+from memplan.largest import MOST, largest_fitting
 from memplan.options import Options
 from memplan.plan import Plan
 from memplan.report import solution_document, solution_sheet
@@ -89,6 +89,8 @@ def solve(
     with failures(), progress():
         before, of_untouched = largest_fitting(untouched, memory_bytes, multiple_of)
         after, of_planned = largest_fitting(planned, memory_bytes, multiple_of)
+    if before >= MOST * multiple_of - multiple_of:
+        raise click.UsageError(f"the step's memory does not depend on {field!r}")
     again = target.with_setting(f"{field}={after}").command_line(
         "plan", bounds=["--budget", budget]
     )

@@ -13,6 +13,7 @@ import torch
 from memplan.capture import unchanged_randomness
 from memplan.costs.cache import CostCache
 from memplan.costs.meters import metering
+from memplan.errors import MemplanError
 from memplan.program import OpCost
 from memplan.torch_internals import (
     KernelCall,
@@ -87,6 +88,10 @@ def _measure(calls: Mapping[str, KernelCall], device: torch.device) -> dict[str,
                     call.target(*args, **kwargs)
                     with meter.during(numbers[name]):
                         result = call.target(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                raise MemplanError(
+                    f"there is not enough memory to measure {call.target} alone; use analytic costs"
+                ) from error
             except (RuntimeError, IndexError, ValueError, TypeError) as error:
                 cause = str(error).strip().partition("\n")[0]
                 refusals[name] = KernelMemory(refusal=f"{call.target}: {cause}")

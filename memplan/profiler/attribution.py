@@ -130,7 +130,7 @@ def attributed(
 
 
 def _phase_of(event: AllocatorEvent, otherwise: str) -> str:
-    for call in reversed(event.enclosing):
+    for call in event.enclosing:
         if call.name.startswith(SPAN_PREFIX):
             return call.name.removeprefix(SPAN_PREFIX)
         if call.name.startswith("Optimizer.step#"):
@@ -156,15 +156,17 @@ def _ends(events: Sequence[AllocatorEvent]) -> dict[int, int | None]:
 def _known(found: Recorded, named: Sequence[Named]) -> dict[int, tuple[str, str]]:
     """Category and name of blocks that are known by address, by the event that made them."""
     known: dict[int, tuple[str, str]] = {}
+    alive: dict[int, int] = {}
+    done = 0
     times = [event.time_ns for event in found.events]
-    for one in named:
-        alive: dict[int, int] = {}
-        for number in range(bisect_right(times, found.marks[one.mark])):
-            event = found.events[number]
+    for one in sorted(named, key=lambda one: found.marks[one.mark]):
+        now = bisect_right(times, found.marks[one.mark])
+        for number, event in enumerate(found.events[done:now], start=done):
             if event.nbytes > 0:
                 alive[event.address] = number
             else:
                 alive.pop(event.address, None)
+        done = max(done, now)
         for address, name in one.names.items():
             if address in alive:
                 known.setdefault(alive[address], (one.category, name))

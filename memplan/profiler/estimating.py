@@ -14,6 +14,7 @@ from memplan.errors import MemplanError
 from memplan.profiler.following import follow_step
 from memplan.profiler.reserving import reserved_bytes
 from memplan.trace import MemoryTrace
+from memplan.units import format_bytes
 
 _UNSEEN = 0.01
 """Of what is above residents: scalars that no op is seen to make, and the like."""
@@ -44,8 +45,19 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The estimate."""
+        """The estimate; with analytic costs, kernels' workspace apart."""
         return self.trace.peak_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"Estimate: peak {format_bytes(self.peak_bytes)}, between "
+            f"{format_bytes(self.least_bytes)} and {format_bytes(self.most_bytes)}, of which "
+            f"{format_bytes(self.trace.resident_bytes)} resident; {self.costs} costs on "
+            f"{self.device.name}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
 
 def estimate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,7 +10,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memplan.capture import CudaDropout, as_on_cuda, is_users, unchanged_attributes, without_data_of
+from memplan.capture import (
+    CudaDropout,
+    as_on_cuda,
+    unchanged_attributes,
+    users_place,
+    without_data_of,
+)
 from memplan.collector import paused_collector
 from memplan.costs import CPU, Device, KernelMemory
 from memplan.errors import MemplanError
@@ -117,9 +122,7 @@ def follow_step(
 def _cause(error: Exception) -> str:
     """What went wrong and where in the user's code, in a line."""
     text = str(error).strip().partition("\n")[0]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame)]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{f': {text}' if text else ''}{where}"
+    return f"{type(error).__name__}{f': {text}' if text else ''}{users_place(error)}"
 
 
 def _follow(

@@ -94,6 +94,8 @@ def reserved_bytes(trace: MemoryTrace) -> int:
 
     def allocate(block: int, nbytes: int) -> None:
         nonlocal reserved
+        if not nbytes:
+            return
         sizes[block] = max(_GRANULE, -(-nbytes // _GRANULE) * _GRANULE)
         reserved += pools[sizes[block] <= _SMALL].allocate(block, sizes[block])
 
@@ -105,8 +107,8 @@ def reserved_bytes(trace: MemoryTrace) -> int:
         if block.freed is not None:
             happened[block.freed].append((number, -1))
     for number, nbytes in (pair for pairs in happened for pair in pairs):
-        if nbytes < 0:
+        if nbytes < 0 and number in sizes:
             pools[sizes[number] <= _SMALL].release(number)
-        else:
+        elif nbytes > 0:
             allocate(number, nbytes)
     return reserved

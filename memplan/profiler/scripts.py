@@ -7,10 +7,12 @@ import gc
 import runpy
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -84,11 +86,13 @@ def profile_script(path: Path, arguments: Sequence[str], *, step: int = 4) -> Sc
         with recorder.watching(), contextlib.redirect_stdout(sys.stderr):
             runpy.run_path(str(path), run_name="__main__")
     except _Done:
-        return recorder.profile()
+        pass
     except SystemExit as error:
         ended = f"it exited with {error.code!r}"
     finally:
         sys.argv, sys.path[:] = before
+    if recorder.is_over:
+        return recorder.profile()
     raise MemplanError(
         f"{path} made {recorder.count} optimizer steps, and {step} are needed: {ended}. Let it "
         "train longer, or record an earlier step with --step"
@@ -101,9 +105,12 @@ class _Recorder:
     def __init__(self, step: int) -> None:
         self.step = step
         self.count = 0
-        self.first: Optimizer | None = None
-        self.optimizers: dict[int, Optimizer] = {}
-        self.roots: dict[nn.Module, str] = {}
+        self.first: weakref.ref[Optimizer] | None = None
+        self.is_over = False
+        self.marks = 0
+        # The script's modules and optimizers live no longer than it lets them.
+        self.optimizers: WeakSet[Optimizer] = WeakSet()
+        self.roots: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self.ends_s: list[float] = []
         self.named: list[Named] = []
         self.residents: tuple[Resident, ...] = ()
@@ -129,17 +136,19 @@ class _Recorder:
 
     def before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         del args, kwargs
-        self.optimizers.setdefault(id(optimizer), optimizer)
+        self.optimizers.add(optimizer)
         if self.record is None:
             return
-        self.know_gradients(f"gradients {self.count}")
+        self.know_gradients()
         self.stepping.enter_context(note(f"{SPAN_PREFIX}{Phase.OPTIMIZER.value}"))
 
     def after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         del args, kwargs
         self.stepping.close()
-        self.first = self.first or optimizer
-        if optimizer is not self.first:
+        if self.is_over:
+            raise _Done
+        self.first = self.first or weakref.ref(optimizer)
+        if optimizer is not self.first():
             return
         self.count += 1
         if self.count <= self.step - 2:
@@ -150,31 +159,38 @@ class _Recorder:
             self.open.enter_context(noting_in(self.names))
         elif self.count == self.step - 1:
             mark("start")
-            self.know_gradients("start")
+            self.know_gradients()
             self.residents = self.held()
         elif self.count == self.step:
             mark("end")
+            self.is_over = True
             self.open.close()
             raise _Done
 
-    def know_gradients(self, text: str) -> None:
+    def know_gradients(self) -> None:
+        self.marks += 1
+        text = f"gradients {self.marks}"
         mark(text)
-        for root in self.roots:
-            self.named.append(Named(text, Role.GRADIENT.value, gradients_at(root, address_of)))
+        names = {
+            address: f"{prefix}.{name}" if prefix else name
+            for root, prefix in self.roots.items()
+            for address, name in gradients_at(root, address_of).items()
+        }
+        self.named.append(Named(text, Role.GRADIENT.value, names))
 
     def held(self) -> tuple[Resident, ...]:
         """Storages that were there before the record."""
         named = [
             (Role.PARAMETER if is_parameter else Role.BUFFER, name, tensor)
-            for root in self.roots
+            for root, prefix in self.roots.items()
             for is_parameter, tensors in (
-                (True, root.named_parameters()),
-                (False, root.named_buffers()),
+                (True, root.named_parameters(prefix=prefix)),
+                (False, root.named_buffers(prefix=prefix)),
             )
             for name, tensor in tensors
         ]
         names = {id(tensor): name for role, name, tensor in named if role is Role.PARAMETER}
-        for optimizer in self.optimizers.values():
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 named += [(Role.PARAMETER, "", parameter) for parameter in group["params"]]
             for parameter, state in optimizer.state.items():
@@ -186,6 +202,8 @@ class _Recorder:
         named += [(Role.INPUT, _HELD, tensor) for tensor in with_data]
         first: dict[int, tuple[int, Resident]] = {}
         for role, name, tensor in named:
+            if tensor.device.type != self.device() or tensor.layout is not torch.strided:
+                continue
             nbytes = tensor.untyped_storage().nbytes()
             resident = Resident(name, nbytes, role.value)
             first.setdefault(storage_key(tensor), (address_of(tensor), resident))
@@ -195,6 +213,11 @@ class _Recorder:
     def profile(self) -> ScriptProfile:
         assert self.record is not None
         found = recorded(self.record, self.device())
+        if not {"start", "end", *(one.mark for one in self.named)} <= found.marks.keys():
+            raise MemplanError(
+                "nothing was recorded of the step: the script runs torch's profiler itself, of "
+                "which only one can run; turn it off"
+            )
         whole = attributed(
             found, (), self.named, device=self.device(), otherwise=Phase.FORWARD.value
         )
@@ -232,7 +255,8 @@ def _cut(trace: MemoryTrace, first: int, last: int) -> MemoryTrace:
         for block in trace.blocks
         if block.made < last and (block.freed is None or block.freed >= first)
     ]
-    phases = [trace.phase_at(event) for event in range(first, last)]
+    every = [span.phase for span in trace.spans for _ in range(span.first, span.end)]
+    phases = every[first:last]
     times = trace.times_s[first:last]
     start_s = times[0] if times else 0.0
     return replace(

@@ -80,7 +80,18 @@ def noting(
     module: nn.Module, note: Callable[[str], AbstractContextManager[object]] = note
 ) -> Iterator[None]:
     """Inside, calls of torch's functions are recorded with their module and the user's line."""
-    with running(module) as names, noting_in(names, note):
+    open_notes: list[AbstractContextManager[object]] = []
+
+    def changed(names: Sequence[str]) -> None:
+        # What runs again in the backward, or in C++, calls no function that is noted.
+        if len(names) > len(open_notes):
+            origin = Origin(module=names[-1], function=f"forward of {names[-1] or 'the model'}")
+            open_notes.append(note(origin.as_note()))
+            open_notes[-1].__enter__()
+        else:
+            open_notes.pop().__exit__(None, None, None)
+
+    with running(module, changed) as names, noting_in(names, note):
         yield
 
 

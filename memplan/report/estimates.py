@@ -12,6 +12,8 @@ from memplan.report.profiles import categories_sheet, lines_sheet, modules_sheet
 from memplan.report.sheet import Sheet
 from memplan.units import format_bytes
 
+_PEAK = {"measured": "peak", "analytic": "peak, kernels' workspace apart"}
+
 Verdict = Literal["fits", "may not fit", "does not fit"]
 
 
@@ -27,7 +29,7 @@ def estimate_sheets(estimate: Estimate, memory_bytes: int) -> list[Sheet]:
     interval = f"{format_bytes(estimate.least_bytes)} to {format_bytes(estimate.most_bytes)}"
     headroom = memory_bytes - estimate.most_bytes
     rows = [
-        ("peak", format_bytes(estimate.peak_bytes)),
+        (_PEAK[estimate.costs], format_bytes(estimate.peak_bytes)),
         ("  between", interval),
         (f"memory of {estimate.device.name}", format_bytes(memory_bytes)),
         ("headroom", format_bytes(headroom)),

@@ -79,7 +79,8 @@ def _phases(trace: MemoryTrace, seconds: Mapping[str, float]) -> str:
         f"{name} {format_bytes(nbytes)}{times.get(name, '')}"
         for name, nbytes in trace.phase_peaks().items()
     )
-    return f"The most in each phase: {', '.join(peaks)}."
+    whole = f" A step takes {seconds['step'] * 1e3:.1f} ms." if "step" in seconds else ""
+    return f"The most in each phase: {', '.join(peaks)}.{whole}"
 
 
 def modules_sheet(trace: MemoryTrace) -> Sheet:

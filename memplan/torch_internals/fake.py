@@ -45,9 +45,16 @@ def is_plain_tensor(tensor: torch.Tensor) -> bool:
 
 
 def making_no_data() -> contextlib.AbstractContextManager[object]:
-    """Inside, tensors that are made have no data (torch 2.13.0)."""
+    """Inside, tensors that are made have no data (torch 2.13.0).
+
+    A number that is asked of one is an error: what is made of a wrong one would be of wrong sizes.
+    """
     mode: contextlib.AbstractContextManager[object] = FakeTensorMode(allow_non_fake_inputs=True)
     return mode
+
+
+NUMBERS: dict[torch.dtype, bool | int] = {torch.bool: True, torch.int64: 1000, torch.int32: 1000}
+"""What a tensor without data is taken to hold; 1000.0 where it is a float."""
 
 
 def fake_mode_of(tensors: Iterable[torch.Tensor]) -> FakeTensorMode:

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from memplan.torch_internals.fake import DispatchMode
+from memplan.torch_internals.fake import NUMBERS, DispatchMode
 from memplan.torch_internals.recorded import AllocatorEvent, Enclosing, Recorded
 from memplan.torch_internals.state import OpOverload, storage_key
-
-_NUMBERS: dict[torch.dtype, bool | int] = {torch.bool: True, torch.int64: 1000, torch.int32: 1000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,7 @@ class Following(DispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
-            return _NUMBERS.get(args[0].dtype, 1000.0)
+            return NUMBERS.get(args[0].dtype, 1000.0)
         if func.namespace == "prim" or self._is_over:
             return func(*args, **kwargs)
         enclosing = self._context(func)

@@ -11,10 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from memplan.torch_internals.fake import DispatchMode, fake_mode_of
+from memplan.torch_internals.fake import NUMBERS, DispatchMode, fake_mode_of
 from memplan.torch_internals.state import storage_key
-
-_NUMBERS: dict[torch.dtype, bool | int] = {torch.bool: True, torch.int64: 1000, torch.int32: 1000}
 
 
 class Allocations(DispatchMode):
@@ -45,7 +43,7 @@ class Allocations(DispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
-            return _NUMBERS.get(args[0].dtype, 1000.0)
+            return NUMBERS.get(args[0].dtype, 1000.0)
         result = func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
