@@ -23,6 +23,9 @@ def make(depth=12):
     model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
     return model, (torch.randn(256, 64), torch.randn(256, 64))
 
+def scaled(scale=1):
+    return make(depth=1)
+
 def whole():
     model, batch = make()
     return model, batch, torch.optim.AdamW(model.parameters(), foreach=True)
@@ -213,3 +216,16 @@ def test_a_wrong_setting_is_2(command, setting, message):
     result = command("plan", "TARGET:make", "--set", setting)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def test_a_field_that_costs_nothing_is_2(command):
+    result = command("solve", "scale", "TARGET:scaled", "--budget", "1GiB", "--device", "h100")
+    assert result.exit_code == 2
+    assert "does not depend on 'scale'" in result.stderr
+
+
+def test_what_is_unexplained_is_5_when_strict(command, monkeypatch):
+    arguments = ("TARGET:make", "--steps", "1", "--strict")
+    assert command("profile", *arguments).exit_code == 0
+    monkeypatch.setattr("memplan.profiler.attribution._op_of", lambda event, origin: "")
+    assert command("profile", *arguments).exit_code == 5

@@ -9,6 +9,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 import torch
+from known import Known, Outer
 from rows import MODELS
 from torch import nn
 
@@ -101,34 +102,13 @@ def test_all_is_as_it_was():
         assert parameter.grad is gradients[name] and torch.equal(parameter.grad, values[name])
 
 
-class Known(nn.Module):
-    """A step that can be worked out by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1024))
-
-    def forward(self, x):
-        small = torch.exp(x * self.weight)  # 1 MiB, saved; and the product, gone
-        wide = torch.cat([small] * 8, 1)  # 8 MiB, saved by the next line
-        return (wide * wide).sum()  # 8 MiB, gone before the backward
-
-
-class Outer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.known = Known()
-
-    def forward(self, x):
-        return self.known(x)
-
-
 def test_op_module_and_line_of_the_largest_blocks_are_known():
     trace = estimate(Outer(), torch.zeros(256, 1024)).trace
     lines, first = inspect.getsourcelines(Known)
 
     def at(text):
-        return f"{__file__}:{first + next(n for n, line in enumerate(lines) if text in line)}"
+        number = first + next(n for n, line in enumerate(lines) if text in line)
+        return f"{inspect.getsourcefile(Known)}:{number}"
 
     # In the backward of the square, its two gradients stand beside what was saved.
     live = sorted(trace.live(trace.peak_event), key=lambda block: block.made)

@@ -53,8 +53,9 @@ def solve(
     """The largest value of FIELD whose step fits: untouched, and planned.
 
     FIELD is an argument of the factory that is a whole number, such as batch_size or seq_len.
-    TARGET is file.py:factory, package.module:factory or hf:config.json. The model is not run, and
-    nothing runs out of memory: each value that is tried is estimated and planned.
+    TARGET is file.py:factory, package.module:factory or hf:config.json. The model is not run:
+    each value that is tried is estimated and planned. Without --device its kernels are run one by
+    one, on operands of its size.
 
     \b
     Exit codes: 0 there is such a value; 1 the factory or the capture failed; 2 wrong usage;
@@ -88,9 +89,9 @@ def solve(
 
     with failures(), progress():
         before, of_untouched = largest_fitting(untouched, memory_bytes, multiple_of)
+        if before == (MOST - 1) * multiple_of:
+            raise click.UsageError(f"the step's memory does not depend on {field!r}")
         after, of_planned = largest_fitting(planned, memory_bytes, multiple_of)
-    if before >= MOST * multiple_of - multiple_of:
-        raise click.UsageError(f"the step's memory does not depend on {field!r}")
     again = target.with_setting(f"{field}={after}").command_line(
         "plan", bounds=["--budget", budget]
     )

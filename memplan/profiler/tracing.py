@@ -85,8 +85,7 @@ def noting(
     def changed(names: Sequence[str]) -> None:
         # What runs again in the backward, or in C++, calls no function that is noted.
         if len(names) > len(open_notes):
-            origin = Origin(module=names[-1], function=f"forward of {names[-1] or 'the model'}")
-            open_notes.append(note(origin.as_note()))
+            open_notes.append(note(Origin(module=names[-1]).as_note()))
             open_notes[-1].__enter__()
         else:
             open_notes.pop().__exit__(None, None, None)
