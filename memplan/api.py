@@ -16,6 +16,7 @@ from torch import nn
 from memplan.capture import Captured
 from memplan.collector import paused_collector
 from memplan.describing import fingerprint
+from memplan.drift import Guard, rounded, unmeasured
 from memplan.emit import emit
 from memplan.errors import InfeasibleBudget, MemplanError, PlanMismatch
 from memplan.module import PlannedModule
@@ -28,7 +29,7 @@ from memplan.preparing import Prepared, prepare
 from memplan.request import Request, make_request
 from memplan.runtime import PlannedStep, check_emitted
 from memplan.sample import Sample
-from memplan.schedule import Recovery, Schedule, check_schedule
+from memplan.schedule import Effect, Recovery, Schedule, check_schedule
 from memplan.units import format_bytes
 
 _LOG = logging.getLogger("memplan")
@@ -79,7 +80,8 @@ def optimize(
         options=options,
     )
     build = partial(build_step, request=request)
-    planned = PlannedModule(model, build, request.options.cache_size, request.optimizer)
+    size = request.options.cache_size
+    planned = PlannedModule(model, build, size, request.optimizer, request.around)
     if sample is not None:
         planned.prepare(Sample.of(sample))
     return planned
@@ -164,12 +166,23 @@ def build_step(model: nn.Module, sample: Sample, request: Request) -> PlannedSte
             f"Options(device={request.options.device!r}) makes plans for reading: memplan.plan. "
             "What is to run is planned for the device that the model is on."
         )
-    prepared, chosen = make_plan(model, sample, request)
+    return _emitted(*make_plan(model, sample, request), request)
+
+
+def _emitted(prepared: Prepared, chosen: Plan, request: Request) -> PlannedStep:
+    """The step that runs a plan."""
     captured, recoveries = prepared.captured, prepared.recoveries
     in_backward = request.in_backward
     update = None if in_backward is None else in_backward.updating()
     emitted = emit(captured, recoveries, chosen.schedule, update)
-    step = PlannedStep(captured, recoveries, prepared.costs, emitted, chosen, in_backward)
+    guard = None
+    if rounded(recoveries, chosen.schedule):
+        guard = Guard(
+            again=lambda anchors: _emitted(prepared, _chosen(prepared, request, anchors), request),
+            reference=partial(_exact_schedule, prepared, chosen),
+            is_fixed=request.plan is not None,
+        )
+    step = PlannedStep(captured, recoveries, prepared.costs, emitted, chosen, in_backward, guard)
     check_emitted(step)
     _LOG.info("%s", chosen)
     return step
@@ -179,13 +192,20 @@ def build_step(model: nn.Module, sample: Sample, request: Request) -> PlannedSte
 def make_plan(model: nn.Module, sample: Sample, request: Request) -> tuple[Prepared, Plan]:
     """Capture a step and choose how it runs."""
     step = prepare(model, sample, request)
+    return step, _chosen(step, request)
+
+
+def _chosen(step: Prepared, request: Request, anchors: frozenset[int] = frozenset()) -> Plan:
+    """The plan for a captured step; ``anchors`` are values that no later one gives back."""
     captured, recoveries = step.captured, step.recoveries
     if request.plan is not None:
         schedule, budget_bytes = _saved(request.plan, captured, recoveries)
     else:
-        schedule, budget_bytes = _solved(step, request)
+        schedule, budget_bytes = _solved(step, request, anchors)
     check_schedule(captured.program, recoveries, schedule)
     chosen = step.describe(schedule, budget_bytes=budget_bytes)
+    if inexact := rounded(recoveries, schedule):
+        chosen = replace(chosen, notes=(*chosen.notes, unmeasured(inexact)))
     if budget_bytes is not None and chosen.peak_bytes > budget_bytes:
         raise PlanMismatch(
             f"the saved plan needs {chosen.peak_bytes} bytes here, more than its budget of "
@@ -193,10 +213,24 @@ def make_plan(model: nn.Module, sample: Sample, request: Request) -> tuple[Prepa
         )
     if request.options.with_bound:
         chosen = replace(chosen, slowdown_bound=_slowdown_bound(step, chosen, request))
-    return step, chosen
+    return chosen
 
 
-def _solved(step: Prepared, request: Request) -> tuple[Schedule, int | None]:
+def _exact_schedule(step: Prepared, chosen: Plan) -> Schedule | None:
+    """A schedule of exact recoveries within a plan's budget; without one, of least peak."""
+    solution = solve(
+        step.captured.program,
+        step.costs,
+        [one for one in step.recoveries if one.exactness is Effect.EXACT],
+        budget_bytes=chosen.peak_bytes if chosen.budget_bytes is None else chosen.budget_bytes,
+    )
+    is_allowed = solution.is_feasible or chosen.budget_bytes is None
+    return solution.schedule if is_allowed else None
+
+
+def _solved(
+    step: Prepared, request: Request, anchors: frozenset[int]
+) -> tuple[Schedule, int | None]:
     """The schedule that was asked for, and the budget in bytes."""
     program, costs, options = step.captured.program, step.costs, request.options
     budget_bytes = step.resolve(request.budget)
@@ -208,6 +242,7 @@ def _solved(step: Prepared, request: Request) -> tuple[Schedule, int | None]:
         budget_bytes=budget_bytes,
         max_slowdown=request.max_slowdown,
         original_seconds=step.unplanned.seconds,
+        anchors=anchors,
     )
     if options.solver == "exact":
         if budget_bytes is None:
@@ -224,7 +259,7 @@ def _solved(step: Prepared, request: Request) -> tuple[Schedule, int | None]:
         return solution.schedule, budget_bytes
     if options.on_infeasible == "raise":
         smallest = step.describe(solution.schedule, budget_bytes=solution.peak_bytes)
-        raise _infeasible(budget_bytes or 0, smallest, request.max_slowdown)
+        raise _infeasible(budget_bytes or 0, smallest, request.max_slowdown, len(anchors))
     return solution.schedule, solution.peak_bytes
 
 
@@ -253,11 +288,19 @@ def _saved(
     return saved.schedule, saved.budget_bytes
 
 
-def _infeasible(budget_bytes: int, smallest: Plan, max_slowdown: float | None) -> InfeasibleBudget:
+def _infeasible(
+    budget_bytes: int, smallest: Plan, max_slowdown: float | None, num_anchors: int
+) -> InfeasibleBudget:
     slowdown = MAX_SLOWDOWN if max_slowdown is None else max_slowdown
     largest = ", ".join(
         f"{format_bytes(value.nbytes)} {value.category} of {value.module or 'the root module'}"
         for value in smallest.live[:4]
+    )
+    drift = (
+        f"{num_anchors} values are kept, because their copies would drift by more than the "
+        "tolerance: a larger tolerance needs less memory."
+        if num_anchors
+        else ""
     )
     return InfeasibleBudget(
         f"budget {format_bytes(budget_bytes)} ({budget_bytes} bytes) is too small for this step: "
@@ -265,6 +308,6 @@ def _infeasible(budget_bytes: int, smallest: Plan, max_slowdown: float | None) -
         f"{smallest.peak_bytes} bytes ({format_bytes(smallest.peak_bytes)}, of which "
         f"{format_bytes(smallest.resident_bytes)} are resident). Its peak is at "
         f"{smallest.peak_op}, where {largest} are alive. Raise the budget, make the batch "
-        f'smaller, or pass Options(on_infeasible="smallest"). {smallest.advice}'.strip(),
+        f'smaller, or pass Options(on_infeasible="smallest"). {smallest.advice}{drift}'.strip(),
         smallest.peak_bytes,
     )

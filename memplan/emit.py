@@ -16,7 +16,13 @@ from torch import fx
 from torch.fx.node import Argument
 
 from memplan.accumulation import accumulate
-from memplan.capture import Captured, call_of, reads_kept, update_parameter
+from memplan.capture import (
+    Captured,
+    call_of,
+    reads_kept,
+    source_of_call,
+    update_parameter,
+)
 from memplan.program import Op, Phase, Role
 from memplan.schedule import Catalog, Free, Recovery, Schedule, Step
 from memplan.torch_internals import boxed
@@ -63,11 +69,25 @@ class Emitted:
         return tuple(sorted({*self.gradient_primals, *self.updated}))
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Looks at each copy of some values as it is made.
+
+    Attributes:
+        values: which.
+        look: takes the value's id and the copy.
+    """
+
+    values: frozenset[int]
+    look: Callable[[int, torch.Tensor], None]
+
+
 def emit(
     captured: Captured,
     recoveries: Iterable[Recovery],
     schedule: Schedule,
     update: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    probe: Probe | None = None,
 ) -> Emitted:
     """Write a schedule as code.
 
@@ -77,12 +97,12 @@ def emit(
     catalog = Catalog.of(captured.program, recoveries)
     schedule = _without_last_update(captured, schedule)
     saved = saved_for_backward(captured, catalog, schedule)
-    forward = _Segment(captured, catalog)
+    forward = _Segment(captured, catalog, probe=probe)
     forward_primals = forward.take_primals(_read(catalog, schedule.forward))
     forward.run(schedule.forward)
     slots, results = _outputs(captured, forward)
     forward.graph.output([*results, *forward.save(saved, results)])
-    backward = _Segment(captured, catalog, update)
+    backward = _Segment(captured, catalog, update, probe)
     backward.take(saved)
     backward_primals = backward.take_primals(_read(catalog, schedule.backward))
     backward.take_tangents()
@@ -190,10 +210,12 @@ class _Segment:
         captured: Captured,
         catalog: Catalog,
         update: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+        probe: Probe | None = None,
     ) -> None:
         self.captured = captured
         self.catalog = catalog
         self.update = update
+        self.probe = probe
         self.graph = fx.Graph()
         self.given: dict[fx.Node, fx.Node] = {}
         self.copies: dict[int, fx.Node] = {}
@@ -282,7 +304,11 @@ class _Segment:
             target = self.update
         if over is None:
             return self.graph.call_function(target, args, dict(kwargs))
-        position, in_place = self.captured.in_place(op.id, over)
+        position, in_place = next(
+            (position, in_place)
+            for position, in_place in call.in_place.items()
+            if self.captured.storage[call.args[position]] == over
+        )
         into = {in_place.out: args[position]} if in_place.out else {}
         return self.graph.call_function(in_place.target, args, {**kwargs, **into})
 
@@ -293,14 +319,17 @@ class _Segment:
 
     def bind(self, op: Op, node: fx.Node, values: Iterable[int]) -> None:
         """Name the results that are held."""
+        source = source_of_call(self.captured, op)
         for value in values:
             base = self.captured.bases.get(value)
             copy = node
-            if base is not None and base.target is getitem:
+            if base is not None and base.target is getitem and base.args[0] is source:
                 index: Argument = base.args[1]
                 copy = self.graph.call_function(getitem, (node, index))
             self.copies[value] = copy
             self.views.pop(value, None)
+            if self.probe is not None and value in self.probe.values:
+                self.graph.call_function(self.probe.look, (value, copy))
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """The node of the current copy, or of a view of it."""

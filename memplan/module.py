@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memplan.around import Around, surround
+from memplan.drift import Drift
 from memplan.errors import NotPlannedYet
 from memplan.plan import Plan
 from memplan.runtime import PlannedStep
@@ -30,7 +32,7 @@ class PlannedModule(nn.Module):
     It shares the original's parameters, buffers and children, under their own names, so that an
     optimizer, ``state_dict``, ``to`` and ``train`` act on both. With gradients enabled each call
     runs a plan made for its signature (shapes, modes, flags, ...); a new signature is captured
-    and planned first. Without gradients the original runs.
+    and planned first. Without gradients the original runs, or what passes make of it.
 
     Several threads may call it. While one of them captures, the others wait; the original and its
     parameters must not be used in that time, because others stand in for them.
@@ -48,9 +50,11 @@ class PlannedModule(nn.Module):
         build: Build,
         cache_size: int,
         optimizer: Optimizer | None = None,
+        around: tuple[Around, ...] = (),
     ) -> None:
         super().__init__()
         self.__dict__["original"] = original
+        self._around = around
         self.optimizer = optimizer
         self._build = build
         self._cache_size = cache_size
@@ -128,6 +132,30 @@ class PlannedModule(nn.Module):
         self._last = step
         return step
 
+    def _settled(self, state: State, sample: Sample) -> PlannedStep:
+        """The step of a call that trains: what drifts is measured first."""
+        step = self._step(state, sample)
+        if step.guard is None or step.is_settled:
+            return step
+        settled = step.guard.settle(step, state, sample)
+        signature = signature_of(self.original, state, sample)
+        self._steps[signature] = tuple(
+            settled if one is step else one for one in self._steps[signature]
+        )
+        self._last = settled
+        return settled
+
+    def measure_drift(self, sample: object) -> Drift:
+        """How far values that come back by rounding are from what they were, on one batch.
+
+        The step runs, and leaves nothing behind.
+        """
+        batch = Sample.of(sample)
+        with self._lock:
+            state = State.of(self.original)
+            step = self._step(state, batch)
+            return Drift((), 0.0) if step.guard is None else step.guard.measure(step, state, batch)
+
     def _forget_oldest(self) -> None:
         """Keep to the size of the cache: of all signatures, and of steps for one of them."""
         newest, steps = next(reversed(self._steps.items()))
@@ -147,14 +175,18 @@ class PlannedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns for these inputs."""
         if not torch.is_grad_enabled():
-            return self.original(*args, **kwargs)
+            return self._unplanned(*args, **kwargs)
         sample = Sample(args, kwargs)
         with self._lock:
             state = State.of(self.original)
             tensors = (*state.parameters.values(), *sample.tensors())
             is_trained = any(tensor.requires_grad for tensor in tensors)
-            step = self._step(state, sample) if is_trained else None
-        return self.original(*args, **kwargs) if step is None else step.run(state, sample)
+            step = self._settled(state, sample) if is_trained else None
+        return self._unplanned(*args, **kwargs) if step is None else step.run(state, sample)
+
+    def _unplanned(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original computes, and passes make of it."""
+        return surround(self.original, self._around)(*args, **kwargs)
 
     def train(self, mode: bool = True) -> PlannedModule:
         """Set the mode here and in the original."""

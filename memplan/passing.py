@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -56,13 +57,18 @@ class Pass:
         name: the name of its factory, a key of ``memplan.passes.PASSES``.
         effect: what it does to the result of a step.
         arguments: what the factory was called with, as JSON.
+        around: makes a context that is open around each forward of the model, in training and in
+            evaluation, and changes what it computes.
         rewrite_joint: changes the joint forward-backward graph in place. New nodes carry ``val``
             and ``partitioner_tag`` in their ``meta``; ``in_place`` there offers ``InPlace`` calls.
         recoveries: offers ways to get values back.
+        notes: what it found, and what it left alone and why, for people.
     """
 
     name: str
     effect: Effect
     arguments: Mapping[str, object] = field(default_factory=dict)
+    around: Callable[[], AbstractContextManager[object]] | None = None
     rewrite_joint: Callable[[fx.Graph], None] | None = None
     recoveries: Callable[[Captured, RecoveryContext], tuple[Recovery, ...]] | None = None
+    notes: Callable[[Captured], tuple[str, ...]] | None = None

@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import nn
 
+from memplan.around import surround
 from memplan.capture import Captured, Traced, rewrite, trace, update_in_backward
 from memplan.collector import paused_collector
 from memplan.describing import Original, describe_original, describe_plan
@@ -65,6 +66,7 @@ class Prepared:
 def prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
     """Capture a step, let the passes at it, and price every op."""
     _LOG.debug("capturing %s", type(model).__name__)
+    model = surround(model, request.around)
     pricing = Pricing.of(model, sample, request.options)
     is_cuda = pricing.device is not None and pricing.device.is_cuda
     traced = trace(model, sample, request.options.differentiable_outputs, is_cuda)
@@ -86,7 +88,10 @@ def prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
         original=unplanned,
         passes=tuple(PassRecord(p.name, p.arguments, p.effect) for p in request.passes),
         captured_effect=Effect.ROUNDING if is_rounded else Effect.EXACT,
-        notes=[difference.reason for difference in captured.differences],
+        notes=[
+            *(difference.reason for difference in captured.differences),
+            *(note for one in request.passes if one.notes for note in one.notes(captured)),
+        ],
     )
     device = str(original.device) if pricing.device is None else pricing.device.name
     unplanned_trace = partial(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.optim import Optimizer
 
+from memplan.around import Around
 from memplan.errors import MemplanError, PlanMismatch
 from memplan.module import PlannedModule
 from memplan.options import Options
@@ -39,6 +40,11 @@ class Request:
     options: Options = field(default_factory=Options)
     optimizer: Optimizer | None = None
     in_backward: InBackward | None = None
+
+    @property
+    def around(self) -> tuple[Around, ...]:
+        """What passes open around each forward of the model."""
+        return tuple(one.around for one in self.passes if one.around is not None)
 
 
 def require_module(model: object) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memplan.capture import Captured
+from memplan.capture import Captured, Primal
 from memplan.emit import Emitted
 from memplan.errors import CaptureError, PlanMismatch
 from memplan.plan import Plan
@@ -30,6 +30,9 @@ from memplan.torch_internals import (
 from memplan.trace import MemoryTrace
 from memplan.update import InBackward
 
+if TYPE_CHECKING:
+    from memplan.drift import Guard
+
 
 @dataclass(frozen=True)
 class PlannedStep:
@@ -42,6 +45,8 @@ class PlannedStep:
         emitted: the two functions.
         plan: what was decided.
         in_backward: what updates parameters in the backward, or None.
+        guard: what measures how far copies drift, where any come back by rounding.
+        is_settled: whether that was done, and found to be within the tolerance.
     """
 
     captured: Captured
@@ -50,6 +55,8 @@ class PlannedStep:
     emitted: Emitted
     plan: Plan
     in_backward: InBackward | None = None
+    guard: Guard | None = None
+    is_settled: bool = False
 
     @property
     def trace(self) -> MemoryTrace:
@@ -66,7 +73,7 @@ class PlannedStep:
 
     def run(self, state: State, sample: Sample) -> Any:
         """Run the forward; what it returns has the structure that the module's output has."""
-        primals = self._primals(state, sample)
+        primals = self.primals(state, sample)
         # What gets no gradient is no input of the node, or autograd would run its hooks.
         differentiable = [primals[position] for position in self.emitted.differentiable]
         results = _PlannedFunction.apply(self, primals, *differentiable)  # type: ignore[no-untyped-call]
@@ -79,7 +86,13 @@ class PlannedStep:
         ]
         return unflatten(leaves, self.captured.output.spec)
 
-    def _primals(self, state: State, sample: Sample) -> list[torch.Tensor]:
+    @property
+    def given_primals(self) -> tuple[Primal, ...]:
+        """What a call passes in: all primals but the gradients that are there."""
+        return tuple(one for one in self.captured.primals if one.kind != "gradient")
+
+    def primals(self, state: State, sample: Sample) -> list[torch.Tensor]:
+        """The tensors of ``given_primals``."""
         tensors = sample.tensors()
         by_kind = {
             "parameter": state.parameters,
@@ -88,8 +101,7 @@ class PlannedStep:
         }
         return [
             tensors[primal.index] if primal.kind == "input" else by_kind[primal.kind][primal.name]
-            for primal in self.captured.primals
-            if primal.kind != "gradient"
+            for primal in self.given_primals
         ]
 
     def incoming(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:

@@ -44,6 +44,9 @@ class Recovery:
             it if it reads ``restores``.
         keeps: what is held instead of the values from then on.
         exactness: ``EXACT`` if the copy has the bits of the original.
+        chain: for copies that are made of copies, each with a rounding of its own: which chain of
+            them this is a part of, in words.
+        tolerance: the relative error up to which such a copy is good enough.
     """
 
     pass_name: str
@@ -52,6 +55,8 @@ class Recovery:
     prepare: Op | None = None
     keeps: tuple[Value, ...] = ()
     exactness: Effect = Effect.EXACT
+    chain: str = ""
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

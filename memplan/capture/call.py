@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,17 +11,24 @@ from torch import fx
 
 from memplan.capture.captured import Captured, tensors_of
 from memplan.packing import pack, unpack
+from memplan.passing import InPlace
 from memplan.program import Op
 from memplan.rng import OWN_DRAWS, redraw, save_rng_state
+from memplan.undoing import undo
 
 
 @dataclass(frozen=True)
 class OpCall:
-    """A target and arguments, in which tensors are nodes of the joint graph."""
+    """A target and arguments, in which tensors are nodes of the joint graph.
+
+    Attributes:
+        in_place: by the position of an argument, the call that writes the result over it.
+    """
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    in_place: Mapping[int, InPlace] = field(default_factory=dict)
 
 
 def call_of(captured: Captured, op: Op, kept: Any = None) -> OpCall:
@@ -35,7 +42,19 @@ def call_of(captured: Captured, op: Op, kept: Any = None) -> OpCall:
     source = source_of_call(captured, op)
     assert callable(source.target)
     if op.variant_of is None:
-        return OpCall(source.target, tuple(source.args), dict(source.kwargs))
+        in_place = source.meta.get("in_place", {})
+        return OpCall(source.target, tuple(source.args), dict(source.kwargs), in_place)
+    return _variant(captured, op, source, kept)
+
+
+def _variant(captured: Captured, op: Op, source: fx.Node, kept: Any) -> OpCall:
+    """The call of a new op, which takes the arguments of a captured one."""
+    assert callable(source.target)
+    if op.target == "memplan.undo":
+        operands = [arg for arg in source.args[:2] if isinstance(arg, fx.Node)]
+        position = [captured.storage[arg] for arg in operands].index(op.results[0])
+        target, out, args, kwargs = undo(source, position)
+        return OpCall(target, args, kwargs, {args.index(source): InPlace(out, "out")})
     device = str(first_tensor(source).device)
     if op.target == "memplan.save_rng_state":
         return OpCall(save_rng_state, (device,), {})

@@ -13,7 +13,6 @@ from torch import fx
 from memplan.capture.decisions import Decision
 from memplan.capture.flat import Output
 from memplan.capture.joint import Difference
-from memplan.passing import InPlace
 from memplan.program import Program
 
 
@@ -76,15 +75,6 @@ class Captured:
         values = (node.meta["val"] for node in self.calls.values())
         devices = {tensor.device for value in values for tensor in tensors_of(value)}
         return max(devices, key=lambda one: one.type == "cuda", default=torch.device("cpu"))
-
-    def in_place(self, op: int, over: int) -> tuple[int, InPlace]:
-        """How a captured op writes over a value, and the position of that argument."""
-        node = self.calls[op]
-        return next(
-            (position, in_place)
-            for position, in_place in node.meta["in_place"].items()
-            if self.storage[node.args[position]] == over
-        )
 
 
 def tensors_of(value: object) -> list[torch.Tensor]:

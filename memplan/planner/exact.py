@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memplan.planner.lowering import follow, to_schedule
-from memplan.planner.problem import Problem, make_problem
+from memplan.planner.problem import Problem, inverts, make_problem
 from memplan.planner.search import Solution
 from memplan.planner.windows import Windows
 from memplan.program import Costs, Program
@@ -85,7 +85,11 @@ def prove(
     budget_bytes: int,
     time_limit_s: float,
 ) -> Solution:
-    """The faster of what a search found within a budget and of what ``solve_exactly`` finds."""
+    """The faster of what a search found within a budget and of what ``solve_exactly`` finds.
+
+    The latter knows no recoveries that look back.
+    """
+    recoveries = [one for one in recoveries if not inverts(program, one)]
     problem = make_problem(program, recoveries, costs)
     exact = solve_exactly(problem, budget_bytes - program.resident_bytes, time_limit_s)
     _LOG.info(

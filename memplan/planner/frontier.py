@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memplan.planner.improve import add_back
-from memplan.planner.lowering import State, keep_everything
+from memplan.planner.lowering import State
 from memplan.planner.problem import Problem, make_problems
 from memplan.planner.search import (
     MAX_SLOWDOWN,
     Solution,
-    account,
     descend,
     effort_for,
+    everything_kept,
     solution_of,
     within,
 )
@@ -38,10 +38,18 @@ def frontier(
         original_seconds: what slowdowns refer to; by default the program with everything kept.
         points: budgets to plan for, evenly spread; schedules that others beat are left out.
     """
-    problems = make_problems(program, recoveries, costs)
-    base = account(problems[0], keep_everything(problems[0]))
-    limit = MAX_SLOWDOWN * (base.seconds if original_seconds is None else original_seconds)
+    families = make_problems(program, recoveries, costs)
+    seconds = everything_kept(families[0][0]).seconds
+    limit = MAX_SLOWDOWN * (seconds if original_seconds is None else original_seconds)
     floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
+    found = [one for family in families for one in _frontier(family, floor, limit, points)]
+    return [solution_of(problem, state) for problem, state in _undominated(found)]
+
+
+def _frontier(
+    problems: Sequence[Problem], floor: int, limit: float, points: int
+) -> list[tuple[Problem, State]]:
+    base = everything_kept(problems[0])
     lowest = descend(problems[-1], base, floor, limit)[-1]
     best = [(problems[-1], lowest)]
     for point in range(1, points):
@@ -52,7 +60,7 @@ def frontier(
         problem, state = best[-1]
         carried = (problem, add_back(problem, state, target, effort_for(problem)))
         best.append(min([carried, *([first] if first else [])], key=_worth))
-    return [solution_of(problem, state) for problem, state in _undominated(best)]
+    return best
 
 
 def _worth(found: tuple[Problem, State]) -> tuple[float, int]:

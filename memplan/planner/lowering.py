@@ -196,13 +196,13 @@ class _Sweep:
     def is_there(self, value: int, time: int) -> bool:
         """Whether the current copy of a value serves a need at ``time``; then it is held so far."""
         copy = self.current[value]
-        if copy.time != time:
+        if copy.time != time and (time >= self.boundary or value not in self.problem.inverted):
             dropped = self.breaks.get(time)
             if (dropped is not None and value in dropped) or (
                 copy.time < self.boundary <= time and value in self.evicted
             ):
                 return False
-            copy.time = time
+        copy.time = time
         return True
 
     def restore(self, wanted: int, time: int) -> None:

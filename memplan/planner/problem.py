@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import networkx as nx
+
 from memplan.program import Costs, Program, Role
 from memplan.schedule import Catalog, Recovery
 from memplan.timeline import tangent_bytes
@@ -25,6 +27,8 @@ class Problem:
         op_seconds: op id to its time.
         nbytes: value id to its size.
         recovery: value id to its recovery, for values that have one.
+        inverted: values whose recovery reads what the forward makes after them. They are not
+            dropped before the backward.
         producer: kept value to the captured op directly before or after whose run it is prepared.
         prepared_after: ``prepare`` ops that run after the captured op that they are for, whose
             results they read.
@@ -41,6 +45,7 @@ class Problem:
     op_seconds: dict[int, float]
     nbytes: dict[int, int]
     recovery: dict[int, Recovery]
+    inverted: frozenset[int]
     producer: dict[int, int]
     prepared_after: frozenset[int]
     tangent_bytes: int
@@ -67,12 +72,20 @@ class Problem:
 
 
 def make_problem(
-    program: Program, recoveries: Sequence[Recovery], costs: Costs, *, is_lean: bool = False
+    program: Program,
+    recoveries: Sequence[Recovery],
+    costs: Costs,
+    *,
+    is_lean: bool = False,
+    is_inverting: bool = False,
+    anchors: frozenset[int] = frozenset(),
 ) -> Problem:
     """Tabulate, and choose one recovery for each value.
 
     The cheapest, or, for a problem that is lean, the one that keeps the fewest bytes; among equals
-    the other counts, and then the first offered is chosen.
+    the other counts, and then the first offered is chosen. Recoveries that look back (``inverts``)
+    are chosen before all others by a problem that is inverting, and by no other; then what they
+    read and nothing gives back is kept, and so are the ``anchors``.
     """
     catalog = Catalog.of(program, recoveries)
     never = {v.id for v in program.values if v.role.is_resident or v.role is Role.TANGENT}
@@ -83,15 +96,21 @@ def make_problem(
         kept_bytes = sum(value.nbytes for value in recovery.keeps)
         return (kept_bytes, seconds) if is_lean else (seconds, kept_bytes)
 
+    inverting = [one for one in recoveries if inverts(program, one)]
+    others = [one for one in recoveries if one not in inverting]
     chosen: dict[int, Recovery] = {}
-    producer: dict[int, int] = {}
-    for recovery in recoveries:
+    for recovery in others:
         for id in recovery.restores:
             current = chosen.get(id)
             if id in program.held:
                 continue
             if current is None or rank(recovery) < rank(current):
                 chosen[id] = recovery
+    inverted: frozenset[int] = frozenset()
+    if is_inverting:
+        inverted = _invert(program, inverting, anchors, chosen)
+    producer: dict[int, int] = {}
+    for recovery in recoveries:
         for kept in recovery.keeps:
             made_by = program.values[recovery.restores[0]].producer
             assert made_by is not None, "a recovery restores what an op produced"
@@ -112,6 +131,7 @@ def make_problem(
         op_seconds={op.id: costs.by_op[op.id].seconds for op in catalog.ops.values()},
         nbytes=nbytes,
         recovery=chosen,
+        inverted=inverted,
         producer=producer,
         prepared_after=frozenset(
             r.prepare.id for r in recoveries if r.prepare is not None and r.prepare.operands
@@ -121,12 +141,72 @@ def make_problem(
 
 
 def make_problems(
-    program: Program, recoveries: Sequence[Recovery], costs: Costs
-) -> tuple[Problem, ...]:
-    """With the fastest recoveries; and, where those are others, with the ones that keep least."""
-    fast = make_problem(program, recoveries, costs)
-    lean = make_problem(program, recoveries, costs, is_lean=True)
-    return (fast,) if fast.recovery == lean.recovery else (fast, lean)
+    program: Program,
+    recoveries: Sequence[Recovery],
+    costs: Costs,
+    anchors: frozenset[int] = frozenset(),
+) -> tuple[tuple[Problem, ...], ...]:
+    """Without recoveries that look back; and, where there are any, with them.
+
+    In each of the two: with the fastest recoveries; and, where those are others, with the ones
+    that keep least.
+    """
+    families = []
+    for is_inverting in (False, True):
+        fast, lean = (
+            make_problem(
+                program,
+                recoveries,
+                costs,
+                is_lean=is_lean,
+                is_inverting=is_inverting,
+                anchors=anchors,
+            )
+            for is_lean in (False, True)
+        )
+        if fast.inverted or not is_inverting:
+            families.append((fast,) if fast.recovery == lean.recovery else (fast, lean))
+    return tuple(families)
+
+
+def inverts(program: Program, recovery: Recovery) -> bool:
+    """Whether a recovery reads what was computed from what it restores."""
+    return bool(_later_sources(program, recovery))
+
+
+def _later_sources(program: Program, recovery: Recovery) -> frozenset[int]:
+    """What a recovery reads and an op made that itself reads what is restored."""
+    restored = set(recovery.restores)
+    made = {
+        id: program.values[id].producer
+        for id in recovery.restore.operands
+        if id < len(program.values)
+    }
+    return frozenset(
+        id
+        for id, producer in made.items()
+        if producer is not None and restored.intersection(program.ops[producer].operands)
+    )
+
+
+def _invert(
+    program: Program,
+    inverting: Sequence[Recovery],
+    anchors: frozenset[int],
+    chosen: dict[int, Recovery],
+) -> frozenset[int]:
+    """Let values come back from later ones; what nothing gives back among those is kept."""
+    kept = anchors | program.held
+    wanted = {id: one for one in inverting for id in one.restores if id not in kept}
+    sources = {source for one in wanted.values() for source in _later_sources(program, one)}
+    for id in (sources | anchors) - wanted.keys():
+        chosen.pop(id, None)
+    chosen.update(wanted)
+    reads = nx.DiGraph((id, read) for id in chosen for read in chosen[id].restore.operands)
+    for component in nx.strongly_connected_components(reads):
+        for id in component if len(component) > 1 else ():
+            chosen.pop(id, None)
+    return frozenset(wanted.keys() & chosen.keys())
 
 
 def _overwritable(

@@ -212,7 +212,8 @@ class _Gaps:
             for use in copy.uses:
                 start, stop = previous.position + 1, use.position
                 covered = area[stop] - area[start] if stop > start else 0
-                if covered > 0 and use.time > previous.time:
+                is_dropped = copy.value not in problem.inverted or use.time >= problem.num_forward
+                if covered > 0 and use.time > previous.time and is_dropped:
                     for candidate in self.drops(copy.value, previous, use, covered):
                         self.least_score = min(self.least_score, candidate.score)
                         yield candidate

@@ -16,6 +16,7 @@ from memplan.planner.lowering import (
 )
 from memplan.planner.problem import Problem, make_problem, make_problems
 from memplan.planner.repair import Greed, repair
+from memplan.planner.starts import starts
 from memplan.program import Costs, Program
 from memplan.schedule import Recovery, Schedule
 from memplan.timeline import floor_bytes
@@ -76,6 +77,7 @@ def solve(
     budget_bytes: int | None = None,
     max_slowdown: float | None = None,
     original_seconds: float | None = None,
+    anchors: frozenset[int] = frozenset(),
 ) -> Solution:
     """Choose a schedule.
 
@@ -88,18 +90,35 @@ def solve(
         max_slowdown: bound on predicted time over the captured step's; without a budget, the
             schedule of least peak within it is sought. Neither: ``FREE_SLOWDOWN``.
         original_seconds: what slowdowns refer to; by default the program with everything kept.
+        anchors: values that nothing later gives back.
     """
-    problems = make_problems(program, recoveries, costs)
-    base = account(problems[0], keep_everything(problems[0]))
+    families = make_problems(program, recoveries, costs, anchors)
+    problem = families[0][0]
+    base = everything_kept(problem)
     reference = base.seconds if original_seconds is None else original_seconds
     floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
     if budget_bytes is None:
-        slowdown = FREE_SLOWDOWN if max_slowdown is None else max_slowdown
-        limit = reference * slowdown
-        found = [solution_of(one, _least_peak(one, base, floor, limit)) for one in problems]
+        limit = reference * (FREE_SLOWDOWN if max_slowdown is None else max_slowdown)
+        found = [
+            solution_of(one, _least_peak(one, everything_kept(family[0]), floor, limit))
+            for family in families
+            for one in family
+        ]
         return min(found, key=lambda one: (one.peak_bytes, one.seconds))
     limit = reference * (MAX_SLOWDOWN if max_slowdown is None else max_slowdown)
     target = budget_bytes - program.resident_bytes
+    if base.peak <= target and base.seconds <= limit:
+        return solution_of(problem, base)
+    found = [_cheapest(family, floor, target, limit) for family in families]
+    feasible = [one for one in found if one.is_feasible]
+    if feasible:
+        return min(feasible, key=lambda one: (one.seconds, one.peak_bytes))
+    return min(found, key=lambda one: (one.peak_bytes, one.seconds))
+
+
+def _cheapest(problems: Sequence[Problem], floor: int, target: int, limit: float) -> Solution:
+    """The cheapest within the target; or, if there is none, within the lowest peak known."""
+    base = everything_kept(problems[0])
     for problem in problems if target >= floor else ():
         state = within(problem, base, target, limit)
         if state is not None:
@@ -112,7 +131,8 @@ def solve(
         state = within(problem, base, goal, limit)
         found += [] if state is None else [solution_of(problem, state)]
     best = min(found, key=lambda one: (one.seconds, one.peak_bytes))
-    return best if best.peak_bytes <= budget_bytes else replace(best, is_feasible=False)
+    is_feasible = best.peak_bytes <= target + lean.program.resident_bytes
+    return replace(best, is_feasible=is_feasible)
 
 
 def keep_all(program: Program, costs: Costs) -> Schedule:
@@ -128,8 +148,9 @@ def solution_of(problem: Problem, state: State) -> Solution:
     return Solution(to_schedule(problem, lowered), peak, lowered.seconds)
 
 
-def account(problem: Problem, decisions: Decisions) -> State:
-    """Decisions with their account."""
+def everything_kept(problem: Problem) -> State:
+    """The state in which nothing comes back."""
+    decisions = keep_everything(problem)
     return State.of(decisions, lower(problem, decisions))
 
 
@@ -163,9 +184,8 @@ def within(
 
 def _attempts(problem: Problem, limit: float) -> Iterator[tuple[Decisions, Greed]]:
     """Where repairs start, and how they choose."""
-    everything = Decisions(frozenset(problem.recovery), frozenset())
     for share in _SHARES:
-        for start in (keep_everything(problem), everything):
+        for start in starts(problem):
             for is_sharing in (True, False):
                 yield start, Greed(share, is_sharing, most_seconds=_HOPELESS * limit)
 
@@ -226,10 +246,10 @@ def _reach(
 ) -> tuple[State | None, State | None]:
     """From a state, or from nothing kept: the fastest within a target; and the lowest passed."""
     effort = Effort(effort_for(problem).left // 2)
-    everything = Decisions(frozenset(problem.recovery), frozenset())
     within_target: list[State] = []
     passed: list[State] = []
-    for start in (state.decisions, everything):
+    others = [one for one in starts(problem) if one != keep_everything(problem)]
+    for start in (state.decisions, *others):
         for is_sharing in (True, False):
             greed = Greed(0.6, is_sharing, most_seconds=_HOPELESS * limit)
             states = [

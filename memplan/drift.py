@@ -1,0 +1,319 @@
+"""How far values that come back by rounding are from what they were, and what to keep for it.
+
+Copies that are made of copies drift: each adds a rounding of its own, and a coefficient other than
+1 multiplies what was there. So the first call with gradients runs the step twice, once as planned
+and once with nothing but exact recoveries, leaves no trace, and compares: the values themselves,
+and the gradients. Evenly spread elements stand for each tensor, so that this fits into the budget.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from memplan.emit import Emitted, Probe, emit
+from memplan.errors import PlanMismatch
+from memplan.program import Phase
+from memplan.rng import random_states, set_random_states
+from memplan.runtime import PlannedStep
+from memplan.sample import Sample
+from memplan.schedule import Effect, Recovery, Schedule
+from memplan.signature import State
+from memplan.torch_internals import without_autocast
+
+_LOG = logging.getLogger("memplan")
+_ELEMENTS = 4096
+"""So many stand for a tensor, at most."""
+
+_ROUNDS = 4
+"""So often streams are kept for the drift that was measured, before all of a chain are."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainDrift:
+    """Of values that are made of each other.
+
+    Attributes:
+        name: where in the model they are.
+        errors: relative error, in the 2-norm, of each that came back, in the order of that.
+        tolerance: what is allowed.
+        kept: how many are kept so that the others stay within the tolerance.
+    """
+
+    name: str
+    errors: tuple[float, ...]
+    tolerance: float
+    kept: int = 0
+
+    @property
+    def worst(self) -> float:
+        """The largest error."""
+        return max(self.errors, default=0.0)
+
+    def __str__(self) -> str:
+        kept = f", {self.kept} kept for it" if self.kept else ""
+        return (
+            f"{self.worst:.1e} of {self.tolerance:g} allowed over {len(self.errors)} streams "
+            f"({self.name}){kept}"
+        )
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What was measured on one batch.
+
+    Attributes:
+        chains: one for each; none if nothing comes back by rounding.
+        gradient_error: relative difference, in the 2-norm over all, from the gradients of the step
+            without rounding; None where that does not fit into the budget.
+    """
+
+    chains: tuple[ChainDrift, ...]
+    gradient_error: float | None
+    by_value: Mapping[int, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_within_tolerance(self) -> bool:
+        """Whether every chain is."""
+        return all(chain.worst <= chain.tolerance for chain in self.chains)
+
+    def __str__(self) -> str:
+        if not self.chains:
+            return "no drift: nothing comes back by rounding"
+        gradients = (
+            "their error unknown: a step without rounding does not fit into the budget"
+            if self.gradient_error is None
+            else f"{self.gradient_error:.1e} off"
+        )
+        chains = "; ".join(str(chain) for chain in self.chains)
+        return f"drift {chains}; gradients {gradients}"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Settles a step whose copies drift.
+
+    Attributes:
+        again: makes the step anew, with some values kept.
+        reference: a schedule of exact recoveries within the same budget, or None.
+        is_fixed: whether the schedule is a saved one, which is not made anew.
+    """
+
+    again: Callable[[frozenset[int]], PlannedStep]
+    reference: Callable[[], Schedule | None]
+    is_fixed: bool
+
+    def measure(self, step: PlannedStep, state: State, sample: Sample) -> Drift:
+        """The drift on a batch; the step leaves nothing behind."""
+        _LOG.info("measuring the drift of what comes back by rounding")
+        return measure_drift(step, self.reference(), state, sample)
+
+    def settle(self, step: PlannedStep, state: State, sample: Sample) -> PlannedStep:
+        """The step, or one with more values kept, whose drift is within the tolerance.
+
+        Raises:
+            InfeasibleBudget: if what must be kept does not fit.
+            PlanMismatch: if the schedule is a saved one, and drifts too far.
+        """
+        anchors: frozenset[int] = frozenset()
+        for number in range(_ROUNDS + 1):
+            drift = measure_drift(step, None, state, sample)
+            if drift.is_within_tolerance:
+                break
+            if self.is_fixed:
+                raise PlanMismatch(
+                    f"the saved plan drifts too far on this batch: {drift}. Plan this model anew, "
+                    "or raise the tolerance"
+                )
+            anchors |= _to_keep(step, drift, every=number + 1 >= _ROUNDS)
+            _LOG.info("%s; keeping %d streams", drift, len(anchors))
+            step = self.again(anchors)
+        drift = _with_kept(self.measure(step, state, sample), step.recoveries, anchors)
+        before = unmeasured(rounded(step.recoveries, step.plan.schedule))
+        notes = tuple(note for note in step.plan.notes if note != before)
+        plan = replace(step.plan, notes=(*notes, str(drift)))
+        return replace(step, plan=plan, is_settled=True)
+
+
+def rounded(recoveries: Iterable[Recovery], schedule: Schedule) -> tuple[Recovery, ...]:
+    """The recoveries of a schedule that do not give the bits back."""
+    used = set(schedule.restored_ops)
+    return tuple(
+        one for one in recoveries if one.restore.id in used and one.exactness is not Effect.EXACT
+    )
+
+
+def unmeasured(inexact: Sequence[Recovery]) -> str:
+    """What a plan says before its drift is known."""
+    return (
+        f"drift unmeasured: {len(inexact)} values come back by rounding; the first training call "
+        "measures it, as does memplan.passes.check_drift(planned, batch)"
+    )
+
+
+def measure_drift(
+    step: PlannedStep, reference: Schedule | None, state: State, sample: Sample
+) -> Drift:
+    """Run a step, and the same without rounding, and compare; buffers and random states return.
+
+    Args:
+        step: what was planned.
+        reference: a schedule of exact recoveries, or None: gradients are not compared.
+        state: the model's tensors.
+        sample: one batch.
+    """
+    inexact = rounded(step.recoveries, step.plan.schedule)
+    if not inexact:
+        return Drift((), 0.0)
+    copies = _Copies()
+    probe = copies.probe(frozenset(value for one in inexact for value in one.restores))
+    gradients = _run(step, step.plan.schedule, state, sample, probe)
+    error = None
+    if reference is not None:
+        others = _run(step, reference, state, sample, None)
+        error = _relative(gradients, others)
+    chain_of = {value: one for one in inexact for value in one.restores}
+    errors: dict[tuple[str, float], list[float]] = {}
+    for value, found in copies.errors.items():
+        one = chain_of[value]
+        errors.setdefault((one.chain, one.tolerance), []).append(found)
+    chains = tuple(
+        ChainDrift(name, tuple(found), tolerance) for (name, tolerance), found in errors.items()
+    )
+    return Drift(chains, error, dict(copies.errors))
+
+
+class _Copies:
+    """Compares values that are made again with what they were."""
+
+    def __init__(self) -> None:
+        self.originals: dict[int, torch.Tensor] = {}
+        self.errors: dict[int, float] = {}
+
+    def probe(self, values: frozenset[int]) -> Probe:
+        def look(value: int, tensor: torch.Tensor) -> None:  # generated code calls functions
+            self.compare(value, tensor)
+
+        return Probe(values, look)
+
+    def compare(self, value: int, tensor: torch.Tensor) -> None:
+        seen = _elements(tensor)
+        if value not in self.originals:
+            self.originals[value] = seen
+            return
+        error = _relative([seen], [self.originals[value]])
+        self.errors[value] = max(error, self.errors.get(value, 0.0))
+
+
+def _run(
+    step: PlannedStep, schedule: Schedule, state: State, sample: Sample, probe: Probe | None
+) -> list[torch.Tensor]:
+    """Elements of the gradients of one step that leaves nothing behind."""
+
+    def leave(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        del parameter, gradient
+
+    emitted = emit(step.captured, step.recoveries, schedule, leave, probe)
+    primals = step.primals(state, sample)
+    with _unchanged(step, primals), torch.no_grad(), without_autocast():
+        return [_elements(gradient) for gradient in _gradients(step, emitted, primals)]
+
+
+def _gradients(
+    step: PlannedStep, emitted: Emitted, primals: Sequence[torch.Tensor]
+) -> Iterable[torch.Tensor]:
+    results = emitted.forward([primals[position] for position in emitted.forward_primals])
+    kept = results[emitted.num_outputs :]
+    del results
+    tangents = [torch.ones_like(_real(node.meta["val"])) for _, node in step.captured.tangents]
+    given = [primals[position] for position in emitted.backward_primals]
+    arguments = [*kept, *given, *tangents, *([None] * len(emitted.accumulated))]
+    del kept
+    return emitted.backward(arguments)
+
+
+def _real(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+
+
+@contextmanager
+def _unchanged(step: PlannedStep, primals: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Put back what the forward writes, and the random states."""
+    written = {
+        value
+        for op in step.captured.program.ops
+        if op.phase is Phase.FORWARD
+        for value in op.mutates
+    }
+    storage = step.captured.storage
+    tensors = [
+        tensor
+        for primal, tensor in zip(step.given_primals, primals, strict=True)
+        if storage[primal.node] in written
+    ]
+    before = [tensor.detach().clone() for tensor in tensors]
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+        for tensor, content in zip(tensors, before, strict=True):
+            tensor.detach().copy_(content)
+
+
+def _elements(tensor: torch.Tensor) -> torch.Tensor:
+    """Evenly spread elements of a tensor, as a copy in 64 bits."""
+    flat = tensor.detach().reshape(-1)
+    stride = max(1, flat.numel() // _ELEMENTS) | 1
+    return flat[::stride].double()
+
+
+def _relative(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    difference = sum(float((a - b).square().sum()) for a, b in zip(mine, theirs, strict=True))
+    size = sum(float(b.square().sum()) for b in theirs)
+    error = math.sqrt(difference / size) if size else math.sqrt(difference)
+    return error if math.isfinite(error) else math.inf
+
+
+def _to_keep(step: PlannedStep, drift: Drift, *, every: bool) -> frozenset[int]:
+    """Values to keep: where a chain's error passes its tolerance, and as often from there on.
+
+    Two at a time, one of each stream: what comes after them starts without an error. With
+    ``every``, all of such a chain.
+    """
+    by_chain: dict[str, list[tuple[int, float, float]]] = {}
+    inexact = rounded(step.recoveries, step.plan.schedule)
+    chain_of = {value: one for one in inexact for value in one.restores}
+    for value, error in drift.by_value.items():
+        one = chain_of[value]
+        by_chain.setdefault(one.chain, []).append((value, error, one.tolerance))
+    kept: set[int] = set()
+    for rows in by_chain.values():
+        first = next((i for i, (_, error, tolerance) in enumerate(rows) if error > tolerance), None)
+        if first is None:
+            continue
+        for position, (value, _, _) in enumerate(rows):
+            is_due = position >= first - 1 and (position - first) % (first + 1) in (0, first)
+            if every or is_due:
+                kept.add(value)
+    return frozenset(kept)
+
+
+def _with_kept(drift: Drift, recoveries: Iterable[Recovery], anchors: frozenset[int]) -> Drift:
+    """The drift with the number of values that are kept for it, chain by chain."""
+    kept: dict[tuple[str, float], int] = {}
+    for one in recoveries:
+        if one.exactness is not Effect.EXACT and anchors.intersection(one.restores):
+            kept[one.chain, one.tolerance] = kept.get((one.chain, one.tolerance), 0) + 1
+    measured = {(chain.name, chain.tolerance): chain for chain in drift.chains}
+    empty = {key: ChainDrift(key[0], (), key[1]) for key in kept}
+    chains = {**empty, **measured}
+    return replace(
+        drift,
+        chains=tuple(replace(chain, kept=kept.get(key, 0)) for key, chain in chains.items()),
+    )
