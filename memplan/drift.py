@@ -42,13 +42,11 @@ class ChainDrift:
         name: where in the model they are.
         errors: relative error, in the 2-norm, of each that came back, in the order of that.
         tolerance: what is allowed.
-        kept: how many are kept so that the others stay within the tolerance.
     """
 
     name: str
     errors: tuple[float, ...]
     tolerance: float
-    kept: int = 0
 
     @property
     def worst(self) -> float:
@@ -56,10 +54,9 @@ class ChainDrift:
         return max(self.errors, default=0.0)
 
     def __str__(self) -> str:
-        kept = f", {self.kept} kept for it" if self.kept else ""
         return (
             f"{self.worst:.1e} of {self.tolerance:g} allowed over {len(self.errors)} streams "
-            f"({self.name}){kept}"
+            f"({self.name})"
         )
 
 
@@ -76,6 +73,11 @@ class Drift:
     chains: tuple[ChainDrift, ...]
     gradient_error: float | None
     by_value: Mapping[int, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def worst(self) -> float:
+        """The largest error of any chain."""
+        return max((chain.worst for chain in self.chains), default=0.0)
 
     @property
     def is_within_tolerance(self) -> bool:
@@ -121,10 +123,12 @@ class Guard:
             PlanMismatch: if the schedule is a saved one, and drifts too far.
         """
         anchors: frozenset[int] = frozenset()
+        worst = 0.0
         for number in range(_ROUNDS + 1):
             drift = measure_drift(step, None, state, sample)
             if drift.is_within_tolerance:
                 break
+            worst = max(worst, drift.worst)
             if self.is_fixed:
                 raise PlanMismatch(
                     f"the saved plan drifts too far on this batch: {drift}. Plan this model anew, "
@@ -133,10 +137,12 @@ class Guard:
             anchors |= _to_keep(step, drift, every=number + 1 >= _ROUNDS)
             _LOG.info("%s; keeping %d streams", drift, len(anchors))
             step = self.again(anchors)
-        drift = _with_kept(self.measure(step, state, sample), step.recoveries, anchors)
         before = unmeasured(rounded(step.recoveries, step.plan.schedule))
-        notes = tuple(note for note in step.plan.notes if note != before)
-        plan = replace(step.plan, notes=(*notes, str(drift)))
+        notes = [note for note in step.plan.notes if note != before]
+        notes.append(str(self.measure(step, state, sample)))
+        if anchors:
+            notes.append(f"{len(anchors)} streams do not come back: the drift was {worst:.1e}")
+        plan = replace(step.plan, notes=tuple(notes))
         return replace(step, plan=plan, is_settled=True)
 
 
@@ -302,18 +308,3 @@ def _to_keep(step: PlannedStep, drift: Drift, *, every: bool) -> frozenset[int]:
             if every or is_due:
                 kept.add(value)
     return frozenset(kept)
-
-
-def _with_kept(drift: Drift, recoveries: Iterable[Recovery], anchors: frozenset[int]) -> Drift:
-    """The drift with the number of values that are kept for it, chain by chain."""
-    kept: dict[tuple[str, float], int] = {}
-    for one in recoveries:
-        if one.exactness is not Effect.EXACT and anchors.intersection(one.restores):
-            kept[one.chain, one.tolerance] = kept.get((one.chain, one.tolerance), 0) + 1
-    measured = {(chain.name, chain.tolerance): chain for chain in drift.chains}
-    empty = {key: ChainDrift(key[0], (), key[1]) for key in kept}
-    chains = {**empty, **measured}
-    return replace(
-        drift,
-        chains=tuple(replace(chain, kept=kept.get(key, 0)) for key, chain in chains.items()),
-    )

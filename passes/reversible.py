@@ -55,8 +55,8 @@ def invert_couplings(tolerance: float | None = None, grid: bool | int = False) -
     """
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance is a relative error above 0, got {tolerance!r}")
-    bits = _GRID_BITS if grid is True else int(grid)
-    if not 0 <= bits < MANTISSA_BITS:
+    bits = _GRID_BITS if grid is True else grid
+    if not isinstance(bits, int) or not 0 <= bits < MANTISSA_BITS:
         raise ValueError(f"grid is True, or from 1 to {MANTISSA_BITS - 1}, got {grid!r}")
 
     def rewrite(graph: fx.Graph) -> None:
@@ -173,7 +173,7 @@ def _read_parts(graph: fx.Graph) -> None:
 
 
 def _replace_parts(graph: fx.Graph, whole: fx.Node, parts: list[fx.Node], dim: int) -> None:
-    memory, changed = memory_of(whole), set[fx.Node]()
+    memory, stale = memory_of(whole), set[fx.Node]()
     start = 0
     places = []
     for part in parts:
@@ -183,14 +183,16 @@ def _replace_parts(graph: fx.Graph, whole: fx.Node, parts: list[fx.Node], dim: i
     for node in list(graph.nodes):
         if memory_of(node) != memory or node is whole:
             continue
-        if changed.intersection(node.all_input_nodes):
+        users = list(node.users)
+        if node in stale:
             values = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
             node.meta["val"] = node.target(*values[0], **values[1])
-            changed.add(node)
         elif _place(node.meta["val"]) in places:
             part = parts[places.index(_place(node.meta["val"]))]
-            changed.update(user for user in node.users if memory_of(user) == memory)
             node.replace_all_uses_with(part)
+        else:
+            continue
+        stale.update(user for user in users if memory_of(user) == memory)
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:

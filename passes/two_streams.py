@@ -80,7 +80,9 @@ class _TwoStreams(TorchFunctionMode):
         else:
             result = self.paired(*found)
         call = len(self.sources)
-        given = tuple(self.call_of[tensor] for tensor in _tensors(args, kwargs) if self.knows(tensor))
+        given = tuple(
+            self.call_of[tensor] for tensor in _tensors(args, kwargs) if self.knows(tensor)
+        )
         self.sources.append(given)
         for tensor in _tensors((result,), {}):
             self.call_of[tensor] = call

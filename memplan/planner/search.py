@@ -170,7 +170,7 @@ def within(
     effort = effort_for(problem) if effort is None else effort
     ends: list[State] = []
     enough = (1 - _STARTS) * effort.left
-    for decisions, greed in _attempts(problem, limit):
+    for decisions, greed in _attempts(problem, target, limit):
         end = _end(problem, decisions, target, effort, greed)
         if end.peak <= target:
             ends.append(end)
@@ -182,10 +182,10 @@ def within(
     return best if best.seconds <= limit else None
 
 
-def _attempts(problem: Problem, limit: float) -> Iterator[tuple[Decisions, Greed]]:
+def _attempts(problem: Problem, target: int, limit: float) -> Iterator[tuple[Decisions, Greed]]:
     """Where repairs start, and how they choose."""
     for share in _SHARES:
-        for start in starts(problem):
+        for start in starts(problem, target):
             for is_sharing in (True, False):
                 yield start, Greed(share, is_sharing, most_seconds=_HOPELESS * limit)
 
@@ -248,7 +248,7 @@ def _reach(
     effort = Effort(effort_for(problem).left // 2)
     within_target: list[State] = []
     passed: list[State] = []
-    others = [one for one in starts(problem) if one != keep_everything(problem)]
+    others = [one for one in starts(problem, target) if one != keep_everything(problem)]
     for start in (state.decisions, *others):
         for is_sharing in (True, False):
             greed = Greed(0.6, is_sharing, most_seconds=_HOPELESS * limit)

@@ -3,27 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from memplan.planner.lowering import Decisions, keep_everything
+from memplan.planner.lowering import Decisions, keep_everything, lower
 from memplan.planner.problem import Problem
 
 
-def starts(problem: Problem) -> tuple[Decisions, ...]:
-    """Where a search begins: with everything kept, with nothing; and, in turn, with what is undone.
+def starts(problem: Problem, target: int) -> tuple[Decisions, ...]:
+    """Decisions to begin with, the most promising first: with everything kept, and with nothing.
 
-    In the last nothing is kept that can come back, and what comes back from later values does so as
-    soon as the backward needs anything of what it is computed from: so the value that it is had
-    from ends there, and can be written over.
+    Where values can come back from later ones, also with as few of these as ``target`` bytes need,
+    and with all. They come back as soon as the backward needs anything of what they are computed
+    from: what they are had from ends there, and can be written over.
     """
     nothing = Decisions(frozenset(problem.recovery), frozenset())
     if not problem.inverted:
         return keep_everything(problem), nothing
-    return replace(nothing, early=_undone_at(problem)), keep_everything(problem), nothing
+    undone = replace(nothing, early=frozenset(_inside(problem).asked.items()))
+    return *_partly_undone(problem, target), undone, keep_everything(problem), nothing
 
 
-def _undone_at(problem: Problem) -> frozenset[tuple[int, int]]:
-    """For values that come back from later ones, the op of the backward that first asks for it."""
+@dataclass(frozen=True)
+class _Inside:
+    """What belongs to values that come back from later ones.
+
+    Attributes:
+        asked: the op of the backward that first asks for what the value is computed from.
+        between: what is made again with it: all between what it is had from, and itself.
+    """
+
+    asked: dict[int, int]
+    between: dict[int, frozenset[int]]
+
+
+def _partly_undone(problem: Problem, target: int) -> tuple[Decisions, ...]:
+    """Undo the cheapest for their bytes, and as many as the target needs; all else is kept."""
+    inside = _inside(problem)
+    base = keep_everything(problem)
+
+    def price(value: int) -> tuple[float, int]:
+        made = {id for id in inside.between[value] if id in problem.recovery}
+        ops = {problem.recovery[id].restore.id for id in (*made, value)}
+        nbytes = sum(problem.nbytes[id] for id in {*made, value} - base.evicted)
+        return (sum(problem.op_seconds[op] for op in ops) / max(nbytes, 1), value)
+
+    cheapest = sorted(inside.asked, key=price)
+
+    def decisions(count: int) -> Decisions:
+        chosen = cheapest[:count]
+        dropped = base.evicted.union(chosen, *(inside.between[value] for value in chosen))
+        early = frozenset((value, inside.asked[value]) for value in chosen)
+        return Decisions(dropped, frozenset(), early)
+
+    fewest, most = 0, len(cheapest)
+    if lower(problem, decisions(most)).peak > target:
+        return (decisions(most),)
+    while fewest < most:
+        middle = (fewest + most) // 2
+        if lower(problem, decisions(middle)).peak <= target:
+            most = middle
+        else:
+            fewest = middle + 1
+    return (decisions(most),)
+
+
+def _inside(problem: Problem) -> _Inside:
     sources = {
         value: problem.operands[recovery.restore.id] for value, recovery in problem.recovery.items()
     }
@@ -39,17 +83,18 @@ def _undone_at(problem: Problem) -> frozenset[tuple[int, int]]:
     for op in problem.program.ops[: problem.num_forward]:
         if not depends.isdisjoint(problem.operands[op.id]):
             depends.update(op.results)
-    asked: dict[int, int] = {}
+    found = _Inside({}, {})
     for value in undone:
-        inside = _closure(
+        between = _closure(
             (id for id in sources[value] if id in depends - streams),
             lambda id: (s for s in sources.get(id, ()) if s in depends - streams),
         )
-        times = [first_read[id] for id in inside if id in first_read]
-        times = times or [asked[id] for id in sources[value] if id in asked]
+        times = [first_read[id] for id in between if id in first_read]
+        times = times or [found.asked[id] for id in sources[value] if id in found.asked]
         if times:
-            asked[value] = min(times)
-    return frozenset(asked.items())
+            found.asked[value] = min(times)
+            found.between[value] = frozenset(between & problem.recovery.keys())
+    return found
 
 
 def _closure(start: Iterable[int], following: Callable[[int], Iterable[int]]) -> set[int]:

