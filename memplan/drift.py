@@ -67,7 +67,8 @@ class Drift:
     Attributes:
         chains: one for each; none if nothing comes back by rounding.
         gradient_error: relative difference, in the 2-norm over all, from the gradients of the step
-            without rounding; None where that does not fit into the budget.
+            without rounding; None where that does not fit into the budget, or where parameters are
+            updated in the backward.
     """
 
     chains: tuple[ChainDrift, ...]
@@ -88,7 +89,7 @@ class Drift:
         if not self.chains:
             return "no drift: nothing comes back by rounding"
         gradients = (
-            "their error unknown: a step without rounding does not fit into the budget"
+            "not compared (a step without rounding does not fit, or they are used up)"
             if self.gradient_error is None
             else f"{self.gradient_error:.1e} off"
         )
@@ -180,7 +181,7 @@ def measure_drift(
     probe = copies.probe(frozenset(value for one in inexact for value in one.restores))
     gradients = _run(step, step.plan.schedule, state, sample, probe)
     error = None
-    if reference is not None:
+    if reference is not None and gradients:
         others = _run(step, reference, state, sample, None)
         error = _relative(gradients, others)
     chain_of = {value: one for one in inexact for value in one.restores}

@@ -1,18 +1,19 @@
 """Two streams in the place of one: plain residual networks made reversible.
 
-A stack of residual blocks ``h' = h + f(h)`` cannot be undone. With the residual added to the stream
-before the last, ``h'' = h + f(h')``, it can: that is the pairing of Gomez et al., "The Reversible
-Residual Network", 2017, https://arxiv.org/abs/1707.04585, in which each block changes one of two
-streams by a function of the other. Between the two lies ``h'' = alpha h' + beta h + f(h')`` (compare
-Zhao et al., "Dr2Net", 2024, https://arxiv.org/abs/2401.04105, and Liao et al., "Make Pre-trained
-Model Reversible", 2023, https://arxiv.org/abs/2306.00477): alpha 1 and beta 0 is the network as it
-was trained, alpha 0 and beta 1 the reversible one. Undoing a block divides by beta, so that a small
-one loses bits: ``invert_couplings`` measures how many, and keeps streams where it must.
+A stack of residual blocks ``h' = h + f(h)`` cannot be undone. With the residual added to the
+stream before the last, ``h'' = h + f(h')``, it can: that is the pairing of Gomez et al., "The
+Reversible Residual Network", 2017, https://arxiv.org/abs/1707.04585, in which each block changes
+one of two streams by a function of the other. Between the two lies
+``h'' = alpha h' + beta h + f(h')`` (compare Zhao et al., "Dr2Net", 2024,
+https://arxiv.org/abs/2401.04105, and Liao et al., "Make Pre-trained Model Reversible", 2023,
+https://arxiv.org/abs/2306.00477): alpha 1 and beta 0 is the network as it was trained, alpha 0 and
+beta 1 the reversible one. Undoing a block divides by beta, so that a small one loses bits:
+``invert_couplings`` measures how many, and keeps streams where it must.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -62,8 +63,8 @@ class _TwoStreams(TorchFunctionMode):
         self.alpha = alpha
         self.beta = beta
         self.sources: list[tuple[int, ...]] = []
-        self.call_of = WeakTensorKeyDictionary()
-        self.stream_before = WeakTensorKeyDictionary()
+        self.call_of: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
+        self.stream_before: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
 
     def __torch_function__(
         self,
@@ -75,21 +76,14 @@ class _TwoStreams(TorchFunctionMode):
         del types
         kwargs = dict(kwargs or {})
         found = self.residual(args) if func in _SUMS and not kwargs else None
-        if found is None:
-            result = func(*args, **kwargs)
-        else:
-            result = self.paired(*found)
+        result = func(*args, **kwargs) if found is None else self.paired(*found)
         call = len(self.sources)
-        given = tuple(
-            self.call_of[tensor] for tensor in _tensors(args, kwargs) if self.knows(tensor)
-        )
+        known = (tensor for tensor in _tensors(args, kwargs) if tensor in self.call_of)
+        given = tuple(self.call_of[tensor] for tensor in known)
         self.sources.append(given)
         for tensor in _tensors((result,), {}):
             self.call_of[tensor] = call
         return result
-
-    def knows(self, tensor: torch.Tensor) -> bool:
-        return tensor in self.call_of
 
     def residual(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The stream and the change of a sum that is a residual block's."""
@@ -104,7 +98,7 @@ class _TwoStreams(TorchFunctionMode):
         return None
 
     def is_computed_from(self, change: torch.Tensor, stream: torch.Tensor) -> bool:
-        if not (self.knows(change) and self.knows(stream)):
+        if change not in self.call_of or stream not in self.call_of:
             return False
         wanted = self.call_of[stream]
         stack, seen = [self.call_of[change]], set[int]()
@@ -122,10 +116,8 @@ class _TwoStreams(TorchFunctionMode):
         before = self.stream_before.get(stream, stream)
         if self.alpha:
             change = (stream if self.alpha == 1 else stream * self.alpha) + change
-        if self.beta:
-            total = (before if self.beta == 1 else before * self.beta) + change
-        else:
-            total = change
+        terms = [before if self.beta == 1 else before * self.beta] if self.beta else []
+        total = sum(terms, start=change)
         self.stream_before[total] = stream
         return total
 

@@ -377,6 +377,35 @@ def test_what_cannot_be_undone_is_kept_with_a_reason(kind, reason):
     laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))
 
 
+def test_bounds_proofs_frontiers_and_updates_in_the_backward():
+    torch.manual_seed(0)
+    model, (x, target) = streams(how="scale", layers=8)
+    sample = (x.repeat(4, 2, 1), target.repeat(4))
+    passes = [invert_couplings()]
+    frontier = memplan.frontier(model, sample, points=4, passes=passes)
+    least = frontier[0].peak_bytes
+    for options in (memplan.Options(with_bound=True), memplan.Options(solver="exact")):
+        plan = memplan.plan(model, sample, budget=least, passes=passes, options=options)
+        assert plan.peak_bytes <= least
+        assert plan.slowdown_bound is None or plan.slowdown_bound <= plan.slowdown + 1e-9
+    other = copy.deepcopy(model)
+    inside = memplan.Options(update_in_backward=True, on_infeasible="smallest")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    planned = memplan.optimize(
+        model, sample, budget="1 B", passes=passes, optimizer=optimizer, options=inside
+    )
+    assert num_undone(planned) > 0
+    others = torch.optim.SGD(other.parameters(), 0.1)
+    for _ in range(2):
+        for module, one in ((planned, planned.optimizer), (other, others)):
+            module(*sample).backward()
+            one.step()
+            one.zero_grad()
+    assert any("gradients not compared" in note for note in planned.plan.notes)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
 @given(
     made=st.fixed_dictionaries(
         {

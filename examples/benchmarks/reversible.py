@@ -34,6 +34,7 @@ from memplan.profiler.step import preserved
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
+import reversible_budgets
 import reversible_peers
 import reversible_tables
 from budgets import _interleaved
@@ -244,9 +245,16 @@ def peers(settings: Settings) -> list[Row]:
     return reversible_peers.peers(settings.blocks, 16, size, settings.rounds, plan)
 
 
+def budgets(settings: Settings) -> list[Row]:
+    """What a budget costs, as plans predict it."""
+    depth = settings.depths[0] if settings.depths else "110"
+    return reversible_budgets.budgets(with_loss(made(RevNet, depth)), images(settings.batch or 32))
+
+
 PARTS: dict[str, tuple[Callable[[Settings], list[Row]], Callable[[list[Row]], str]]] = {
     "memory": (memory, reversible_tables.memory),
     "depths": (depths, reversible_tables.depths),
+    "budgets": (budgets, reversible_budgets.table),
     "peers": (peers, reversible_tables.peers),
     "drift": (drift, reversible_tables.drift),
 }
@@ -257,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
     parser.add_argument("--threads", type=int, help="of torch's kernels")
-    parser.add_argument("--batch", type=int, help="images; 128, for peers 64")
+    parser.add_argument("--batch", type=int, help="images; 128, for peers 64, for budgets 32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--depths", nargs="+", default=(), help="instead of each part's own, such as 38 or 47b"
