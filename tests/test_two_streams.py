@@ -49,7 +49,7 @@ def sized(x, like):
 def resnet():
     torch.manual_seed(0)
     sample = (torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))
-    return memplan.WithLoss(ResNet(38, width=0.5), nn.functional.cross_entropy), sample
+    return memplan.WithLoss(ResNet(26, width=0.5), nn.functional.cross_entropy), sample
 
 
 def by_hand(model, alpha, beta):
@@ -80,7 +80,7 @@ def test_evaluation_runs_the_two_streams_too():
         assert not torch.equal(planned(*sample), model(*sample))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "vit", "llama"])
+@pytest.mark.parametrize("name", ["vit", "llama"])
 def test_a_pretrained_model_starts_as_it_is(name):
     torch.manual_seed(0)
     model, sample = rows.MODELS[name]()
@@ -89,7 +89,7 @@ def test_a_pretrained_model_starts_as_it_is(name):
     laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "vit"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "vit"])
 def test_and_can_be_undone_from_there_on(name):
     torch.manual_seed(0)
     model, sample = rows.MODELS[name]()

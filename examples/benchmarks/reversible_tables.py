@@ -51,7 +51,8 @@ def memory(rows: list[Row]) -> str:
 def depths(rows: list[Row]) -> str:
     """Markdown of ``depths``, with its target below."""
     lines = [
-        f"Batch {rows[0]['batch']}; growth is over the first.\n",
+        f"Batch {rows[0]['batch']}. The deepest network is planned for the least memory within the "
+        "time limit; what its activations take is the budget of all others.\n",
         "| depth | ResNet's activations | growth | RevNet's, inverted | growth | time | plan |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]

@@ -58,7 +58,7 @@ def resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def as_stream(x: torch.Tensor) -> torch.Tensor:
     """At least 32 bits, under autocast too: a sum in 16 bits cannot be undone."""
-    return x.float() if x.element_size() < 4 else x
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _Stages(nn.Module):

@@ -269,6 +269,8 @@ def _reach(
 def _least_peak(problem: Problem, base: State, floor: int, limit: float) -> State:
     """The state of the lowest peak within the time limit: the floor, or by bisection above it."""
     best = base
+    if limit > FREE_SLOWDOWN * base.seconds:
+        best = min(descend(problem, base, floor, limit), key=lambda one: one.peak)
     low, target = floor - 1, floor
     for _ in range(_PROBES):
         effort = Effort(effort_for(problem).left // 4)
