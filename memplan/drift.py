@@ -236,20 +236,32 @@ def _run(
     emitted = emit(step.captured, step.recoveries, schedule, leave, probe)
     primals = step.primals(state, sample)
     with _unchanged(step, primals), torch.no_grad(), without_autocast():
-        return [_elements(gradient) for gradient in _gradients(step, emitted, primals)]
+        return _gradients(step, emitted, primals)
+
+
+class _Existing:
+    """Stands for a gradient that is there: looks at what is added, and keeps nothing of it."""
+
+    def add_(self, gradient: torch.Tensor) -> None:
+        self.elements = _elements(gradient)
 
 
 def _gradients(
     step: PlannedStep, emitted: Emitted, primals: Sequence[torch.Tensor]
-) -> Iterable[torch.Tensor]:
+) -> list[torch.Tensor]:
     results = emitted.forward([primals[position] for position in emitted.forward_primals])
     kept = results[emitted.num_outputs :]
     del results
     tangents = [torch.ones_like(_real(node.meta["val"])) for _, node in step.captured.tangents]
     given = [primals[position] for position in emitted.backward_primals]
-    arguments = [*kept, *given, *tangents, *([None] * len(emitted.accumulated))]
+    existing = {position: _Existing() for position in emitted.accumulated}
+    arguments = [*kept, *given, *tangents, *existing.values()]
     del kept
-    return emitted.backward(arguments)
+    finished = zip(emitted.gradient_primals, emitted.backward(arguments), strict=True)
+    return [
+        existing[position].elements if gradient is None else _elements(gradient)
+        for position, gradient in finished
+    ]
 
 
 def _real(like: torch.Tensor) -> torch.Tensor:
@@ -285,7 +297,7 @@ def _elements(tensor: torch.Tensor) -> torch.Tensor:
     """Evenly spread elements of a tensor, as a copy in 64 bits."""
     flat = tensor.detach().reshape(-1)
     stride = max(1, flat.numel() // _ELEMENTS) | 1
-    return flat[::stride].double()
+    return flat[::stride].to(torch.float64, copy=True)
 
 
 def _relative(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:

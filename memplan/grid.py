@@ -26,6 +26,8 @@ def add_on_grid(stream: torch.Tensor, change: torch.Tensor, bits: int) -> torch.
         MemplanError: if the sum is outside the range in which it is exact.
     """
     total = torch.add(stream, change)
+    if not total.numel():
+        return total
     least, most = torch.aminmax(total)
     largest = max(-float(least), float(most))
     if largest >= 2.0 ** (MANTISSA_BITS - bits):

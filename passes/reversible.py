@@ -15,13 +15,22 @@ be more than ``tolerance``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import fx
 
-from memplan.analysis import SUMS, Chain, Coupling, find_couplings, is_backward, memory_of
+from memplan.analysis import (
+    SUMS,
+    Chain,
+    Coupling,
+    find_couplings,
+    is_backward,
+    memory_of,
+    views_of,
+)
 from memplan.grid import MANTISSA_BITS, add_on_grid, round_to_grid
 from memplan.passing import Effect, Pass, RecoveryContext
 from memplan.program import Op, Phase, Role
@@ -59,21 +68,13 @@ def invert_couplings(tolerance: float | None = None, grid: bool | int = False) -
     if not isinstance(bits, int) or not 0 <= bits < MANTISSA_BITS:
         raise ValueError(f"grid is True, or from 1 to {MANTISSA_BITS - 1}, got {grid!r}")
 
-    def rewrite(graph: fx.Graph) -> None:
-        _read_parts(graph)
-        if bits:
-            _round(graph, bits)
-
-    def recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery, ...]:
-        return tuple(_recoveries(captured, context, tolerance))
-
     arguments: dict[str, object] = {} if tolerance is None else {"tolerance": tolerance}
     return Pass(
         _NAME,
         Effect.APPROXIMATE if bits else Effect.ROUNDING,
         {**arguments, "grid": bits} if bits else arguments,
-        rewrite_joint=rewrite,
-        recoveries=recoveries,
+        rewrite_joint=partial(_rewrite, bits=bits),
+        recoveries=partial(_recoveries, tolerance=tolerance),
         notes=_notes,
     )
 
@@ -90,7 +91,19 @@ def check_drift(planned: PlannedModule, batch: object) -> Drift:
     return planned.measure_drift(batch)
 
 
+def _rewrite(graph: fx.Graph, bits: int) -> None:
+    _read_parts(graph)
+    if bits:
+        _round(graph, bits)
+
+
 def _recoveries(
+    captured: Captured, context: RecoveryContext, tolerance: float | None
+) -> tuple[Recovery, ...]:
+    return tuple(_each_recovery(captured, context, tolerance))
+
+
+def _each_recovery(
     captured: Captured, context: RecoveryContext, tolerance: float | None
 ) -> Iterator[Recovery]:
     ids = count(context.first_op)
@@ -173,30 +186,32 @@ def _read_parts(graph: fx.Graph) -> None:
 
 
 def _replace_parts(graph: fx.Graph, whole: fx.Node, parts: list[fx.Node], dim: int) -> None:
-    memory, stale = memory_of(whole), set[fx.Node]()
+    memory, result = memory_of(whole), whole.meta["val"]
+    part_at = {}
     start = 0
-    places = []
     for part in parts:
-        length = part.meta["val"].shape[dim]
-        places.append(_place(whole.meta["val"].narrow(dim, start, length)))
-        start += length
-    for node in list(graph.nodes):
-        if memory_of(node) != memory or node is whole:
-            continue
-        users = list(node.users)
-        if node in stale:
-            values = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
-            node.meta["val"] = node.target(*values[0], **values[1])
-        elif _place(node.meta["val"]) in places:
-            part = parts[places.index(_place(node.meta["val"]))]
-            node.replace_all_uses_with(part)
-        else:
-            continue
-        stale.update(user for user in users if memory_of(user) == memory)
+        mine = part.meta["val"]
+        place = result.narrow(dim, start, mine.shape[dim])
+        if mine.dtype != result.dtype or mine.stride() != torch.empty_like(place).stride():
+            return
+        part_at[_place(place)] = part
+        start += mine.shape[dim]
+    found = {
+        node: part_at[_place(node.meta["val"])]
+        for node in graph.nodes
+        if memory_of(node) == memory and _place(node.meta["val"]) in part_at
+    }
+    values = views_of(graph, {node: part.meta["val"] for node, part in found.items()}, memory)
+    if values is None:
+        return
+    for node, part in found.items():
+        node.replace_all_uses_with(part)
+    for node in values.keys() - found.keys():
+        node.meta["val"] = values[node]
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.stride(), tensor.storage_offset()
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _round(graph: fx.Graph, bits: int) -> None:
@@ -204,27 +219,37 @@ def _round(graph: fx.Graph, bits: int) -> None:
     for chain in find_couplings(graph).chains:
         couplings = [one for one in chain.couplings if _can_be_rounded(one)]
         totals = {memory_of(one.total) for one in chain.couplings}
-        starts = {one.stream: None for one in couplings if memory_of(one.stream) not in totals}
+        starts = {memory_of(one.stream) for one in couplings} - totals
         if len(couplings) < len(chain.couplings):
             continue
-        for node in starts:
-            _rounded(graph, node, bits)
+        is_second = {one.total: one.total.args[1] is one.stream for one in couplings}
+        bases = [next(n for n in graph.nodes if memory_of(n) == memory) for memory in starts]
+        if not all(_rounded(graph, node, bits) for node in bases):
+            continue
         for one in couplings:
+            stream, change_node = one.total.args[:: -1 if is_second[one.total] else 1]
+            assert isinstance(change_node, fx.Node)
             with graph.inserting_before(one.total):
-                change = graph.call_function(round_to_grid, (one.change, bits))
-            change.meta = _meta(one.change, one.total.meta["val"].clone())
-            stream = one.total.args[0] if one.total.args[1] is one.change else one.total.args[1]
+                change = graph.call_function(round_to_grid, (change_node, bits))
+            change.meta = _meta(change_node, one.total.meta["val"].clone())
             one.total.target = add_on_grid
             one.total.meta.pop("in_place", None)
             one.total.args = (stream, change, bits)
 
 
-def _rounded(graph: fx.Graph, node: fx.Node, bits: int) -> None:
-    """Let all that reads a stream's start read it on the grid."""
+def _rounded(graph: fx.Graph, node: fx.Node, bits: int) -> bool:
+    """Let all that reads a stream's start read it on the grid, if that can be."""
+    value = node.meta["val"].clone()
+    values = views_of(graph, {node: value}, memory_of(node))
+    if values is None:
+        return False
     with graph.inserting_after(node):
         start = graph.call_function(round_to_grid, (node, bits))
-    start.meta = _meta(node, node.meta["val"].clone())
+    start.meta = _meta(node, value)
     node.replace_all_uses_with(start, lambda user: user is not start)
+    for view in values.keys() - {node}:
+        view.meta["val"] = values[view]
+    return True
 
 
 def _meta(node: fx.Node, value: torch.Tensor) -> dict[str, Any]:

@@ -14,6 +14,7 @@ beta 1 the reversible one. Undoing a block divides by beta, so that a small one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -37,8 +38,9 @@ _SUMS: Final = frozenset(
 def make_reversible(alpha: float = 0.0, beta: float = 1.0) -> Pass:
     """Add each residual to the stream before the last, so that ``invert_couplings`` can undo it.
 
-    Acts on every sum ``h + f(h)`` of tensors of one shape, in training and in evaluation; a block
-    that changes the shape starts anew. Parameters keep their names.
+    Acts on every sum ``h + f(h)`` of tensors of one shape whose ``h`` is such a sum itself, in
+    training and in evaluation; a block that changes the shape starts anew. Parameters keep their
+    names.
 
     Args:
         alpha: what the last stream is multiplied by. 1, with beta 0, is the model as it is.
@@ -51,7 +53,7 @@ def make_reversible(alpha: float = 0.0, beta: float = 1.0) -> Pass:
         _NAME,
         Effect.APPROXIMATE,
         {"alpha": alpha, "beta": beta},
-        around=lambda: _TwoStreams(alpha, beta),
+        around=partial(_TwoStreams, alpha, beta),
     )
 
 
@@ -113,11 +115,13 @@ class _TwoStreams(TorchFunctionMode):
 
     def paired(self, stream: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         """``alpha * stream + beta * the one before + change``."""
-        before = self.stream_before.get(stream, stream)
-        if self.alpha:
-            change = (stream if self.alpha == 1 else stream * self.alpha) + change
-        terms = [before if self.beta == 1 else before * self.beta] if self.beta else []
-        total = sum(terms, start=change)
+        before = self.stream_before.pop(stream, None)
+        if before is None:
+            total = stream + change
+        else:
+            terms = [(self.alpha, stream), (self.beta, before)]
+            scaled = [one if factor == 1 else one * factor for factor, one in terms if factor]
+            total = sum(scaled, start=change)
         self.stream_before[total] = stream
         return total
 

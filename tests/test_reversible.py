@@ -214,10 +214,12 @@ def test_gradients_in_64_bits_pass_gradcheck():
         assert torch.autograd.gradcheck(loss, (x,))
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_on_a_grid_the_bits_are_those_without_inversion(half):
+@pytest.mark.parametrize(
+    ("depth", "half"), [(38, False), (38, True), pytest.param(110, True, marks=pytest.mark.slow)]
+)
+def test_on_a_grid_the_bits_are_those_without_inversion(depth, half):
     torch.manual_seed(0)
-    network, sample = classifier(RevNet(38, width=0.5), 4, 3, 32, 32)
+    network, sample = classifier(RevNet(depth, width=0.5), 4, 3, 32, 32)
     model = UnderAutocast(network) if half else network
     step = undone(model, sample, invert_couplings(grid=True))
     full = memplan.optimize(model, sample, budget="100%", passes=[invert_couplings(grid=True)])
@@ -318,6 +320,100 @@ def test_a_saved_plan_runs_and_one_that_drifts_is_refused():
         else:
             with pytest.raises(memplan.PlanMismatch, match="the saved plan drifts too far"):
                 applied(*sample)
+
+
+class Gated(nn.Module):
+    """Takes its input apart itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH // 2, WIDTH)
+
+    def forward(self, x):
+        one, other = x.chunk(2, -1)
+        return self.layer(one * torch.sigmoid(other))
+
+
+class Transposing(nn.Module):
+    """Makes its change in another layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.layer(x.transpose(1, 2).reshape(-1, WIDTH, 16)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("function_of", [Gated, Transposing])
+@pytest.mark.parametrize("how", ["chunk", "slice", "tuple"])
+def test_functions_may_take_their_stream_apart(function_of, how):
+    torch.manual_seed(0)
+    network = Streams(how=how, layers=8)
+    network.functions = nn.ModuleList(function_of() for _ in range(8))
+    model, sample = classifier(network, 8, 16, 2 * WIDTH)
+    for budget in ("100%", "1 B"):
+        planned = memplan.optimize(
+            model, sample, budget=budget, passes=[invert_couplings()], options=SMALLEST
+        )
+        laws.step(planned, sample)
+        laws.assert_close(laws.step(model, sample), laws.step(planned, sample), 1e-5)
+        laws.assert_within_budget(planned, sample)
+
+
+class Promoted(Streams):
+    """Puts a sum in 16 bits and one in 32 together."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        for f, g in zip(self.functions[::2], self.functions[1::2], strict=True):
+            one, other = x.chunk(2, -1)
+            half = (one + f(other)).bfloat16() + one.bfloat16()
+            x = torch.cat([half, other + g(one)], -1)
+        return self.head(x).mean(1)
+
+
+def test_streams_of_two_precisions_are_left_alone():
+    torch.manual_seed(0)
+    model, sample = classifier(Promoted(layers=4), 4, 8, 2 * WIDTH)
+    planned = memplan.optimize(model, sample, budget="100%", passes=[invert_couplings()])
+    laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))
+
+
+class Started(Streams):
+    """Streams begin as activations whose backward reads them."""
+
+    def forward(self, x):
+        one, other = (torch.tanh(part.clone()) for part in self.stem(x).chunk(2, -1))
+        for f, g in zip(self.functions[::2], self.functions[1::2], strict=True):
+            one = one + f(other)
+            other = g(one) + other
+        return self.head(torch.cat([one, other], -1)).mean(1)
+
+
+def test_a_grid_begins_where_the_streams_do():
+    torch.manual_seed(0)
+    model, sample = classifier(Started(layers=8), 8, 16, 2 * WIDTH)
+    step = undone(model, sample, invert_couplings(grid=True))
+    full = memplan.optimize(model, sample, budget="100%", passes=[invert_couplings(grid=True)])
+    assert num_undone(step) >= 6
+    laws.assert_same_bits(laws.step(full, sample), laws.step(step, sample))
+    laws.assert_close(laws.step(model, sample), laws.step(full, sample), 1e-2)
+
+
+def test_drift_is_seen_in_64_bits_and_beside_gradients_that_are_there():
+    torch.manual_seed(0)
+    model, (x, target) = streams(how="scale", layers=8, coefficient=0.5)
+    model, sample = model.double(), (x.double(), target)
+    planned = undone(model, sample)
+    assert 0 < check_drift(planned, sample).worst < 1e-10
+    planned(*sample).backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    again = memplan.optimize(
+        model, sample, budget="1 B", passes=[invert_couplings()], options=SMALLEST
+    )
+    again(*sample)
+    assert all(map(torch.equal, before, (parameter.grad for parameter in model.parameters())))
 
 
 class Plain(Streams):

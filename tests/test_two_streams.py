@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
+import weakref
 from pathlib import Path
 
 import laws
@@ -30,14 +32,15 @@ class Paired(nn.Module):
 
     def forward(self, x):
         x = self.net.stem(x)
-        before = x
+        before = None
         for function in self.net.functions:
             change = function(x)
-            if change.shape == x.shape:
-                before, x = x, self.alpha * x + self.beta * before + change
+            if change.shape != x.shape:
+                before, x = None, sized(x, change) + change
+            elif before is None:
+                before, x = x, x + change
             else:
-                x = sized(x, change) + change
-                before = x
+                before, x = x, self.alpha * x + self.beta * before + change
         return self.net.classify(x)
 
 
@@ -110,3 +113,41 @@ def test_a_small_beta_trips_the_guard():
     full = memplan.optimize(model, sample, budget="100%", passes=passes[:1])
     assert memplan.passes.check_drift(planned, sample).is_within_tolerance
     laws.assert_close(laws.step(full, sample), laws.step(planned, sample), 1e-2)
+
+
+def test_a_polynomial_is_no_block_and_streams_are_let_go():
+    class Gelu(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.layer(x)
+            return (x + 0.044715 * x**3).mean()
+
+    model, x = Gelu(), torch.randn(4, 8)
+    planned = memplan.optimize(model, x, passes=[make_reversible(0.5, 0.3)])
+    with torch.no_grad():
+        assert torch.equal(model(x), planned(x))
+    seen = []
+
+    class Watched(nn.Module):
+        def forward(self, x):
+            x = x * 1.0
+            for _ in range(6):
+                x = x + x.tanh()
+                seen.append(weakref.ref(x))
+            alive.append(sum(one() is not None for one in seen))
+            return x
+
+    alive = []
+    with torch.no_grad(), make_reversible().around():
+        Watched()(torch.randn(4, 4))
+    assert alive == [2]
+
+
+def test_planned_modules_can_be_pickled():
+    model, sample = resnet()
+    passes = [make_reversible(), invert_couplings(grid=True)]
+    planned = memplan.optimize(model, sample, budget="60%", passes=passes)
+    pickle.loads(pickle.dumps(planned))

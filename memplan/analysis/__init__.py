@@ -1,7 +1,7 @@
 """What several passes look for in a graph."""
 
 from memplan.analysis.couplings import SUMS, Chain, Coupling, Couplings, find_couplings
-from memplan.analysis.memory import backward_readers, given_memory, memory_of
+from memplan.analysis.memory import backward_readers, given_memory, memory_of, views_of
 from memplan.torch_internals import is_backward
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "given_memory",
     "is_backward",
     "memory_of",
+    "views_of",
 ]

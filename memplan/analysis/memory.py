@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,6 +15,37 @@ def memory_of(node: fx.Node) -> int | None:
     """Equal for nodes whose tensors share memory; None for what is no tensor."""
     value = node.meta.get("val")
     return storage_key(value) if isinstance(value, torch.Tensor) else None
+
+
+def views_of(
+    graph: fx.Graph, replaced: Mapping[fx.Node, torch.Tensor], memory: int | None
+) -> dict[fx.Node, Any] | None:
+    """What all views of a memory become if some of them are replaced by other tensors.
+
+    Lists of views, such as ``split`` returns, are among them. None if a view cannot be made of what
+    it is then given.
+    """
+    values: dict[fx.Node, Any] = dict(replaced)
+
+    def value(node: fx.Node) -> Any:
+        return values[node] if node in values else node.meta["val"]
+
+    for node in graph.nodes:
+        is_view = node.op == "call_function" and memory in _memories(node)
+        if not is_view or node in values or values.keys().isdisjoint(node.all_input_nodes):
+            continue
+        try:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            values[node] = node.target(*args, **kwargs)
+        except RuntimeError:
+            return None
+    return values
+
+
+def _memories(node: fx.Node) -> set[int]:
+    value = node.meta.get("val")
+    items = value if isinstance(value, list | tuple) else [value]
+    return {storage_key(item) for item in items if isinstance(item, torch.Tensor)}
 
 
 def given_memory(graph: fx.Graph) -> frozenset[int]:
