@@ -153,15 +153,21 @@ def row(request):
     return model, sample, undone(model, sample)
 
 
-def test_the_forward_is_eagers_and_so_is_what_it_leaves_behind(row):
+PUT_TOGETHER = ("chunk", "slice")
+"""Rows whose streams are one tensor between blocks; functions then read another layout of them."""
+
+
+def test_the_forward_is_eagers_and_so_is_what_it_leaves_behind(row, request):
     model, sample, planned = row
     assert num_undone(planned) >= 4
     assert planned.plan.effects == (memplan.Effect.ROUNDING,)
     eager, mine = laws.step(model, sample), laws.step(planned, sample)
-    torch.testing.assert_close(eager.loss, mine.loss, rtol=1e-6, atol=0)
+    is_rounded = request.node.callspec.params["row"] in PUT_TOGETHER
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if is_rounded else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(eager.loss, mine.loss, **tolerance)
     assert all(map(torch.equal, eager.rng, mine.rng))
     for name, buffer in eager.buffers.items():
-        torch.testing.assert_close(buffer, mine.buffers[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(buffer, mine.buffers[name], **tolerance)
 
 
 def test_bits_of_the_forward_are_those_without_inversion(row):

@@ -270,9 +270,8 @@ def _tangled(forward: _Forward, chains: Iterable[Chain]) -> set[fx.Node]:
     while couplings:
         graph = nx.DiGraph(forward.reads())
         for coupling in couplings.values():
-            total, stream = memory_of(coupling.total), memory_of(coupling.stream)
-            unscaled = memory_of(coupling.unscaled)
-            graph.remove_edges_from([*graph.out_edges(stream), *graph.out_edges(unscaled)])
+            for given in (coupling.stream, coupling.unscaled):
+                graph.remove_edges_from(list(graph.out_edges(memory_of(given))))
         streams = {memory_of(c.unscaled) for c in couplings.values()}
         for coupling in couplings.values():
             total, stream = memory_of(coupling.total), memory_of(coupling.stream)
