@@ -14,11 +14,13 @@ from functools import partial
 from torch import nn
 
 from memplan.capture import Captured
+from memplan.changing import changing
 from memplan.collector import paused_collector
 from memplan.describing import fingerprint
 from memplan.drift import Guard, rounded, unmeasured
 from memplan.emit import emit
 from memplan.errors import InfeasibleBudget, MemplanError, PlanMismatch
+from memplan.fitting import fitted
 from memplan.module import PlannedModule
 from memplan.options import Options
 from memplan.passing import Pass
@@ -79,11 +81,16 @@ def optimize(
         plan=plan,
         options=options,
     )
-    build = partial(build_step, request=request)
-    size = request.options.cache_size
-    planned = PlannedModule(model, build, size, request.optimizer, request.around)
-    if sample is not None:
-        planned.prepare(Sample.of(sample))
+    batch = None if sample is None else Sample.of(sample)
+    request = fitted(model, batch, request, make_plan)
+    with changing(model, batch, request.passes, is_lasting=True) as changed:
+        request = request.with_optimizer_of(changed.model).for_changed_model
+        build = partial(build_step, request=request)
+        planned = PlannedModule(
+            model, build, request.options.cache_size, request.optimizer, changed
+        )
+        if batch is not None:
+            planned.prepare(batch)
     return planned
 
 
@@ -191,6 +198,7 @@ def _emitted(prepared: Prepared, chosen: Plan, request: Request) -> PlannedStep:
 @paused_collector()
 def make_plan(model: nn.Module, sample: Sample, request: Request) -> tuple[Prepared, Plan]:
     """Capture a step and choose how it runs."""
+    request = fitted(model, sample, request, make_plan)
     step = prepare(model, sample, request)
     return step, _chosen(step, request)
 

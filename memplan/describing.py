@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from memplan.freeing import parts
 from memplan.plan import LiveValue, PassRecord, Plan
 from memplan.planner import keep_all
 from memplan.program import Costs, Program, Role
@@ -58,6 +59,7 @@ def describe_plan(
     passes: Sequence[PassRecord],
     captured_effect: Effect,
     notes: Sequence[str],
+    gradients: Mapping[str, int],
 ) -> Plan:
     """Account for a schedule, and for the captured step beside it."""
     catalog = Catalog.of(program, recoveries)
@@ -87,6 +89,7 @@ def describe_plan(
         passes=tuple(passes),
         captured_effect=captured_effect,
         notes=tuple(notes),
+        parts=parts(program, keep_all(program, costs), gradients),
         fingerprint=fingerprint(program, recoveries),
         schedule=schedule,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memplan.around import Around, surround
+from memplan.changing import Changed
 from memplan.drift import Drift
 from memplan.errors import NotPlannedYet
 from memplan.plan import Plan
@@ -43,6 +43,8 @@ class PlannedModule(nn.Module):
     original: nn.Module
     optimizer: Optimizer | None
     """The one that the budget covers, if it does."""
+    changed: Changed
+    """What passes made of the original, and how it was before."""
 
     def __init__(
         self,
@@ -50,11 +52,11 @@ class PlannedModule(nn.Module):
         build: Build,
         cache_size: int,
         optimizer: Optimizer | None = None,
-        around: tuple[Around, ...] = (),
+        changed: Changed | None = None,
     ) -> None:
         super().__init__()
         self.__dict__["original"] = original
-        self._around = around
+        self.__dict__["changed"] = changed or Changed(original, {}, {})
         self.optimizer = optimizer
         self._build = build
         self._cache_size = cache_size
@@ -63,9 +65,12 @@ class PlannedModule(nn.Module):
         self._reset()
 
     def _share(self) -> None:
-        """Use the original's own dictionaries: what is added, moved or replaced is so in both."""
+        """Use the original's own dictionaries: what is added, moved or replaced is so in both.
+
+        Where passes add children, replacing a child of the original itself is not.
+        """
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[name] = self.original.__dict__[name]
+            self.__dict__[name] = self.changed.model.__dict__[name]
 
     def _reset(self) -> None:
         self._steps: OrderedDict[Hashable, tuple[PlannedStep, ...]] = OrderedDict()
@@ -118,14 +123,14 @@ class PlannedModule(nn.Module):
         # A capture puts other tensors in the place of the parameters for its time; only one
         # thread may look at them then.
         with self._lock:
-            return self._step(State.of(self.original), sample)
+            return self._step(State.of(self.changed.model), sample)
 
     def _step(self, state: State, sample: Sample) -> PlannedStep:
-        signature = signature_of(self.original, state, sample)
+        signature = signature_of(self.changed.model, state, sample)
         steps = self._steps.get(signature, ())
         step = next((step for step in steps if step.holds(sample)), None)
         if step is None:
-            step = self._build(self.original, sample)
+            step = self._build(self.changed.model, sample)
             self._steps[signature] = (*steps, step)
             self._forget_oldest()
         self._steps.move_to_end(signature)
@@ -138,7 +143,7 @@ class PlannedModule(nn.Module):
         if step.guard is None or step.is_settled:
             return step
         settled = step.guard.settle(step, state, sample)
-        signature = signature_of(self.original, state, sample)
+        signature = signature_of(self.changed.model, state, sample)
         self._steps[signature] = tuple(
             settled if one is step else one for one in self._steps[signature]
         )
@@ -152,7 +157,7 @@ class PlannedModule(nn.Module):
         """
         batch = Sample.of(sample)
         with self._lock:
-            state = State.of(self.original)
+            state = State.of(self.changed.model)
             step = self._step(state, batch)
             return Drift((), 0.0) if step.guard is None else step.guard.measure(step, state, batch)
 
@@ -175,18 +180,16 @@ class PlannedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns for these inputs."""
         if not torch.is_grad_enabled():
-            return self._unplanned(*args, **kwargs)
+            return self.changed.model(*args, **kwargs)
         sample = Sample(args, kwargs)
         with self._lock:
-            state = State.of(self.original)
+            state = State.of(self.changed.model)
             tensors = (*state.parameters.values(), *sample.tensors())
             is_trained = any(tensor.requires_grad for tensor in tensors)
             step = self._settled(state, sample) if is_trained else None
-        return self._unplanned(*args, **kwargs) if step is None else step.run(state, sample)
-
-    def _unplanned(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original computes, and passes make of it."""
-        return surround(self.original, self._around)(*args, **kwargs)
+        if step is None:
+            return self.changed.model(*args, **kwargs)
+        return step.run(state, sample)
 
     def train(self, mode: bool = True) -> PlannedModule:
         """Set the mode here and in the original."""
@@ -195,14 +198,14 @@ class PlannedModule(nn.Module):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's."""
-        return self.original.state_dict(*args, **kwargs)
+        """The original's, and what passes added, under prefixes of their own."""
+        return self.changed.model.state_dict(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Into the original, whose parameters are this module's."""
-        return self.original.load_state_dict(state_dict, strict=strict, assign=assign)
+        """Into the original, whose parameters are this module's, and into what passes added."""
+        return self.changed.model.load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __getattr__(self, name: str) -> Any:
         try:

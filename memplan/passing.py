@@ -5,16 +5,51 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from memplan.schedule import Effect, Recovery
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import fx, nn
 
     from memplan.capture import Captured
 
-__all__ = ["Effect", "InPlace", "Pass", "RecoveryContext"]
+__all__ = ["Around", "Change", "Effect", "InPlace", "ModelContext", "Pass", "RecoveryContext"]
+
+Around: TypeAlias = "Callable[[nn.Module], AbstractContextManager[object]]"
+"""Takes the changed model, and makes a context that is open around each forward of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelContext:
+    """What a pass is told of the model that it is to change.
+
+    Attributes:
+        forward: runs one forward of it without data and gradients, for whoever watches.
+    """
+
+    forward: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a pass makes of a model before its step is captured.
+
+    Of several passes' ``trains`` the union is trained, less what any of them ``freezes``, and less
+    what required no gradient before.
+
+    Attributes:
+        trains: names of the model's parameters that stay trainable; None: all.
+        freezes: names of parameters that do not.
+        modules: children that the changed model has besides the model's own, by name.
+        around: opened around each forward, in training and in evaluation; changes what the forward
+            computes.
+    """
+
+    trains: frozenset[str] | None = None
+    freezes: frozenset[str] = frozenset()
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    around: Around | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +92,9 @@ class Pass:
         name: the name of its factory, a key of ``memplan.passes.PASSES``.
         effect: what it does to the result of a step.
         arguments: what the factory was called with, as JSON.
-        around: makes a context that is open around each forward of the model, in training and in
-            evaluation, and changes what it computes.
+        candidates: for a pass that stands for the largest that fits the budget: passes to choose
+            from, by ascending memory.
+        change: says what it makes of the model; once, before anything is captured.
         rewrite_joint: changes the joint forward-backward graph in place. New nodes carry ``val``
             and ``partitioner_tag`` in their ``meta``; ``in_place`` there offers ``InPlace`` calls.
         recoveries: offers ways to get values back.
@@ -68,7 +104,8 @@ class Pass:
     name: str
     effect: Effect
     arguments: Mapping[str, object] = field(default_factory=dict)
-    around: Callable[[], AbstractContextManager[object]] | None = None
+    candidates: Callable[[nn.Module, ModelContext], tuple[Pass, ...]] | None = None
+    change: Callable[[nn.Module, ModelContext], Change] | None = None
     rewrite_joint: Callable[[fx.Graph], None] | None = None
     recoveries: Callable[[Captured, RecoveryContext], tuple[Recovery, ...]] | None = None
     notes: Callable[[Captured], tuple[str, ...]] | None = None

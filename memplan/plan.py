@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from memplan.errors import PlanMismatch
+from memplan.freeing import Part
 from memplan.program import Phase, Role
 from memplan.schedule import Effect, Schedule
 from memplan.units import format_bytes
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Plan:
         captured_effect: EXACT if the captured step has the untouched module's bits, ROUNDING if it
             is known to differ by float rounding.
         notes: what else there is to know about that.
+        parts: of the model, and what their training takes.
         fingerprint: of the program and of what was offered; a plan runs nothing else.
         schedule: the steps.
     """
@@ -98,6 +100,7 @@ class Plan:
     passes: tuple[PassRecord, ...]
     captured_effect: Effect
     notes: tuple[str, ...]
+    parts: tuple[Part, ...]
     fingerprint: str
     schedule: Schedule
 
@@ -170,9 +173,28 @@ class Plan:
             f"Floor of this step, whatever is recomputed: {format_bytes(self.floor_bytes)}. "
             f"Costs: {self.costs_source}."
         )
+        lines += self._parts()
         lines += [self.advice] if self.advice else []
         lines += [f"Note: {note}." for note in self.notes]
         return "\n".join(lines)
+
+    def _parts(self) -> list[str]:
+        """What is trained, for people."""
+        if not self.parts:
+            return []
+        rows = [
+            (one.name, *map(format_bytes, (one.gradient_bytes, one.activation_bytes)))
+            for one in self.parts
+        ]
+        width = max(len(name) for name, *_ in rows)
+        return [
+            "Freezing a part frees its gradients, its optimizer state, and, where nothing is "
+            "recomputed, at least these activations:",
+            *(
+                f"  {name:<{width}}  {gradients:>12} gradients  {activations:>12} activations"
+                for name, gradients, activations in rows
+            ),
+        ]
 
     def _phases(self) -> str:
         peaks = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in self.phases.items())
@@ -198,6 +220,7 @@ class Plan:
         data["categories"] = dict(self.categories)
         data["phases"] = dict(self.phases)
         data["live"] = [asdict(value) for value in self.live]
+        data["parts"] = [asdict(part) for part in self.parts]
         data["passes"] = [
             {"name": p.name, "arguments": dict(p.arguments), "effect": p.effect.value}
             for p in self.passes
@@ -261,6 +284,11 @@ def _checked(data: dict[str, Any]) -> dict[str, Any]:
             _require(type(value.nbytes) is int, "live")
             texts = (value.category, value.target, value.module, value.source)
             _require(all(type(text) is str for text in texts), "live")
+        parts = tuple(Part(**part) for part in data["parts"])
+        for part in parts:
+            sizes = (part.parameter_bytes, part.gradient_bytes, part.activation_bytes)
+            is_right = type(part.name) is str and all(type(size) is int for size in sizes)
+            _require(is_right, "parts")
         effect = Effect(data["captured_effect"])
         _require(isinstance(data["notes"], list), "notes")
         notes = tuple(str(note) for note in data["notes"])
@@ -271,7 +299,13 @@ def _checked(data: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise PlanMismatch(f"a plan's fields cannot be read: {error}") from error
     schedule = Schedule.from_json(data["schedule"])
-    read = {"live": live, "passes": passes, "captured_effect": effect, "notes": notes}
+    read = {
+        "live": live,
+        "parts": parts,
+        "passes": passes,
+        "captured_effect": effect,
+        "notes": notes,
+    }
     return {**data, **read, "schedule": schedule}
 
 

@@ -9,8 +9,8 @@ from functools import partial
 
 from torch import nn
 
-from memplan.around import surround
 from memplan.capture import Captured, Traced, rewrite, trace, update_in_backward
+from memplan.changing import changing
 from memplan.collector import paused_collector
 from memplan.describing import Original, describe_original, describe_plan
 from memplan.plan import PassRecord, Plan
@@ -64,9 +64,13 @@ class Prepared:
 
 @paused_collector()
 def prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
-    """Capture a step, let the passes at it, and price every op."""
+    """Capture a step, let the passes at it, and price every op. The model is as before."""
     _LOG.debug("capturing %s", type(model).__name__)
-    model = surround(model, request.around)
+    with changing(model, sample, request.passes) as changed:
+        return _prepare(changed.model, sample, request.with_optimizer_of(changed.model))
+
+
+def _prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
     pricing = Pricing.of(model, sample, request.options)
     is_cuda = pricing.device is not None and pricing.device.is_cuda
     traced = trace(model, sample, request.options.differentiable_outputs, is_cuda)
@@ -86,6 +90,11 @@ def prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
         recoveries,
         costs,
         original=unplanned,
+        gradients={
+            captured.primals[position].name: captured.storage[node]
+            for position, node in captured.gradients
+            if captured.primals[position].kind == "parameter"
+        },
         passes=tuple(PassRecord(p.name, p.arguments, p.effect) for p in request.passes),
         captured_effect=Effect.ROUNDING if is_rounded else Effect.EXACT,
         notes=[

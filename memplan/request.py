@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.optim import Optimizer
 
-from memplan.around import Around
 from memplan.errors import MemplanError, PlanMismatch
 from memplan.module import PlannedModule
 from memplan.options import Options
@@ -29,7 +28,9 @@ class Request:
         passes: in the order in which they offer.
         plan: a saved plan to apply, or None.
         options: the rest.
-        optimizer: whose state and update are part of the step, or None.
+        given_optimizer: whose state and update are part of the step: an optimizer, a callable that
+            makes one, or None.
+        optimizer: the optimizer itself, once it is known what is trained.
         in_backward: what updates parameters in the backward, or None.
     """
 
@@ -38,13 +39,22 @@ class Request:
     passes: tuple[Pass, ...] = ()
     plan: Plan | None = None
     options: Options = field(default_factory=Options)
+    given_optimizer: object = None
     optimizer: Optimizer | None = None
     in_backward: InBackward | None = None
 
+    def with_optimizer_of(self, model: nn.Module) -> Request:
+        """With the optimizer for the parameters of a model that passes have changed."""
+        found = self.optimizer or resolve_optimizer(model, self.given_optimizer)
+        in_backward = self.in_backward
+        if found is not None and in_backward is None and self.options.update_in_backward:
+            in_backward = InBackward(found)
+        return replace(self, optimizer=found, in_backward=in_backward)
+
     @property
-    def around(self) -> tuple[Around, ...]:
-        """What passes open around each forward of the model."""
-        return tuple(one.around for one in self.passes if one.around is not None)
+    def for_changed_model(self) -> Request:
+        """The same for a model that the passes have changed already."""
+        return replace(self, passes=tuple(replace(one, change=None) for one in self.passes))
 
 
 def require_module(model: object) -> None:
@@ -70,12 +80,8 @@ def make_request(
     warn_of_untested_torch()
     options = Options() if options is None else options
     require_module(model)
-    found = resolve_optimizer(model, optimizer)
-    in_backward = None
-    if options.update_in_backward:
-        if found is None:
-            raise MemplanError("Options(update_in_backward=True) needs optimizer=")
-        in_backward = InBackward(found)
+    if options.update_in_backward and optimizer is None:
+        raise MemplanError("Options(update_in_backward=True) needs optimizer=")
     if max_slowdown is not None and not max_slowdown >= 1:
         raise MemplanError(f"max_slowdown is a factor of at least 1, got {max_slowdown!r}")
     named = tuple(passes)
@@ -89,10 +95,10 @@ def make_request(
         if budget is not None or max_slowdown is not None or named:
             raise MemplanError("plan= excludes budget, max_slowdown and passes: it has its own")
         recorded = tuple(map(_recorded, plan.passes))
-        return Request(None, None, recorded, plan, options, found, in_backward)
+        return Request(None, None, recorded, plan, options, optimizer)
     chosen = (*_defaults(), *named) if default_passes else named
     parsed = None if budget is None else parse_budget(budget)
-    return Request(parsed, max_slowdown, chosen, None, options, found, in_backward)
+    return Request(parsed, max_slowdown, chosen, None, options, optimizer)
 
 
 def _defaults() -> tuple[Pass, ...]:

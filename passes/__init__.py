@@ -3,29 +3,40 @@
 from collections.abc import Callable
 from typing import Final
 
+from memplan.passes.adapters import add_adapters
 from memplan.passes.checkpointing import checkpoint_activations
 from memplan.passes.dead_operands import drop_dead_operands
 from memplan.passes.dropout import split_dropout
+from memplan.passes.freezing import freeze, train_biases_only, unfreeze
 from memplan.passes.in_place import reuse_operands
+from memplan.passes.lora import add_lora, merge_lora, unmerge_lora
+from memplan.passes.lora_files import load_lora, lora_like, save_lora
 from memplan.passes.packed_masks import pack_masks
 from memplan.passes.reversible import check_drift, invert_couplings
+from memplan.passes.signs import keep_signs
 from memplan.passes.two_streams import make_reversible
 from memplan.passing import Pass
 
 PASSES: Final[dict[str, Callable[..., Pass]]] = {
+    "add_adapters": add_adapters,
+    "add_lora": add_lora,
     "checkpoint_activations": checkpoint_activations,
     "drop_dead_operands": drop_dead_operands,
+    "freeze": freeze,
     "invert_couplings": invert_couplings,
+    "keep_signs": keep_signs,
     "make_reversible": make_reversible,
     "pack_masks": pack_masks,
     "reuse_operands": reuse_operands,
     "split_dropout": split_dropout,
+    "train_biases_only": train_biases_only,
 }
 """Every factory by name."""
 
 DEFAULT_PASSES: Final[tuple[str, ...]] = (
     "split_dropout",
     "drop_dead_operands",
+    "keep_signs",
     "reuse_operands",
     "checkpoint_activations",
     "pack_masks",
@@ -35,12 +46,23 @@ DEFAULT_PASSES: Final[tuple[str, ...]] = (
 __all__ = [
     "DEFAULT_PASSES",
     "PASSES",
+    "add_adapters",
+    "add_lora",
     "check_drift",
     "checkpoint_activations",
     "drop_dead_operands",
+    "freeze",
     "invert_couplings",
+    "keep_signs",
+    "load_lora",
+    "lora_like",
     "make_reversible",
+    "merge_lora",
     "pack_masks",
     "reuse_operands",
+    "save_lora",
     "split_dropout",
+    "train_biases_only",
+    "unfreeze",
+    "unmerge_lora",
 ]

@@ -12,42 +12,42 @@ one of the step's own inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections import Counter
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import fx
 
-from memplan.analysis import backward_readers, given_memory, memory_of
+from memplan.analysis import (
+    backward_readers,
+    can_drop,
+    drop,
+    given_memory,
+    is_backward,
+    operand_memory,
+)
 from memplan.passing import Effect, Pass
 
-_NAME = "drop_dead_operands"
-_OPERAND = 1
-"""All of these ops take the incoming gradient first, and then the operand in question."""
+if TYPE_CHECKING:
+    from memplan.capture import Captured
 
 aten = torch.ops.aten
 
-_FOR_SHAPE: Final[frozenset[object]] = frozenset(
-    {
-        aten.max_pool2d_with_indices_backward.default,
-        aten.adaptive_max_pool2d_backward.default,
-        aten.avg_pool2d_backward.default,
-        aten._adaptive_avg_pool2d_backward.default,
-        aten.reflection_pad1d_backward.default,
-        aten.reflection_pad2d_backward.default,
-        aten.replication_pad2d_backward.default,
-        aten.nll_loss_backward.default,
-        aten.nll_loss2d_backward.default,
-    }
+_NAME = "drop_dead_operands"
+_LINEAR = (
+    "linear layers: the untouched step keeps no input of such either, so that their freezing "
+    "frees gradients and optimizer state alone"
 )
-"""Ops that read no value of the operand."""
-
-_FOR_PARAMETERS: Final[Mapping[object, Callable[[fx.Node], bool]]] = {
-    aten.convolution_backward.default: lambda node: not _mask(node)[1],
-    aten.native_batch_norm_backward.default: lambda node: not (node.args[7] or _mask(node)[1]),
-    aten.native_layer_norm_backward.default: lambda node: not any(_mask(node)[:2]),
+_NORMALIZED = (
+    "batch norms in training: their backward reads their input, whatever is frozen; call .eval() "
+    "on them, and it is not kept"
+)
+_KEEPING: Final[dict[object, str]] = {
+    aten.mm.default: _LINEAR,
+    aten.addmm.default: _LINEAR,
+    aten._native_batch_norm_legit_functional.default: _NORMALIZED,
 }
-"""Ops that do not if this holds: the gradients that need the values are not asked for."""
+_VIEWS: Final = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
 
 
 def drop_dead_operands() -> Pass:
@@ -56,64 +56,44 @@ def drop_dead_operands() -> Pass:
     Returns:
         A pass of effect ``EXACT``.
     """
-    return Pass(_NAME, Effect.EXACT, rewrite_joint=_rewrite)
+    return Pass(_NAME, Effect.EXACT, rewrite_joint=_rewrite, notes=_notes)
+
+
+def _notes(captured: Captured) -> tuple[str, ...]:
+    """Frozen layers of which freezing frees no activations, and why."""
+    trained = {position for position, _ in captured.gradients}
+    frozen = {
+        primal.node
+        for position, primal in enumerate(captured.primals)
+        if primal.kind == "parameter" and position not in trained
+    }
+    readers = Counter(
+        _KEEPING[node.target]
+        for node in captured.graph.nodes
+        if node.target in _KEEPING
+        and not is_backward(node)
+        and any(_source(arg) in frozen for arg in node.all_input_nodes)
+    )
+    return tuple(f"{count} frozen {kind}" for kind, count in readers.items())
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a node is a view of."""
+    while node.target in _VIEWS:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _rewrite(graph: fx.Graph) -> None:
     given, readers = given_memory(graph), backward_readers(graph)
-    dead = [node for node in graph.nodes if _ignores_values(node)]
+    dead = [node for node in graph.nodes if can_drop(node)]
     of_memory: dict[int, list[fx.Node]] = {}
     for node in dead:
-        key = memory_of(node.args[_OPERAND])
+        key = operand_memory(node)
         if key is not None:
             of_memory.setdefault(key, []).append(node)
     for key, nodes in of_memory.items():
         if key in given or not readers.get(key, frozenset()) <= set(nodes):
             continue
         for node in nodes:
-            _replace(graph, node)
-
-
-def _mask(node: fx.Node) -> list[bool]:
-    """Which gradients a backward is asked for: of its input, weight and bias."""
-    mask = node.args[-1]
-    assert isinstance(mask, list | tuple), f"{node.target} has no output mask"
-    return [bool(one) for one in mask]
-
-
-def _ignores_values(node: fx.Node) -> bool:
-    if node.target in _FOR_SHAPE:
-        return True
-    condition = _FOR_PARAMETERS.get(node.target)
-    return condition is not None and condition(node)
-
-
-def _replace(graph: fx.Graph, node: fx.Node) -> None:
-    """Give a node a view of its incoming gradient for its operand."""
-    gradient, operand = node.args[0], node.args[_OPERAND]
-    assert isinstance(gradient, fx.Node) and isinstance(operand, fx.Node)
-    strides = _stand_in_strides(gradient.meta["val"], operand.meta["val"])
-    if strides is None:
-        return
-    size = tuple(operand.meta["val"].shape)
-    with graph.inserting_before(node):
-        stand_in = graph.call_function(aten.as_strided.default, (gradient, size, strides))
-    stand_in.meta = {**gradient.meta, "val": gradient.meta["val"].as_strided(size, strides)}
-    stand_in.meta["partitioner_tag"] = "is_backward"
-    node.args = (gradient, stand_in, *node.args[_OPERAND + 1 :])
-
-
-def _stand_in_strides(gradient: torch.Tensor, operand: torch.Tensor) -> tuple[int, ...] | None:
-    """How to look at the gradient's memory as at the operand; None if it cannot be done.
-
-    With the operand's own strides where the memory suffices. Else all elements are the first one;
-    kernels take that for an ordinary layout, so the operand must have had that.
-    """
-    if gradient.dtype != operand.dtype or gradient.numel() == 0 or operand.numel() == 0:
-        return None
-    room = gradient.untyped_storage().nbytes() // gradient.element_size()
-    last = sum((n - 1) * s for n, s in zip(operand.shape, operand.stride(), strict=True))
-    if gradient.storage_offset() + last < room:
-        return tuple(operand.stride())
-    is_ambiguous = operand.dim() == 4 and operand.is_contiguous(memory_format=torch.channels_last)
-    return (0,) * operand.dim() if operand.is_contiguous() and not is_ambiguous else None
+            drop(graph, node)

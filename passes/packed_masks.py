@@ -1,8 +1,9 @@
-"""Masks of dropout kept as bits: an eighth of their memory, without drawing them anew.
+"""Boolean masks kept as bits: an eighth of their memory, without making them anew.
 
-torch draws a mask one number after the other; packing and unpacking work on eight booleans at a
-time. So of the ways to get a mask back this is the cheap one; drawing it again under the
-generator's kept state frees more. Both are offered, and the plan says where one is worth it.
+Masks of dropout are drawn one number after the other, and masks of signs are made of whole tensors
+that are gone by then; packing and unpacking work on eight booleans at a time. So of the ways to get
+a mask back this is the cheap one; drawing it again under the generator's kept state, or computing
+it again, frees more. All are offered, and the plan says where one is worth it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 _NAME = "pack_masks"
 _LEAST_BYTES = 4096
-"""Smaller masks take about as long to pack as to draw."""
+"""Smaller masks take about as long to pack as to make."""
 
 
 def pack_masks() -> Pass:
-    """Offer to keep boolean masks that were drawn at random as bits.
+    """Offer to keep boolean masks that the forward makes and the backward reads as bits.
 
     Returns:
         A pass of effect ``EXACT``.
@@ -35,11 +36,13 @@ def pack_masks() -> Pass:
 
 def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery, ...]:
     op_ids, value_ids = count(context.first_op), count(context.first_value)
+    ops = captured.program.ops
+    read = {value for op in ops if op.phase is Phase.BACKWARD for value in op.operands}
     return tuple(
         _packed(op, next(op_ids), next(op_ids), next(value_ids), nbytes)
-        for op in captured.program.ops
+        for op in ops
         if op.phase is Phase.FORWARD
-        and op.is_random
+        and not read.isdisjoint(op.results)
         and (nbytes := _mask_bytes(captured.calls[op.id].meta["val"])) is not None
     )
 

@@ -13,26 +13,17 @@ beta 1 the reversible one. Undoing a block divides by beta, so that a small one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping
 from functools import partial
-from typing import Any, Final
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from memplan.passing import Effect, Pass
+from memplan.analysis import Residuals
+from memplan.passing import Change, Effect, ModelContext, Pass
 
 _NAME = "make_reversible"
-_SUMS: Final = frozenset(
-    {
-        torch.add,
-        torch.Tensor.add,
-        torch.Tensor.__add__,
-        torch.Tensor.__radd__,
-        torch.Tensor.__iadd__,
-    }
-)
 
 
 def make_reversible(alpha: float = 0.0, beta: float = 1.0) -> Pass:
@@ -53,67 +44,30 @@ def make_reversible(alpha: float = 0.0, beta: float = 1.0) -> Pass:
         _NAME,
         Effect.APPROXIMATE,
         {"alpha": alpha, "beta": beta},
-        around=partial(_TwoStreams, alpha, beta),
+        change=lambda model, context: Change(around=partial(_two_streams, alpha, beta)),
     )
 
 
-class _TwoStreams(TorchFunctionMode):
-    """Watches what is computed from what, and makes the sums of residual blocks others."""
+def _change(alpha: float, beta: float, model: nn.Module, context: ModelContext) -> Change:
+    del model, context
+    return Change(around=partial(_two_streams, alpha, beta))
+
+
+def _two_streams(alpha: float, beta: float, model: nn.Module) -> _TwoStreams:
+    del model
+    return _TwoStreams(alpha, beta)
+
+
+class _TwoStreams(Residuals):
+    """Makes the sums of residual blocks others."""
 
     def __init__(self, alpha: float, beta: float) -> None:
         super().__init__()
         self.alpha = alpha
         self.beta = beta
-        self.sources: list[tuple[int, ...]] = []
-        self.call_of: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
         self.stream_before: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
-        kwargs = dict(kwargs or {})
-        found = self.residual(args) if func in _SUMS and not kwargs else None
-        result = func(*args, **kwargs) if found is None else self.paired(*found)
-        call = len(self.sources)
-        known = (tensor for tensor in _tensors(args, kwargs) if tensor in self.call_of)
-        given = tuple(self.call_of[tensor] for tensor in known)
-        self.sources.append(given)
-        for tensor in _tensors((result,), {}):
-            self.call_of[tensor] = call
-        return result
-
-    def residual(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The stream and the change of a sum that is a residual block's."""
-        if len(args) != 2 or not all(isinstance(one, torch.Tensor) for one in args):
-            return None
-        one, other = args
-        if one.shape != other.shape or not one.is_floating_point() or one.dim() < 2:
-            return None
-        for stream, change in ((one, other), (other, one)):
-            if self.is_computed_from(change, stream):
-                return stream, change
-        return None
-
-    def is_computed_from(self, change: torch.Tensor, stream: torch.Tensor) -> bool:
-        if change not in self.call_of or stream not in self.call_of:
-            return False
-        wanted = self.call_of[stream]
-        stack, seen = [self.call_of[change]], set[int]()
-        while stack:
-            call = stack.pop()
-            if call == wanted:
-                return call != self.call_of[change]
-            if call > wanted and call not in seen:
-                seen.add(call)
-                stack.extend(self.sources[call])
-        return False
-
-    def paired(self, stream: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    def added(self, stream: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         """``alpha * stream + beta * the one before + change``."""
         before = self.stream_before.pop(stream, None)
         if before is None:
@@ -124,13 +78,3 @@ class _TwoStreams(TorchFunctionMode):
             total = sum(scaled, start=change)
         self.stream_before[total] = stream
         return total
-
-
-def _tensors(args: object, kwargs: Mapping[str, object]) -> Iterator[torch.Tensor]:
-    stack = [args, *kwargs.values()]
-    while stack:
-        one = stack.pop()
-        if isinstance(one, torch.Tensor):
-            yield one
-        elif isinstance(one, list | tuple):
-            stack.extend(one)

@@ -109,6 +109,7 @@ def plan(peak_bytes=2 * TIB, slowdown=1.375):
         passes=tuple(PassRecord("named", {}, effect) for effect in Effect),
         captured_effect=Effect.APPROXIMATE,
         notes=(),
+        parts=(),
         fingerprint="",
         schedule=Schedule((), ()),
     )

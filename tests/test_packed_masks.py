@@ -50,6 +50,28 @@ def test_masks_are_kept_packed_where_they_are_in_the_way():
     assert memplan.Plan.from_json(planned.plan.to_json()).schedule == planned.plan.schedule
 
 
+class Filled(nn.Module):
+    """Fills where numbers are large; the second mask is of the forward alone."""
+
+    def __init__(self, width=256):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        y = x * self.scale
+        count = (y < 0).sum()
+        return y.masked_fill(y > 1, 0.5).square().sum() + count
+
+
+def test_masks_that_are_computed_are_offered_too_where_the_backward_reads_them():
+    model, batch = Filled(), (torch.randn(512, 256),)
+    packing = [memplan.passes.pack_masks()]
+    planned = memplan.optimize(model, batch, budget="100%", default_passes=False, passes=packing)
+    offered = planned.prepare(memplan.Sample(batch)).recoveries
+    assert len(offered) == 1 and "gt" in offered[0].restore.signature
+    laws.assert_same_bits(laws.step(model, batch), laws.step(planned, batch))
+
+
 def test_nothing_is_packed_at_the_whole_budget():
     model, batch = dropouts()
     assert prepared(memplan.optimize(model, batch, budget="100%")) == 0

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import memplan
+from memplan.changing import changing
 from memplan.passes import invert_couplings, make_reversible
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -141,8 +142,8 @@ def test_a_polynomial_is_no_block_and_streams_are_let_go():
             return x
 
     alive = []
-    with torch.no_grad(), make_reversible().around():
-        Watched()(torch.randn(4, 4))
+    with changing(Watched(), None, [make_reversible()]) as changed, torch.no_grad():
+        changed.model(torch.randn(4, 4))
     assert alive == [2]
 
 

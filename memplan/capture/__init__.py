@@ -9,6 +9,7 @@ from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.layout import Layouts, other_layouts, with_layouts
 from memplan.capture.origins import running, running_anywhere, users_line, users_place
 from memplan.capture.reader import read
+from memplan.capture.rehearsal import run_without_data
 from memplan.capture.surroundings import unchanged_randomness, without_data_of
 from memplan.capture.updates import trained_by, update_in_backward, update_parameter
 
@@ -28,6 +29,7 @@ __all__ = [
     "read",
     "reads_kept",
     "rewrite",
+    "run_without_data",
     "running",
     "running_anywhere",
     "source_of_call",

@@ -13,6 +13,7 @@ from memplan.cli.diff import diff
 from memplan.cli.doctor import doctor
 from memplan.cli.estimate import estimate
 from memplan.cli.failures import described
+from memplan.cli.freeze import freeze
 from memplan.cli.frontier import frontier
 from memplan.cli.plan import plan
 from memplan.cli.profile import profile
@@ -64,6 +65,7 @@ for command in (
     plan,
     solve,
     frontier,
+    freeze,
     compare,
     verify,
     diff,

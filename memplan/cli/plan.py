@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -13,13 +14,15 @@ from memplan.cli.passes import passes_named, with_passes
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_bounds, with_target
 from memplan.costs import DEVICES
-from memplan.errors import InfeasibleBudget
+from memplan.errors import InfeasibleBudget, MemplanError
 from memplan.options import Options
 from memplan.passes import PASSES
+from memplan.passing import Pass
 from memplan.report import plan_document, plan_sheets, techniques_document, techniques_sheet
 from memplan.request import make_request
 from memplan.sample import Sample
 from memplan.techniques import Technique, compare_techniques
+from memplan.update import like
 
 
 @click.command()
@@ -64,7 +67,9 @@ def plan(
     if techniques and budget is None:
         raise click.UsageError("--techniques needs --budget: what is to be reached")
     named = passes_named(pass_names)
-    model, batch, optimizer = target.load(without_data=device is not None)
+    model, batch, given = target.load(without_data=device is not None)
+    # Passes may add parameters, which the factory's optimizer does not hold.
+    optimizer = given if given is None or not named else like(given)
     options = Options(device=device)
     with failures():
         request = make_request(
@@ -79,7 +84,7 @@ def plan(
         )
         ranked: list[Technique] = []
         if techniques and budget is not None:
-            alone = {**{name: make() for name, make in PASSES.items()}, **named}
+            alone = {**_each(), **named}
             with progress():
                 ranked = compare_techniques(
                     model, batch, budget=budget, passes=alone, optimizer=optimizer, options=options
@@ -105,6 +110,15 @@ def plan(
     for note in (found.advice, *found.notes):
         if note:
             click.echo(f"note: {note}", err=True)
+
+
+def _each() -> dict[str, Pass]:
+    """The techniques that need not be told anything."""
+    found = {}
+    for name, make in PASSES.items():
+        with contextlib.suppress(MemplanError):
+            found[name] = make()
+    return found
 
 
 def _show_ranked(ranked: list[Technique], shape: Format) -> None:

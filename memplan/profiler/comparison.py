@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Set
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -40,6 +42,8 @@ class Comparison:
             of the original. Where gradients are used up in the backward, the updated parameters
             are compared in their place.
         losses: the two losses.
+        untrained: parameters that get a gradient in the original, and by design none in the other.
+            Gradients and parameters are compared without them, and without those that passes add.
     """
 
     original: Profile
@@ -52,6 +56,7 @@ class Comparison:
     rng_equal: bool
     max_gradient_error: float
     losses: tuple[float, float]
+    untrained: int = 0
 
     @property
     def peak_ratio(self) -> float:
@@ -67,6 +72,7 @@ class Comparison:
 
     def __str__(self) -> str:
         same = "same bits" if self.is_exact else f"error {self.max_gradient_error:.1e}"
+        same += f", {self.untrained} parameters not trained" if self.untrained else ""
         return (
             f"Comparison: peak {format_bytes(self.original.peak_bytes)} -> "
             f"{format_bytes(self.planned.peak_bytes)} ({self.peak_ratio:.0%} of what is above "
@@ -99,7 +105,8 @@ def compare(
     Args:
         original: the untouched module.
         planned: the module in its place, usually from ``memplan.optimize(original, ...)``. If it
-            was planned with an optimizer, that is part of both steps.
+            was planned with an optimizer, that is part of both steps. Where its passes freeze
+            parameters, the original runs as it was before.
         sample: one batch.
         steps: how many interleaved rounds to time.
     """
@@ -112,22 +119,29 @@ def compare(
             "the optimizer is for the planned module's parameters, and the original has others; "
             "compare with planned.original"
         )
+    before = _as_before(original, planned)
     with preserved(original, optimizer), preserved(planned, optimizer), unchanged_inputs(batch):
         _LOG.debug("comparing loss and gradients")
         random = random_states()
-        mine = _outcome(original, batch, optimizer, random)
+        with before():
+            mine = _outcome(original, batch, optimizer, random)
         theirs = _outcome(planned, batch, optimizer, random)
-        differences = _differences(mine, theirs)
+        differences = _differences(*_trained_alike(original, planned, mine, theirs))
         del mine, theirs
         readings = []
-        for module, name in ((original, "original"), (planned, "planned")):
+        for module, name, state in (
+            (original, "original", before),
+            (planned, "planned", nullcontext),
+        ):
             _LOG.debug("measuring the %s step's memory", name)
-            readings.append(read_memory(module, batch, optimizer))
+            with state():
+                readings.append(read_memory(module, batch, optimizer))
         times: list[tuple[float, float]] = []
         for number in range(max(1, steps)):
             _LOG.debug("timing, round %d of %d", number + 1, max(1, steps))
-            pair = (time_step(original, batch, optimizer), time_step(planned, batch, optimizer))
-            times.append(pair)
+            with before():
+                original_s = time_step(original, batch, optimizer)
+            times.append((original_s, time_step(planned, batch, optimizer)))
         step_s = [median(each) for each in zip(*times, strict=True)]
         return Comparison(
             original=describe(original, batch, optimizer, readings[0], step_s[0]),
@@ -137,7 +151,41 @@ def compare(
         )
 
 
-def _differences(mine: _Outcome, theirs: _Outcome) -> dict[str, Any]:
+def _as_before(
+    original: nn.Module, planned: nn.Module
+) -> Callable[[], AbstractContextManager[None]]:
+    """Opened around steps of the original, whose parameters the planned module's passes freeze."""
+    if isinstance(planned, PlannedModule) and planned.original is original:
+        return planned.changed.as_before
+    return nullcontext
+
+
+def _trained_alike(
+    original: nn.Module, planned: nn.Module, mine: _Outcome, theirs: _Outcome
+) -> tuple[_Outcome, _Outcome, int]:
+    """Two outcomes without the parameters that only one of the modules trains, by design.
+
+    The last is how many of those the original trains.
+    """
+    if not isinstance(planned, PlannedModule) or planned.original is not original:
+        return mine, theirs, 0
+    before = planned.changed.required_grad
+    trained = {name for name, p in planned.named_parameters() if p.requires_grad}
+    left_out = (before.keys() - trained) | (trained - before.keys())
+    untrained = sum(before[name] for name in left_out & before.keys())
+    added = {name for name, _ in planned.named_parameters()} - before.keys()
+    return (*(_without(one, left_out | added) for one in (mine, theirs)), untrained)  # type: ignore[return-value]
+
+
+def _without(outcome: _Outcome, names: Set[str]) -> _Outcome:
+    return replace(
+        outcome,
+        gradients={name: g for name, g in outcome.gradients.items() if name not in names},
+        parameters={name: p for name, p in outcome.parameters.items() if name not in names},
+    )
+
+
+def _differences(mine: _Outcome, theirs: _Outcome, untrained: int) -> dict[str, Any]:
     """The fields of a comparison that are about results."""
     pairs = (mine.gradients, theirs.gradients)
     if any(isinstance(gradient, SpentGradient) for gradient in theirs.gradients.values()):
@@ -150,6 +198,7 @@ def _differences(mine: _Outcome, theirs: _Outcome) -> dict[str, Any]:
         "rng_equal": all(map(torch.equal, mine.rng, theirs.rng)),
         "max_gradient_error": _error(*pairs),
         "losses": (mine.loss.item(), theirs.loss.item()),
+        "untrained": untrained,
     }
 
 

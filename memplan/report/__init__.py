@@ -1,5 +1,6 @@
 """Rendering only: numbers come in, text goes out."""
 
+from memplan.report.choices import choices_document, choices_sheets
 from memplan.report.chrome import chrome_trace
 from memplan.report.differences import difference_document, difference_sheet, increase
 from memplan.report.documents import (
@@ -21,6 +22,8 @@ __all__ = [
     "Sheet",
     "checks_document",
     "checks_sheet",
+    "choices_document",
+    "choices_sheets",
     "chrome_trace",
     "comparison_document",
     "comparison_sheet",

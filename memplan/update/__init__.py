@@ -4,6 +4,7 @@ from memplan.update.cost import UpdateCost, update_cost
 from memplan.update.duplicate import (
     duplicate_over,
     group_of,
+    like,
     state_bytes,
     state_tensors,
     tensors_in,
@@ -17,6 +18,7 @@ __all__ = [
     "UpdateCost",
     "duplicate_over",
     "group_of",
+    "like",
     "resolve_optimizer",
     "state_bytes",
     "state_tensors",

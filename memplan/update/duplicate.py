@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,21 @@ def duplicate(optimizer: Optimizer, copies: Mapping[int, nn.Parameter]) -> Optim
     made: Optimizer = object.__new__(type(optimizer))
     made.__dict__.update(copy.deepcopy(own, dict(copies)))
     return made
+
+
+def like(optimizer: Optimizer) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+    """Makes optimizers of the same kind, with the settings of its first group, and no state."""
+    own = {**attributes_without_hooks(optimizer), "state": None, "param_groups": None}
+    settings = {key: one for key, one in optimizer.param_groups[0].items() if key != "params"}
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        made: Optimizer = object.__new__(type(optimizer))
+        made.__dict__.update(copy.deepcopy(own))
+        made.state = defaultdict(dict)
+        made.param_groups = [{**copy.deepcopy(settings), "params": list(parameters)}]
+        return made
+
+    return make
 
 
 def duplicate_over(optimizer: Optimizer, stand_ins: Mapping[int, torch.Tensor]) -> Optimizer:

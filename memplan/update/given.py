@@ -34,7 +34,8 @@ def resolve_optimizer(model: nn.Module, given: object) -> Optimizer | None:
         raise MemplanError(
             f"the optimizer ({kind}) misses {len(missing)} trainable parameters, the first of them "
             f"{missing[0]!r}; build it over model.parameters(), or set requires_grad to False "
-            "where nothing is to be trained"
+            "where nothing is to be trained. Where a pass adds parameters, hand over a callable: "
+            f"optimizer=torch.optim.{kind}"
         )
     foreign = held - {id(parameter) for parameter in model.parameters()}
     if foreign:

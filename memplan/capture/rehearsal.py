@@ -1,0 +1,31 @@
+"""A forward that computes nothing, for whoever watches what it calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from memplan.capture.attributes import unchanged_attributes, unchanged_tensors
+from memplan.capture.explain import is_data_dependent
+from memplan.capture.surroundings import unchanged_randomness, without_data_of
+from memplan.sample import Sample
+
+
+def run_without_data(model: nn.Module, sample: Sample) -> None:
+    """Run one forward without data and gradients; where it asks for values, with data.
+
+    The model is as before.
+    """
+    with (
+        torch.no_grad(),
+        unchanged_randomness(),
+        unchanged_tensors(model),
+        unchanged_attributes(model),
+    ):
+        try:
+            with without_data_of(model, sample) as (given, _):
+                model(*given.args, **given.kwargs)
+        except Exception as error:
+            if not is_data_dependent(error):
+                raise
+            model(*sample.args, **sample.kwargs)

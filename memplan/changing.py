@@ -1,0 +1,197 @@
+"""What passes make of a model: parameters that are not trained, and another forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from memplan.capture import run_without_data
+from memplan.errors import MemplanError
+from memplan.passing import Around, Change, ModelContext, Pass
+from memplan.sample import Sample
+
+_SHARED = tuple(
+    name for name in vars(nn.Module()) if isinstance(vars(nn.Module())[name], dict | set)
+)
+
+
+class ChangedModel(nn.Module):
+    """Another module, with children of its own, which computes something else. Tensors are shared.
+
+    Its hooks, buffers, parameters and (but for those added) children are the original's.
+    """
+
+    added: dict[str, nn.Module]
+
+    def __init__(
+        self, original: nn.Module, modules: Mapping[str, nn.Module], around: tuple[Around, ...]
+    ) -> None:
+        super().__init__()
+        self.__dict__["original"] = original
+        self.__dict__["added"] = dict(modules)
+        self.around = around
+        for name in _SHARED:
+            self.__dict__[name] = original.__dict__[name]
+        if modules:
+            self.__dict__["_modules"] = {**original._modules, **modules}
+
+    @property
+    def training(self) -> bool:
+        """The original's."""
+        return bool(self.__dict__["original"].training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "original" in self.__dict__:
+            self.__dict__["original"].training = mode
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original returns there."""
+        with ExitStack() as stack:
+            for one in self.around:
+                stack.enter_context(one(self))
+            return self.__dict__["original"].forward(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's, and then what was added."""
+        found = self.__dict__["original"].state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        keep_vars = kwargs.get("keep_vars", args[2] if len(args) > 2 else False)
+        for name, child in self.added.items():
+            child.state_dict(destination=found, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+        return found
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Into the original, and into what was added."""
+        parts: dict[str, dict[str, Any]] = {name: {} for name in self.added}
+        own = {}
+        for name, tensor in state_dict.items():
+            first, _, rest = name.partition(".")
+            if first in parts:
+                parts[first][rest] = tensor
+            else:
+                own[name] = tensor
+        result = self.__dict__["original"].load_state_dict(own, strict=strict, assign=assign)
+        for name, child in self.added.items():
+            found = child.load_state_dict(parts[name], strict=strict, assign=assign)
+            result.missing_keys.extend(f"{name}.{key}" for key in found.missing_keys)
+            result.unexpected_keys.extend(f"{name}.{key}" for key in found.unexpected_keys)
+        return result
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A model, and what passes made of it.
+
+    Attributes:
+        model: the changed one; the original itself, if its forward is as it was.
+        modules: the children that it has besides the original's.
+        required_grad: which of the original's parameters required a gradient before.
+    """
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    required_grad: Mapping[str, bool]
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Inside, the original's parameters require gradients as they did before."""
+        named = dict(self.model.named_parameters())
+        now = {name: named[name].requires_grad for name in self.required_grad}
+        try:
+            for name, required in self.required_grad.items():
+                named[name].requires_grad_(required)
+            yield
+        finally:
+            for name, required in now.items():
+                named[name].requires_grad_(required)
+
+
+def context_of(model: nn.Module, sample: Sample | None) -> ModelContext:
+    """What passes are told of a model; without a sample it has no forward."""
+    return ModelContext(partial(_forward, model, sample))
+
+
+@contextmanager
+def changing(
+    model: nn.Module, sample: Sample | None, passes: Sequence[Pass], *, is_lasting: bool = False
+) -> Iterator[Changed]:
+    """Let passes change a model.
+
+    ``requires_grad`` is set on the model itself, and parameters that are frozen lose the gradient
+    that they hold. All is put back at the end, or, where the change is lasting, if the block fails.
+
+    Raises:
+        MemplanError: naming the pass, if passes cannot be combined or nothing is left to train.
+    """
+    context = context_of(model, sample)
+    changes = [one.change(model, context) for one in passes if one.change is not None]
+    modules: dict[str, nn.Module] = {}
+    for change in changes:
+        for name, child in change.modules.items():
+            if name in modules or name in dict(model.named_children()):
+                raise MemplanError(
+                    f"a pass adds a child named {name!r}, which the model, or another pass, has "
+                    "already; a pass that adds parameters can be used once"
+                )
+            modules[name] = child
+    around = tuple(change.around for change in changes if change.around is not None)
+    changed = ChangedModel(model, modules, around) if modules or around else model
+    named = dict(model.named_parameters())
+    before = {name: parameter.requires_grad for name, parameter in named.items()}
+    gradients = {name: parameter.grad for name, parameter in named.items()}
+    trained = _trained(model, changes)
+    try:
+        for name in {name for name, required in before.items() if required} - trained:
+            named[name].requires_grad_(False)
+            named[name].grad = None
+        if any(before.values()) and not any(one.requires_grad for one in changed.parameters()):
+            raise MemplanError("the passes freeze every parameter; nothing is left to train")
+        yield Changed(changed, modules, before)
+    except BaseException:
+        _put_back(named, before, gradients)
+        raise
+    if not is_lasting:
+        _put_back(named, before, gradients)
+
+
+def _trained(model: nn.Module, changes: Sequence[Change]) -> frozenset[str]:
+    """First names of the parameters that are trained; a tied one goes by any of its names."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    wanted = [change.trains for change in changes if change.trains is not None]
+    frozen = frozenset[str]().union(*(change.freezes for change in changes))
+    return frozenset(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and (not wanted or any(not names[id(parameter)].isdisjoint(one) for one in wanted))
+        and names[id(parameter)].isdisjoint(frozen)
+    )
+
+
+def _forward(model: nn.Module, sample: Sample | None) -> None:
+    if sample is None:
+        raise MemplanError(
+            "a pass needs to know what the forward calls: pass a batch to memplan.optimize"
+        )
+    run_without_data(model, sample)
+
+
+def _put_back(
+    named: Mapping[str, nn.Parameter],
+    required: Mapping[str, bool],
+    gradients: Mapping[str, Any],
+) -> None:
+    for name, parameter in named.items():
+        parameter.requires_grad_(required[name])
+        if parameter.grad is None:
+            parameter.grad = gradients[name]

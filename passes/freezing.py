@@ -1,0 +1,131 @@
+"""Train fewer parameters: biases alone, or all but what is frozen.
+
+Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+Language-models", 2022, https://arxiv.org/abs/2106.10199, trains biases alone. What that frees
+beside gradients and optimizer state depends on the layers around: a linear layer whose weight is
+frozen keeps no input, but the activation function after it keeps its own; a convolution keeps its
+input in eager torch, and here does not (``drop_dead_operands``). Before the first layer that is
+trained nothing is kept at all.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from memplan.analysis import Patterns, as_texts, called_modules, select_parameters
+from memplan.errors import MemplanError
+from memplan.passing import Change, Effect, ModelContext, Pass
+
+if TYPE_CHECKING:
+    from memplan.module import PlannedModule
+
+
+def train_biases_only(also_train: Patterns = ()) -> Pass:
+    """Train biases, and freeze every other parameter.
+
+    ``requires_grad`` is set on the model given; ``unfreeze`` puts it back.
+
+    Args:
+        also_train: what else is trained: "norms", "head", or other patterns.
+
+    Returns:
+        A pass of effect ``RESTRICTED``.
+    """
+    also = as_texts(also_train)
+    return Pass(
+        "train_biases_only",
+        Effect.RESTRICTED,
+        {"also_train": list(also)} if also else {},
+        change=partial(_train_only, ("biases", *also)),
+    )
+
+
+def freeze(patterns: Patterns = (), blocks: int = 0) -> Pass:
+    """Do not train some parameters.
+
+    ``requires_grad`` is set on the model given; ``unfreeze`` puts it back.
+
+    Args:
+        patterns: of modules or parameters.
+        blocks: freeze so many blocks from the start, and all that is called before them. Blocks
+            are the members of the longest ``nn.ModuleList`` or ``nn.Sequential`` of one type.
+
+    Returns:
+        A pass of effect ``RESTRICTED``.
+
+    Raises:
+        MemplanError: if nothing is named.
+    """
+    texts = as_texts(patterns)
+    if not texts and blocks < 1:
+        raise MemplanError(
+            'freeze() needs what to freeze: patterns, as in freeze("embeddings"), or blocks=2'
+        )
+    arguments = {"patterns": list(texts)} if texts else {}
+    return Pass(
+        "freeze",
+        Effect.RESTRICTED,
+        {**arguments, "blocks": blocks} if blocks else arguments,
+        change=partial(_freeze, texts, blocks),
+    )
+
+
+def unfreeze(planned: PlannedModule) -> nn.Module:
+    """Let the original's parameters require gradients as before they were planned for.
+
+    The planned module plans again at its next call. Returns the original.
+    """
+    named = dict(planned.original.named_parameters())
+    for name, required in planned.changed.required_grad.items():
+        named[name].requires_grad_(required)
+    return planned.original
+
+
+def _train_only(patterns: tuple[str, ...], model: nn.Module, context: ModelContext) -> Change:
+    return Change(trains=select_parameters(model, patterns, context.forward))
+
+
+def _freeze(
+    patterns: tuple[str, ...], blocks: int, model: nn.Module, context: ModelContext
+) -> Change:
+    found = select_parameters(model, patterns, context.forward)
+    if blocks:
+        found |= _up_to(model, blocks, context)
+    return Change(freezes=found)
+
+
+def _up_to(model: nn.Module, blocks: int, context: ModelContext) -> frozenset[str]:
+    """Parameters of the first blocks, and of what a forward calls before the next one."""
+    chain = _longest_chain(model)
+    if blocks > len(chain):
+        raise MemplanError(f"blocks={blocks}, and the model has {len(chain)}: {chain[:1]} and on")
+    calls = called_modules(model, context.forward)
+    before = calls[: calls.index(chain[min(blocks, len(chain) - 1)])]
+    around = [name for name in before if chain[0].startswith(f"{name}.")]
+    frozen = tuple(f"{name}." for name in {*chain[:blocks], *before} - {*around})
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    return frozenset(name for name in names if name.startswith(frozen))
+
+
+def _longest_chain(model: nn.Module) -> list[str]:
+    """FQNs of the members of the longest list of modules of one type.
+
+    Raises:
+        MemplanError: if there is none of two or more.
+    """
+    chains = [
+        [f"{name}.{member}" if name else member for member, _ in holder.named_children()]
+        for name, holder in model.named_modules()
+        if isinstance(holder, nn.ModuleList | nn.Sequential)
+        and len({type(child) for child in holder.children()}) == 1
+    ]
+    longest = max(chains, key=len, default=[])
+    if len(longest) < 2:
+        raise MemplanError(
+            "freeze(blocks=...) found no nn.ModuleList or nn.Sequential of several modules of one "
+            "type; name what to freeze instead: freeze(patterns)"
+        )
+    return longest
