@@ -68,12 +68,12 @@ class Settings:
         seed: of new weights, of dropout and of the order of the texts.
     """
 
-    rank: int = 8
+    rank: int = 16
     budget: str = "30%"
     num_layers: int = 6
     num_tokens: int = 32
     batch_size: int = 16
-    epochs: int = 4
+    epochs: int = 5
     learning_rate: float | None = None
     seed: int = 0
 

@@ -63,13 +63,14 @@ COMMANDS = {
     "difference": ("diff", "FOLDER/step.json", "FOLDER/proof.json"),
     "solution": ("solve", "batch_size", "TARGET:make", "--budget", "64KiB"),
     "no solution": ("solve", "batch_size", "TARGET:make", "--budget", "1KiB"),
+    "choices": ("freeze", "TARGET:whole"),
     "checks": ("doctor",),
 }
 """Those that read a file come after those that write it."""
 
 CODES = {"no solution": 3}
 
-STEPS = [name for name in COMMANDS if name != "checks"]
+STEPS = [name for name in COMMANDS if name not in ("checks", "choices")]
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,7 @@ def test_a_field_of_the_wrong_type_fails(documents, name):
         ("comparison", ("plan", "num_ops"), 1.5),
         ("solution", ("planned", "tried", "many"), 1),
         ("difference", ("differences", "parameter"), "same"),
+        ("choices", ("choices", 0, "state_bytes"), "none"),
         ("checks", ("checks", 0, "is_ok"), "ok"),
         ("checks", ("schema_version",), 2),
         ("checks", ("kind",), "cheque"),

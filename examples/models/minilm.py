@@ -20,13 +20,12 @@ import torch
 from torch import nn
 
 TOPICS = (
-    *("asyncio", "_pydecimal", "email", "http", "importlib", "inspect", "ipaddress", "logging"),
-    *("mailbox", "multiprocessing", "pydoc", "tarfile", "tkinter", "turtle", "typing"),
-    *("unittest", "urllib", "xml"),
+    *("asyncio", "_pydecimal", "email", "importlib", "logging", "multiprocessing", "tkinter"),
+    *("turtle", "unittest", "xml"),
 )
 """Modules and packages of the standard library; a docstring's topic is the one that it is from."""
 
-MOST = 160
+MOST = 200
 """No topic has more docstrings than this."""
 
 

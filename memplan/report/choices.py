@@ -61,11 +61,9 @@ def _kept_for(choice: Choice) -> str:
 
 
 def choices_document(choices: Sequence[Choice]) -> Document:
-    """The same as data; totals are the model's as it is."""
-    before = choices[0]
+    """The same as data."""
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "choices",
-        "peak_bytes": before.peak_bytes,
         "choices": [{**asdict(one), "kept_for": dict(one.kept_for)} for one in choices],
     }
