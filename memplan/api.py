@@ -25,7 +25,7 @@ from memplan.module import PlannedModule
 from memplan.options import Options
 from memplan.passing import Pass
 from memplan.plan import Plan
-from memplan.planner import MAX_SLOWDOWN, bound_seconds, prove, solve
+from memplan.planner import FREE_SLOWDOWN, MAX_SLOWDOWN, bound_seconds, prove, solve
 from memplan.planner import frontier as find_frontier
 from memplan.preparing import Prepared, prepare
 from memplan.request import Request, make_request
@@ -199,8 +199,35 @@ def _emitted(prepared: Prepared, chosen: Plan, request: Request) -> PlannedStep:
 def make_plan(model: nn.Module, sample: Sample, request: Request) -> tuple[Prepared, Plan]:
     """Capture a step and choose how it runs."""
     request = fitted(model, sample, request, make_plan)
-    step = prepare(model, sample, request)
-    return step, _chosen(step, request)
+    return _best(prepare(model, sample, request), request)
+
+
+def _best(step: Prepared, request: Request) -> tuple[Prepared, Plan]:
+    """The better plan of those with and without the rewrites of optional passes."""
+    steps = [step]
+    if step.without_optional is not None and request.plan is None:
+        steps.append(step.without_optional())
+    found: list[tuple[Prepared, Plan]] = []
+    failures: list[InfeasibleBudget] = []
+    for one in steps:
+        try:
+            found.append((one, _chosen(one, request)))
+        except InfeasibleBudget as failure:
+            failures.append(failure)
+    if not found:
+        raise min(failures, key=lambda failure: failure.smallest_budget_bytes)
+    return min(found, key=partial(_rank, request))
+
+
+def _rank(request: Request, found: tuple[Prepared, Plan]) -> tuple[bool, bool, float]:
+    """Lower for a better plan: within its bounds, then fast where a budget holds, else small."""
+    step, chosen = found
+    budget_bytes = step.resolve(request.budget)
+    is_over = budget_bytes is not None and chosen.peak_bytes > budget_bytes
+    fastest = MAX_SLOWDOWN if budget_bytes is not None else FREE_SLOWDOWN
+    is_slow = chosen.slowdown > (request.max_slowdown or fastest)
+    is_small = budget_bytes is None or is_over
+    return is_over, is_slow, chosen.peak_bytes if is_small else chosen.seconds
 
 
 def _chosen(step: Prepared, request: Request, anchors: frozenset[int] = frozenset()) -> Plan:

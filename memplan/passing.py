@@ -95,6 +95,8 @@ class Pass:
         candidates: for a pass that stands for the largest that fits the budget: passes to choose
             from, by ascending memory.
         change: says what it makes of the model; once, before anything is captured.
+        is_optional: whether its rewrite may cost more than it frees: a plan is made with and
+            without it, and the better one taken.
         rewrite_joint: changes the joint forward-backward graph in place. New nodes carry ``val``
             and ``partitioner_tag`` in their ``meta``; ``in_place`` there offers ``InPlace`` calls.
         recoveries: offers ways to get values back.
@@ -106,6 +108,7 @@ class Pass:
     arguments: Mapping[str, object] = field(default_factory=dict)
     candidates: Callable[[nn.Module, ModelContext], tuple[Pass, ...]] | None = None
     change: Callable[[nn.Module, ModelContext], Change] | None = None
+    is_optional: bool = False
     rewrite_joint: Callable[[fx.Graph], None] | None = None
     recoveries: Callable[[Captured, RecoveryContext], tuple[Recovery, ...]] | None = None
     notes: Callable[[Captured], tuple[str, ...]] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import nn
@@ -38,6 +38,7 @@ class Prepared:
         describe: makes a plan of a schedule.
         unplanned_trace: what the captured step will leave, no pass taken part.
         device: what it is planned for.
+        without_optional: the same without what optional passes rewrote; None if that is nothing.
     """
 
     captured: Captured
@@ -47,6 +48,7 @@ class Prepared:
     describe: Callable[..., Plan]
     unplanned_trace: Callable[[], MemoryTrace]
     device: str
+    without_optional: Callable[[], Prepared] | None = None
 
     def trace(self, schedule: Schedule) -> MemoryTrace:
         """What a schedule will leave."""
@@ -78,9 +80,32 @@ def _prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
     if request.optimizer is not None:
         in_backward = request.in_backward is not None
         pricing = pricing.with_optimizer(model, traced, request.optimizer, in_backward=in_backward)
-    original, original_costs = pricing.price(pricing.read(traced))
+    finish = partial(_finish, pricing, pricing.price(pricing.read(traced)))
+    plain = replace(request, passes=tuple(one for one in request.passes if not one.is_optional))
+    rewritten = _rewritten(traced, request)
+    step = finish(rewritten, request)
+    if len(plain.passes) == len(request.passes):
+        return step
+    without = _rewritten(traced, plain)
+    if _targets(without) == _targets(rewritten):
+        return step
+    return replace(step, without_optional=partial(finish, without, plain))
+
+
+def _targets(traced: Traced) -> list[object]:
+    return [node.target for node in traced.joint.graph.nodes]
+
+
+def _finish(
+    pricing: Pricing,
+    priced: tuple[Captured, Costs],
+    changed: Traced,
+    request: Request,
+) -> Prepared:
+    """Offer and price what the passes made of a trace, which was ``priced`` as it was."""
+    original, original_costs = priced
     unplanned = describe_original(original.program, original_costs)
-    rewritten = pricing.read(_rewritten(traced, request))
+    rewritten = pricing.read(changed)
     recoveries = offers(rewritten, request.passes)
     captured, costs = pricing.price(rewritten, recoveries)
     is_rounded = any(difference.is_certain for difference in captured.differences)

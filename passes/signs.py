@@ -98,7 +98,7 @@ def keep_signs() -> Pass:
     Returns:
         A pass of effect ``EXACT``.
     """
-    return Pass(_NAME, Effect.EXACT, rewrite_joint=_rewrite)
+    return Pass(_NAME, Effect.EXACT, is_optional=True, rewrite_joint=_rewrite)
 
 
 def let_through(

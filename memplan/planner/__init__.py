@@ -3,9 +3,10 @@
 from memplan.planner.bound import bound_seconds
 from memplan.planner.exact import prove
 from memplan.planner.frontier import frontier
-from memplan.planner.search import MAX_SLOWDOWN, Solution, keep_all, solve
+from memplan.planner.search import FREE_SLOWDOWN, MAX_SLOWDOWN, Solution, keep_all, solve
 
 __all__ = [
+    "FREE_SLOWDOWN",
     "MAX_SLOWDOWN",
     "Solution",
     "bound_seconds",
