@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import laws
 import pytest
 import torch
@@ -108,7 +110,8 @@ PASSES = ("drop_dead_operands", "keep_signs", "reuse_operands")
 
 
 def planned(model, batch, names=PASSES, budget="100%"):
-    passes = [memplan.passes.PASSES[name]() for name in names]
+    # Whether a mask is worth its time is another question.
+    passes = [replace(memplan.passes.PASSES[name](), is_optional=False) for name in names]
     found = memplan.optimize(model, batch, budget=budget, default_passes=False, passes=passes)
     laws.assert_same_bits(laws.step(model, batch), laws.step(found, batch))
     laws.assert_within_budget(found, batch)
@@ -252,3 +255,28 @@ def test_masks_are_packed_where_bytes_are_short():
     packed = planned(model, batch, (*PASSES, "pack_masks"), budget=f"{share:.1%}")
     steps = packed.plan.schedule.forward
     assert any(isinstance(step, memplan.schedule.Prepare) for step in steps)
+
+
+@pytest.mark.parametrize("max_slowdown", [1.0, 1.02, 1.3])
+def test_masks_are_made_where_the_plan_is_better_for_them(max_slowdown):
+    model, batch = classifier(*(Frozen(nn.ReLU()) for _ in range(6)))
+    plans = [
+        memplan.plan(model, batch, max_slowdown=max_slowdown, passes=passes, default_passes=False)
+        for passes in (
+            [memplan.passes.PASSES[name]() for name in ("drop_dead_operands", *more)]
+            for more in ((), ("keep_signs",))
+        )
+    ]
+    assert plans[1].peak_bytes <= plans[0].peak_bytes
+    assert plans[1].slowdown <= max(max_slowdown, plans[0].slowdown)
+
+
+def test_a_whole_budget_is_kept_in_the_least_time():
+    model, batch = classifier(*(Frozen(nn.ReLU()) for _ in range(6)))
+    names = ("drop_dead_operands", "keep_signs")
+    passes = [memplan.passes.PASSES[name]() for name in names]
+    both = memplan.plan(model, batch, budget="100%", passes=passes, default_passes=False)
+    one = memplan.plan(model, batch, budget="100%", passes=passes[:1], default_passes=False)
+    assert both.seconds <= one.seconds
+    saved = memplan.Plan.from_json(both.to_json())
+    assert memplan.optimize(model, batch, plan=saved).plan.schedule == both.schedule

@@ -10,13 +10,18 @@ ReLU; of linear layers that are frozen it keeps nothing.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import memplan
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import put
 
 MAX_SLOWDOWN = 1.02
 MIB = 2**20
@@ -184,11 +189,19 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small models, a few seconds")
-    quick = parser.parse_args().quick
-    print("| model | eager MiB | memplan MiB | ratio | predicted | time | same bits |")
-    print("|---|---|---|---|---|---|---|")
-    for case in cases(quick=quick):
-        print(row(case, steps=3 if quick else 5), flush=True)
+    parser.add_argument("--page", type=Path, help="put the table there, at its mark")
+    parser.add_argument("--mark", default="frozen, two threads", help="of the table on the page")
+    chosen = parser.parse_args()
+    lines = [
+        "| model | eager MiB | memplan MiB | ratio | predicted | time | same bits |",
+        "|---|--:|--:|--:|--:|--:|---|",
+    ]
+    print("\n".join(lines))
+    for case in cases(quick=chosen.quick):
+        lines.append(row(case, steps=3 if chosen.quick else 5))
+        print(lines[-1], flush=True)
+    if chosen.page is not None:
+        put(chosen.page, chosen.mark, "\n".join(lines))
     print(
         "\nLinear layers that are frozen keep nothing in eager either: their gradient reads the "
         "weight alone.\nWhere all convolutions train, they read the ReLUs' results themselves, and "

@@ -9,6 +9,7 @@ Peaks are above what both have before the step. Times are medians of ratios over
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 import warnings
@@ -25,6 +26,9 @@ from torch import nn
 
 import memplan
 from memplan.passes import add_lora, save_lora
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import put
 
 MIB = 2**20
 TARGETS = ("c_attn", "c_proj", "c_fc")
@@ -75,12 +79,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two layers, one round")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--page", type=Path, help="put the table there, at its mark")
     chosen = parser.parse_args()
     shape = Shape(num_layers=2, width=64, num_tokens=64) if chosen.quick else Shape()
+    lines = [HEADER]
     print(HEADER)
     for dropout in (0.0, 0.1):
         for row in rows(shape, chosen.rank, dropout, 1 if chosen.quick else chosen.rounds):
-            print(f"| {dropout} | {' | '.join(row)} |", flush=True)
+            lines.append(f"| {dropout} | {' | '.join(row)} |")
+            print(lines[-1], flush=True)
+    if chosen.page is not None:
+        put(chosen.page, "lora", "\n".join(lines))
 
 
 def rows(shape: Shape, rank: int, dropout: float, rounds: int) -> Iterator[tuple[str, ...]]:
