@@ -15,7 +15,8 @@ from torch import nn
 
 from memplan.analysis import is_conv1d
 from memplan.errors import MemplanError
-from memplan.passes.lora import LoraLayer, LoraSettings, add_lora, lora_of
+from memplan.passes.lora import add_lora, lora_of
+from memplan.passes.lora_layers import LoraLayer, LoraSettings
 from memplan.passing import Pass
 from memplan.peft_files import read_adapter, read_config, write_adapter
 from memplan.with_loss import WithLoss
