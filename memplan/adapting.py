@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+
+from memplan.torch_internals import OwnHook
 
 After: TypeAlias = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes a layer, its input and its output; returns another output."""
@@ -35,26 +36,30 @@ def after_calls(model: nn.Module, functions: Mapping[str, After]) -> Iterator[No
         model: whose layers.
         functions: by FQN of the layer.
     """
-    thread = threading.get_ident()
-
-    def after(
-        function: After,
-        layer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        output: Any,
-    ) -> Any:
-        if threading.get_ident() != thread:
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        return function(layer, x, output)
-
+    hooks = [_Hook(function) for function in functions.values()]
     handles = [
-        model.get_submodule(name).register_forward_hook(partial(after, function), with_kwargs=True)
-        for name, function in functions.items()
+        model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+        for name, hook in zip(functions, hooks, strict=True)
     ]
     try:
         yield
     finally:
-        for handle in handles:
+        for handle, hook in zip(handles, hooks, strict=True):
+            hook.thread = None
             handle.remove()
+
+
+class _Hook(OwnHook):
+    """Calls a function after a layer, in the thread that made it, and until it is let go."""
+
+    def __init__(self, function: After) -> None:
+        self.function = function
+        self.thread: int | None = threading.get_ident()
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        if threading.get_ident() != self.thread:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        return self.function(layer, x, output)

@@ -131,6 +131,12 @@ def changing(
     Raises:
         MemplanError: naming the pass, if passes cannot be combined or nothing is left to train.
     """
+    for one in passes:
+        if one.candidates is not None:
+            raise MemplanError(
+                f"{one.name} is to fit, and there is no budget here: use memplan.optimize or "
+                "memplan.plan, or say how large it is to be"
+            )
     context = context_of(model, sample)
     changes = [one.change(model, context) for one in passes if one.change is not None]
     modules: dict[str, nn.Module] = {}

@@ -25,7 +25,8 @@ def write_adapter(
 ) -> None:
     """Write tensors, by their names in the model that peft wraps, and their configuration."""
     contents = {
-        f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+        f"{_PREFIX}{name}": tensor.detach().cpu().contiguous().clone()
+        for name, tensor in tensors.items()
     }
     safetensors = _safetensors()
     folder.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,9 @@ def freeze(patterns: Patterns = (), blocks: int = 0) -> Pass:
 
     Args:
         patterns: of modules or parameters.
-        blocks: freeze so many blocks from the start, and all that is called before them. Blocks
-            are the members of the longest ``nn.ModuleList`` or ``nn.Sequential`` of one type.
+        blocks: freeze so many blocks from the start, all that is called before the next, and
+            parameters that the modules around the blocks hold themselves. Blocks are the members
+            of the longest ``nn.ModuleList`` or ``nn.Sequential`` of one type.
 
     Returns:
         A pass of effect ``RESTRICTED``.
@@ -76,7 +77,8 @@ def freeze(patterns: Patterns = (), blocks: int = 0) -> Pass:
 def unfreeze(planned: PlannedModule) -> nn.Module:
     """Let the original's parameters require gradients as before they were planned for.
 
-    The planned module plans again at its next call. Returns the original.
+    The planned module plans again at its next call; an optimizer that it was planned with must then
+    hold all that is trained. Returns the original.
     """
     named = dict(planned.original.named_parameters())
     for name, required in planned.changed.required_grad.items():
@@ -103,11 +105,16 @@ def _up_to(model: nn.Module, blocks: int, context: ModelContext) -> frozenset[st
     if blocks > len(chain):
         raise MemplanError(f"blocks={blocks}, and the model has {len(chain)}: {chain[:1]} and on")
     calls = called_modules(model, context.forward)
-    before = calls[: calls.index(chain[min(blocks, len(chain) - 1)])]
-    around = [name for name in before if chain[0].startswith(f"{name}.")]
-    frozen = tuple(f"{name}." for name in {*chain[:blocks], *before} - {*around})
-    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    return frozenset(name for name in names if name.startswith(frozen))
+    later = [calls.index(name) for name in chain[blocks:] or chain[-1:] if name in calls]
+    if not later:
+        raise MemplanError(f"the forward calls none of {', '.join(chain[blocks:])} as a module")
+    before = calls[: min(later)]
+    around = {name for name in ("", *before) if not name or chain[0].startswith(f"{name}.")}
+    frozen = tuple(f"{name}." for name in {*chain[:blocks], *before} - around)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return frozenset(
+        name for name in names if name.startswith(frozen) or name.rpartition(".")[0] in around
+    )
 
 
 def _longest_chain(model: nn.Module) -> list[str]:

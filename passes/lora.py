@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import nn
@@ -162,6 +162,24 @@ class Lora(nn.Module):
             layers = {name: LoraLayer(name, model.get_submodule(name), settings) for name in names}
         hang(self, layers)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapters', if they are not merged."""
+        self.require_apart()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Into the adapters, if they are not merged."""
+        self.require_apart()
+        return super().load_state_dict(*args, **kwargs)
+
+    def require_apart(self) -> None:
+        """Refuse what would take the weights for those of the model, or let them be so."""
+        if self.merged:
+            raise MemplanError(
+                "the adapters are merged into the weights: take planned.original.state_dict(), or "
+                "memplan.passes.unmerge_lora(planned) first"
+            )
+
     def layer(self, name: str) -> LoraLayer:
         """The adapter of a layer."""
         found = self.get_submodule(name)
@@ -180,6 +198,9 @@ def merge_lora(planned: PlannedModule) -> nn.Module:
     lora = lora_of(planned)
     if lora.merged:
         raise MemplanError("the adapters are merged already: memplan.passes.unmerge_lora(planned)")
+    for name in lora.names:
+        if "weight" not in dict(planned.original.get_submodule(name).named_parameters()):
+            raise MemplanError(f"the weight of {name!r} is computed, and cannot be merged into")
     for name in lora.names:
         layer = planned.original.get_submodule(name)
         weight = weight_of(layer).detach()

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from memplan.module import PlannedModule
 
 
+_OTHER_WEIGHTS = frozenset({"pissa", "olora", "loftq", "corda"})
+
+
 def save_lora(planned: PlannedModule, folder: str | Path, *, inside: str | None = None) -> None:
     """Write the adapters for ``peft.PeftModel.from_pretrained(model, folder)``.
 
@@ -66,6 +69,7 @@ def load_lora(planned: PlannedModule, folder: str | Path, *, inside: str | None 
         MemplanError: if they are not for this module, naming the first difference.
     """
     lora, prefix = lora_of(planned), _prefix(planned.original, inside)
+    lora.require_apart()
     settings, theirs = lora.settings, _settings(read_config(Path(folder)))
     for name in ("rank", "alpha", "scale"):
         if getattr(settings, name) != theirs[name]:
@@ -88,12 +92,13 @@ def load_lora(planned: PlannedModule, folder: str | Path, *, inside: str | None 
         if names:
             raise MemplanError(f"the adapter in {folder} {problem} {min(names)!r}")
     for name, tensor in wanted.items():
-        if tensor.numel() != given[name].numel():
+        if tensor.shape != given[name].shape:
             raise MemplanError(
                 f"{name!r} is {tuple(given[name].shape)} in {folder}, expected "
                 f"{tuple(tensor.shape)}"
             )
-        tensor.detach().copy_(given[name].view(tensor.shape))
+    for name, tensor in wanted.items():
+        tensor.detach().copy_(given[name])
 
 
 def lora_like(folder: str | Path, **changes: Any) -> Pass:
@@ -107,22 +112,32 @@ def lora_like(folder: str | Path, **changes: Any) -> Pass:
         MemplanError: if there is something in its configuration that ``add_lora`` has not.
     """
     config = read_config(Path(folder))
-    settings = _settings(config)
-    for name in ("rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters"):
-        if config.get(name):
-            raise MemplanError(f"{folder}: {name} is not supported")
+    settings, names = _settings(config), list(read_adapter(Path(folder)))
     targets = [
-        found[1]
-        for name in read_adapter(Path(folder))
+        f"name:{found[1]}"
+        for name in names
         if (found := re.fullmatch(r"(.+)\.lora_(?:embedding_A|A\.weight)", name))
     ]
+    whole = (name for name in names if ".lora_" not in name and ".base_layer." not in name)
+    also = sorted({f"name:{name.rpartition('.')[0]}" for name in whole})
     arguments = {name: settings[name] for name in ("rank", "alpha", "dropout", "variant")}
-    also = config.get("modules_to_save") or ()
     return add_lora(**{**arguments, "targets": targets, "also_train": also, **changes})
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What peft's configuration says, in our terms."""
+    """What peft's configuration says, in our terms.
+
+    Raises:
+        MemplanError: if it says what ``add_lora`` has not.
+    """
+    for name in ("rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters"):
+        if config.get(name):
+            raise MemplanError(f"the adapter's {name} is not supported: {config[name]}")
+    if config.get("init_lora_weights") in _OTHER_WEIGHTS:
+        raise MemplanError(
+            f"the adapter was made with init_lora_weights={config['init_lora_weights']!r}, which "
+            "changes the weights of the model itself; merge it with peft"
+        )
     variant = "rslora" if config.get("use_rslora") else "lora"
     if config.get("use_dora"):
         variant = "dora"
@@ -182,7 +197,7 @@ def _trained_modules(planned: PlannedModule) -> list[str]:
     for name, module in planned.original.named_modules():
         own = list(module.parameters(recurse=False))
         if any(parameter.requires_grad for parameter in own):
-            if not all(parameter.requires_grad for parameter in own):
+            if not (name and all(one.requires_grad for one in module.parameters())):
                 raise MemplanError(
                     f"only a part of {name!r} is trained, which peft's format cannot hold; it "
                     "holds whole modules"

@@ -74,9 +74,9 @@ class LoraLayer(nn.Module):
         change = functional.conv2d(down, b) if b.dim() == 4 else functional.linear(down, b)
         if self.magnitude is None:
             return y + change
-        factor = _along_outputs((self.magnitude / self.norms(layer)).to(y.dtype), layer)
+        factor = _along_outputs(self.magnitude / self.norms(layer), layer)
         base = _apply(layer, x, oriented(layer)) if is_dropped else _without_bias(layer, y)
-        return y + (factor - 1) * base + factor * change
+        return y + (factor - 1).to(y.dtype) * base + factor.to(y.dtype) * change
 
     def norms(self, layer: nn.Module) -> torch.Tensor:
         """``[outputs]`` norms of the rows of the changed weight, a constant of the backward."""
@@ -134,7 +134,7 @@ def _along_outputs(values: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 def _without_bias(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
     bias = None if isinstance(layer, nn.Embedding) else layer.bias
-    return y if not isinstance(bias, torch.Tensor) else y - _along_outputs(bias, layer)
+    return y if not isinstance(bias, torch.Tensor) else y - _along_outputs(bias, layer).to(y.dtype)
 
 
 def _check(name: str, layer: nn.Module, weight: torch.Tensor, settings: LoraSettings) -> None:

@@ -44,7 +44,7 @@ def make_reversible(alpha: float = 0.0, beta: float = 1.0) -> Pass:
         _NAME,
         Effect.APPROXIMATE,
         {"alpha": alpha, "beta": beta},
-        change=lambda model, context: Change(around=partial(_two_streams, alpha, beta)),
+        change=partial(_change, alpha, beta),
     )
 
 

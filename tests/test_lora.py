@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import threading
 
@@ -15,9 +16,11 @@ from torch import nn
 from torch.func import functional_call
 
 import memplan
+from memplan.changing import changing
 from memplan.passes import (
     add_adapters,
     add_lora,
+    freeze,
     load_lora,
     lora_like,
     merge_lora,
@@ -217,6 +220,161 @@ def test_another_thread_sees_the_model_alone():
     asking.ask = lambda: seen.append(evaluate(model))
     inside = evaluate(planned)
     assert torch.equal(seen[0], expected) and not torch.equal(inside, expected)
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed, and counts its calls, in attributes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.head, self.calls, self.last = nn.Linear(8, 8), nn.Linear(8, 8), 0, None
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = torch.relu(self.one(x))
+        return self.head(self.last).square().mean()
+
+
+def test_attributes_of_the_model_are_as_they_were_and_a_change_is_said():
+    model, x = Remembering(), torch.randn(4, 8)
+    plan = memplan.plan(model, x, passes=[add_lora(2)])
+    assert model.calls == 0 and model.last is None
+    assert any("changes attributes" in note for note in plan.notes)
+    memplan.optimize(model, x, passes=[add_lora(2)])
+    assert model.calls == 0 and model.last is None
+
+
+def test_one_thread_evaluates_while_another_trains():
+    model, batch = layers()
+    planned = memplan.optimize(model, batch, passes=[add_lora(4)])
+    for _ in range(2):  # without gradients, and with those of the step before
+        planned(*batch).backward()
+    plans = planned.plans
+    is_over, failures = threading.Event(), []
+
+    @torch.no_grad()
+    def evaluate():
+        try:
+            while not is_over.is_set():
+                planned(*batch)
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    try:
+        for _ in range(40):
+            planned(*batch).backward()
+    finally:
+        is_over.set()
+        thread.join()
+    assert not failures and planned.plans == plans
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_cannot_be_fitted_or_merged_is_said():
+    model, batch = layers()
+    with pytest.raises(memplan.MemplanError, match="there is no budget here"):
+        memplan.frontier(model, batch, passes=[add_lora("fit")])
+    nn.utils.parametrizations.weight_norm(model.plain)
+    planned = memplan.optimize(model, batch, passes=[add_lora(2, targets="plain")])
+    with pytest.raises(memplan.MemplanError, match="'plain' is computed"):
+        merge_lora(planned)
+    with pytest.raises(memplan.MemplanError, match="calls none of"):
+        memplan.optimize(Skipping(), torch.randn(2, 8), passes=[freeze(blocks=1)])
+
+
+class Skipping(nn.Module):
+    """Calls the first of its blocks alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.Parameter(torch.ones(8))
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.used = 1
+
+    def forward(self, x):
+        x = x * self.start
+        for block in self.blocks[: self.used]:
+            x = block(x)
+        return x.square().mean()
+
+
+def test_parameters_before_the_blocks_are_frozen_with_them():
+    model = Skipping()
+    model.used = 3
+    memplan.optimize(model, torch.randn(2, 8), passes=[freeze(blocks=2)])
+    trained = [name for name, one in model.named_parameters() if one.requires_grad]
+    assert trained == ["blocks.2.weight", "blocks.2.bias"]
+
+
+def test_merged_adapters_are_neither_saved_nor_loaded(tmp_path):
+    _, _, planned = adapted(targets=("turned", "plain"))
+    state = planned.state_dict()
+    save_lora(planned, tmp_path)
+    merge_lora(planned)
+    for what in (
+        planned.state_dict,
+        lambda: planned.load_state_dict(state),
+        lambda: load_lora(planned, tmp_path),
+    ):
+        with pytest.raises(memplan.MemplanError, match="unmerge_lora"):
+            what()
+
+
+def test_a_file_of_another_kind_is_refused_and_changes_nothing(tmp_path):
+    _, batch, planned = adapted(targets=("turned", "plain"))
+    save_lora(planned, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    before = {name: one.clone() for name, one in planned.lora.state_dict().items()}
+    for more in ({"alpha_pattern": {"plain": 64}}, {"init_lora_weights": "pissa"}):
+        path.write_text(json.dumps(config | more))
+        for what in (lambda: load_lora(planned, tmp_path), lambda: lora_like(tmp_path)):
+            with pytest.raises(memplan.MemplanError, match=r"not supported|changes the weights"):
+                what()
+    assert all(torch.equal(one, before[name]) for name, one in planned.lora.state_dict().items())
+    biases = add_lora(2, targets="plain", also_train="biases")
+    only = memplan.optimize(layers()[0], batch, passes=[biases])
+    with pytest.raises(memplan.MemplanError, match="whole modules"):
+        save_lora(only, tmp_path)
+
+
+def test_names_of_a_file_are_meant_exactly(tmp_path):
+    inner = nn.ModuleDict({"linear": nn.Linear(8, 8)})
+    body = nn.ModuleDict({"linear": nn.Linear(8, 8), "block": inner, "end": nn.Linear(8, 8)})
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = torch.tanh(body["linear"](self.linear(x)))
+            return body["end"](body["block"]["linear"](x))
+
+    model = memplan.WithLoss(Model(), nn.functional.mse_loss)
+    batch = torch.randn(2, 8), torch.randn(2, 8)
+    planned = memplan.optimize(model, batch, passes=[add_lora(2, targets="name:linear")])
+    save_lora(planned, tmp_path)
+    again = memplan.optimize(model, batch, passes=[lora_like(tmp_path)])
+    assert again.lora.names == planned.lora.names == ("model.linear",)
+    load_lora(again, tmp_path)
+
+
+@pytest.mark.parametrize("variant", SCALES)
+def test_autocast_keeps_sixteen_bits(variant):
+    model, batch = layers()
+    seen = []
+    model.head.register_forward_pre_hook(lambda layer, args: seen.append(args[0].dtype))
+    changed = add_lora(2, targets="image", variant=variant)
+    with changing(model, memplan.Sample.of(batch), [changed]) as found:
+        model.head._forward_pre_hooks.clear()
+        model.image.register_forward_hook(lambda layer, args, y: seen.append(y.dtype))
+        with torch.no_grad(), torch.autocast("cpu"):
+            output = found.model(*batch)
+    assert output.dtype.is_floating_point and seen[-1] is torch.bfloat16
 
 
 def test_the_largest_rank_that_fits():

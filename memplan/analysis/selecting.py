@@ -13,11 +13,15 @@ from torch import nn
 from memplan.errors import MemplanError
 
 Patterns: TypeAlias = "str | type[nn.Module] | Iterable[str | type[nn.Module]]"
-"""Names as in ``state_dict``, whole or their last parts ("q_proj"); globs ("encoder.*"); types of
-modules (``nn.Embedding``, or "type:Embedding"); "norms", "biases", or "head": the layer that makes
-the output, that is ``get_output_embeddings()``, or else the linear layer that is called last."""
+"""Names as in ``state_dict``, whole or their last parts ("q_proj"); globs ("encoder.*");
+"name:fc" for exactly that name; types of modules (``nn.Embedding``, or "type:Embedding"); "norms",
+"biases", or "head": the layer that makes the output, that is ``get_output_embeddings()``, or else
+the linear layer that is called last."""
 
-_TYPE = "type:"
+_TYPE, _NAME = "type:", "name:"
+_WITH_LOSS = "model."
+"""What ``WithLoss`` puts before the names of its model."""
+
 _HEAD, _NORMS, _BIASES, _LINEAR = "head", "norms", "biases", "linear"
 
 
@@ -249,6 +253,9 @@ def _modules(model: nn.Module, pattern: str, forward: Callable[[], None]) -> set
 
 
 def _is_meant(name: str, pattern: str) -> bool:
+    if pattern.startswith(_NAME):
+        exact = pattern.removeprefix(_NAME)
+        return name in (exact, f"{_WITH_LOSS}{exact}")
     if pattern == _BIASES:
         return "bias" in name.rpartition(".")[2]
     return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)

@@ -53,7 +53,7 @@ def unchanged_attributes(module: nn.Module) -> Iterator[set[str]]:
     changed: set[str] = set()
     before = [
         (f"{name}." if name else "", child, list(_containers("", child.__dict__, _DEPTH)))
-        for name, child in module.named_modules()
+        for name, child in modules_of(module)
     ]
     try:
         yield changed
@@ -79,7 +79,7 @@ def unchanged_tensors(module: nn.Module) -> Iterator[None]:
     """Restore the content of tensors in the attributes of a module, parameters apart."""
     held = [
         member
-        for child in module.modules()
+        for _, child in modules_of(module)
         for one in _containers("", child.__dict__, _DEPTH)
         for member in (one.members.values() if isinstance(one.members, dict) else one.members)
     ]
@@ -98,6 +98,14 @@ def unchanged_tensors(module: nn.Module) -> Iterator[None]:
             if version_of(tensor) != version:
                 with torch.no_grad():
                     tensor.copy_(content)
+
+
+def modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A module and its children by FQN; and the module that it stands for, if it does."""
+    yield from module.named_modules()
+    original = module.__dict__.get("original")
+    if isinstance(original, nn.Module):
+        yield "", original
 
 
 def _containers(attribute: str, value: Any, depth: int) -> Iterator[_Held]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from memplan.capture.attributes import modules_of
 from memplan.errors import CaptureError
 from memplan.sample import Sample
 from memplan.torch_internals import cpu_stand_ins, flatten, stand_ins_without_data, unflatten
@@ -52,7 +53,8 @@ def without_data_of(
     ``on_cpu``, all are on the CPU.
     """
     owners = [child.__dict__[own] for child in module.modules() for own in _OWN[:2]]
-    lists = [c.__dict__["_flat_weights"] for c in module.modules() if "_flat_weights" in vars(c)]
+    children = [child for _, child in modules_of(module)]
+    lists = [c.__dict__["_flat_weights"] for c in children if "_flat_weights" in vars(c)]
     before = [dict(tensors) for tensors in owners]
     lists_before = [list(one) for one in lists]
     tensors = [tensor for one in before for tensor in one.values() if tensor is not None]

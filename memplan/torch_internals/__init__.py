@@ -73,6 +73,7 @@ from memplan.torch_internals.spent import SpentGradient
 from memplan.torch_internals.state import (
     Autocast,
     OpOverload,
+    OwnHook,
     enabled_attention,
     has_hooks,
     is_under_autocast,
@@ -97,6 +98,7 @@ __all__ = [
     "JointOutput",
     "KernelCall",
     "OpOverload",
+    "OwnHook",
     "Recorded",
     "SpentGradient",
     "TensorSpec",

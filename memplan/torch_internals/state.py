@@ -41,14 +41,20 @@ def version_of(tensor: torch.Tensor) -> int:
     return int(tensor._version)
 
 
+class OwnHook:
+    """A hook of memplan's own: no part of the user's model."""
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module itself has forward or backward hooks (torch 2.13.0)."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    kinds = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
+    # Another thread may add and remove hooks meanwhile, of which a copy knows nothing.
+    return any(not isinstance(hook, OwnHook) for hooks in kinds for hook in (*hooks.values(),))
 
 
 def enabled_attention() -> tuple[bool, ...]:
