@@ -198,6 +198,6 @@ def _put_back(
     gradients: Mapping[str, Any],
 ) -> None:
     for name, parameter in named.items():
-        parameter.requires_grad_(required[name])
-        if parameter.grad is None:
+        if parameter.requires_grad != required[name]:
+            parameter.requires_grad_(required[name])
             parameter.grad = gradients[name]
