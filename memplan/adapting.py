@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from memplan.torch_internals import OwnHook
+from memplan.torch_internals import OwnHook, flatten, unflatten
 
 After: TypeAlias = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes a layer, its input and its output; returns another output."""
@@ -47,6 +47,30 @@ def after_calls(model: nn.Module, functions: Mapping[str, After]) -> Iterator[No
         for handle, hook in zip(handles, hooks, strict=True):
             hook.thread = None
             handle.remove()
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The first tensor among what a layer returns."""
+    leaves, _ = flatten(output)
+    return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def detached(output: Any) -> Any:
+    """The same structure, with tensors that no gradient goes back through."""
+    leaves, spec = flatten(output)
+    return unflatten(
+        [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+    )
+
+
+def with_loss(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same structure, with another loss: what a function makes of the only scalar."""
+    leaves, spec = flatten(output)
+    return unflatten([change(leaf) if _is_loss(leaf) else leaf for leaf in leaves], spec)
+
+
+def _is_loss(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.numel() == 1 and leaf.requires_grad
 
 
 class _Hook(OwnHook):

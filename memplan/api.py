@@ -18,6 +18,7 @@ from memplan.collector import paused_collector
 from memplan.drift import Guard, rounded
 from memplan.emit import emit
 from memplan.errors import MemplanError
+from memplan.finished import Finished
 from memplan.fitting import fitted
 from memplan.module import PlannedModule
 from memplan.options import Options
@@ -184,7 +185,17 @@ def _emitted(prepared: Prepared, chosen: Plan, request: Request) -> PlannedStep:
             reference=partial(exact_schedule, prepared, chosen),
             is_fixed=request.plan is not None,
         )
-    step = PlannedStep(captured, recoveries, prepared.costs, emitted, chosen, in_backward, guard)
+    finished = Finished() if request.options.fused else None
+    step = PlannedStep(
+        captured,
+        recoveries,
+        prepared.costs,
+        emitted,
+        chosen,
+        in_backward,
+        guard,
+        finished=finished,
+    )
     check_emitted(step)
     _LOG.info("%s", chosen)
     return step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,10 +52,10 @@ class ChangedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns there."""
-        with ExitStack() as stack:
-            for one in self.around:
-                stack.enter_context(one(self))
-            return self.__dict__["original"].forward(*args, **kwargs)
+        run = partial(self.__dict__["original"].forward, *args, **kwargs)
+        for one in reversed(self.around):
+            run = partial(one, self, Sample(args, kwargs), run)
+        return run()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original's, and then what was added."""
@@ -94,11 +94,13 @@ class Changed:
         model: the changed one; the original itself, if its forward is as it was.
         modules: the children that it has besides the original's.
         required_grad: which of the original's parameters required a gradient before.
+        is_another: whether it computes something else without gradients, too.
     """
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
     required_grad: Mapping[str, bool]
+    is_another: bool = False
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
@@ -116,7 +118,9 @@ class Changed:
 
 def context_of(model: nn.Module, sample: Sample | None) -> ModelContext:
     """What passes are told of a model; without a sample it has no forward."""
-    return ModelContext(partial(_forward, model, sample))
+    return ModelContext(
+        partial(_forward, model, sample), partial(_forward, model, sample, with_gradients=True)
+    )
 
 
 @contextmanager
@@ -150,6 +154,7 @@ def changing(
             modules[name] = child
     around = tuple(change.around for change in changes if change.around is not None)
     changed = ChangedModel(model, modules, around) if modules or around else model
+    is_another = any(c.around is not None and not c.is_for_gradients for c in changes)
     named = dict(model.named_parameters())
     before = {name: parameter.requires_grad for name, parameter in named.items()}
     gradients = {name: parameter.grad for name, parameter in named.items()}
@@ -160,7 +165,7 @@ def changing(
             named[name].grad = None
         if any(before.values()) and not any(one.requires_grad for one in changed.parameters()):
             raise MemplanError("the passes freeze every parameter; nothing is left to train")
-        yield Changed(changed, modules, before)
+        yield Changed(changed, modules, before, is_another)
     except BaseException:
         _put_back(named, before, gradients)
         raise
@@ -184,12 +189,12 @@ def _trained(model: nn.Module, changes: Sequence[Change]) -> frozenset[str]:
     )
 
 
-def _forward(model: nn.Module, sample: Sample | None) -> None:
+def _forward(model: nn.Module, sample: Sample | None, *, with_gradients: bool = False) -> Any:
     if sample is None:
         raise MemplanError(
             "a pass needs to know what the forward calls: pass a batch to memplan.optimize"
         )
-    run_without_data(model, sample)
+    return run_without_data(model, sample, with_gradients=with_gradients)
 
 
 def _put_back(

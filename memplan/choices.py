@@ -171,8 +171,11 @@ def _saved(program: Program, schedule: Schedule) -> dict[int, int]:
 def _kept_for(program: Program, saved: Mapping[int, int]) -> tuple[tuple[str, int], ...]:
     found: Counter[str] = Counter()
     for id, nbytes in saved.items():
-        ops = program.ops[program.num_forward :]
         found.update(
-            {op.target: nbytes for op in ops if op.phase is Phase.BACKWARD and id in op.operands}
+            {
+                op.target: nbytes
+                for op in program.ops
+                if op.phase is Phase.BACKWARD and id in op.operands
+            }
         )
     return tuple(found.most_common())

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from memplan.emit import Emitted, Probe, emit
+from memplan.emit import Emitted, emit
 from memplan.errors import PlanMismatch
 from memplan.program import Phase
 from memplan.rng import random_states, set_random_states
 from memplan.runtime import PlannedStep
 from memplan.sample import Sample
 from memplan.schedule import Effect, Recovery, Schedule
+from memplan.segment import Probe
 from memplan.signature import State
 from memplan.torch_internals import without_autocast
 

@@ -26,7 +26,8 @@ def fitted(
 ) -> Request:
     """The request with each pass that has candidates replaced by the largest that fits.
 
-    Candidates are tried by bisection: one that needs more memory is taken to fit no better.
+    Candidates are tried by bisection, or, if those that are wanted less may fit no better, one by
+    one.
 
     Args:
         model: the module.
@@ -48,7 +49,7 @@ def fitted(
         candidates = one.candidates(model, context_of(model, sample))
         requests = [_with_pass(request, place, candidate) for candidate in candidates]
         attempts = [partial(plan, model, sample, _strictly(each)) for each in requests]
-        number = _last_that_fits(attempts)
+        number = _last_that_fits(attempts) if one.is_ordered else _wanted_most(attempts)
         _LOG.info("%s fits with %s", one.name, dict(candidates[number].arguments))
         request = requests[number]
     return request
@@ -60,6 +61,19 @@ def _with_pass(request: Request, place: int, one: Pass) -> Request:
 
 def _strictly(request: Request) -> Request:
     return replace(request, options=replace(request.options, on_infeasible="raise"))
+
+
+def _wanted_most(attempts: Sequence[Callable[[], object]]) -> int:
+    """The number of the last that can be planned for, from the end on; an error if none can."""
+    failures: list[InfeasibleBudget] = []
+    for number in reversed(range(len(attempts))):
+        try:
+            attempts[number]()
+        except InfeasibleBudget as error:
+            failures.append(error)
+        else:
+            return number
+    raise min(failures, key=lambda error: error.smallest_budget_bytes)
 
 
 def _last_that_fits(attempts: Sequence[Callable[[], object]]) -> int:

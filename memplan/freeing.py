@@ -77,8 +77,6 @@ def _read_without(program: Program, gradients: set[int]) -> set[int]:
     wanted = set(program.outputs) - gradients
     read: set[int] = set()
     for op in reversed(program.ops):
-        if op.phase is Phase.FORWARD:
-            break
         if op.phase is Phase.BACKWARD and _is_needed(op, wanted, gradients):
             wanted.update(op.operands)
             read.update(op.operands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 import warnings
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from memplan.changing import Changed
 from memplan.drift import Drift
-from memplan.errors import NotPlannedYet
+from memplan.errors import MemplanError, NotPlannedYet
 from memplan.plan import Plan
 from memplan.runtime import PlannedStep
 from memplan.sample import Sample
@@ -190,6 +191,21 @@ class PlannedModule(nn.Module):
         if step is None:
             return self.changed.model(*args, **kwargs)
         return step.run(state, sample)
+
+    def export(self) -> nn.Module:
+        """A copy of the original as it is trained now, without what passes added for training.
+
+        Raises:
+            MemplanError: if passes made another model of it, which the original is not.
+        """
+        if self.changed.is_another:
+            raise MemplanError(
+                "what passes added is part of this model in evaluation, too, and the original "
+                "alone is another model: merge adapters first (memplan.passes.merge_lora(planned) "
+                "returns the original), or save planned.state_dict()"
+            )
+        with self.changed.as_before():
+            return copy.deepcopy(self.original)
 
     def train(self, mode: bool = True) -> PlannedModule:
         """Set the mode here and in the original."""

@@ -34,6 +34,11 @@ class Options:
             gradient; the user's ``optimizer.step()`` then changes nothing. Exact for optimizers
             that treat parameters separately; others are refused, and so are clipping by the norm
             of all gradients, gradient accumulation and a GradScaler.
+        fused: finish the gradients in the forward, each as soon as what it needs is there;
+            ``loss.backward()`` then hands them on, times the gradient that arrives at the loss. For
+            models with losses of their own inside, whose gradients do not meet: a part's
+            activations are free before the next part runs. The gradient that arrives must be a
+            power of two; a second forward before the backward, and ``retain_graph``, are refused.
     """
 
     device: str | None = None
@@ -45,3 +50,4 @@ class Options:
     with_bound: bool = False
     solver_limit_s: float = 60.0
     update_in_backward: bool = False
+    fused: bool = False

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from memplan.schedule import Effect, Recovery
 
@@ -13,11 +12,13 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from memplan.capture import Captured
+    from memplan.sample import Sample
 
 __all__ = ["Around", "Change", "Effect", "InPlace", "ModelContext", "Pass", "RecoveryContext"]
 
-Around: TypeAlias = "Callable[[nn.Module], AbstractContextManager[object]]"
-"""Takes the changed model, and makes a context that is open around each forward of it."""
+Around: TypeAlias = "Callable[[nn.Module, Sample, Callable[[], Any]], Any]"
+"""Takes the changed model, what it is called with, and its forward; runs that, and returns what the
+model is to return."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,13 @@ class ModelContext:
     """What a pass is told of the model that it is to change.
 
     Attributes:
-        forward: runs one forward of it without data and gradients, for whoever watches.
+        forward: runs one forward of it without data and gradients, for whoever watches; returns
+            its output.
+        forward_with_gradients: the same with gradients, so that autograd's graph can be looked at.
     """
 
-    forward: Callable[[], None]
+    forward: Callable[[], Any]
+    forward_with_gradients: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,15 @@ class Change:
         trains: names of the model's parameters that stay trainable; None: all.
         freezes: names of parameters that do not.
         modules: children that the changed model has besides the model's own, by name.
-        around: opened around each forward, in training and in evaluation; changes what the forward
-            computes.
+        around: runs each forward, in training and in evaluation, and changes what it computes.
+        is_for_gradients: whether ``around`` leaves forwards without gradients as they are.
     """
 
     trains: frozenset[str] | None = None
     freezes: frozenset[str] = frozenset()
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     around: Around | None = None
+    is_for_gradients: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +98,12 @@ class Pass:
         effect: what it does to the result of a step.
         arguments: what the factory was called with, as JSON.
         candidates: for a pass that stands for the largest that fits the budget: passes to choose
-            from, by ascending memory.
+            from, the one that is wanted most at the end.
+        is_ordered: whether a candidate fits no better than those before it.
         change: says what it makes of the model; once, before anything is captured.
         is_optional: whether its rewrite may cost more than it frees: a plan is made with and
             without it, and the better one taken.
+        is_fused: whether its step is to be fused (``Options.fused``).
         rewrite_joint: changes the joint forward-backward graph in place. New nodes carry ``val``
             and ``partitioner_tag`` in their ``meta``; ``in_place`` there offers ``InPlace`` calls.
         recoveries: offers ways to get values back.
@@ -107,8 +114,10 @@ class Pass:
     effect: Effect
     arguments: Mapping[str, object] = field(default_factory=dict)
     candidates: Callable[[nn.Module, ModelContext], tuple[Pass, ...]] | None = None
+    is_ordered: bool = True
     change: Callable[[nn.Module, ModelContext], Change] | None = None
     is_optional: bool = False
+    is_fused: bool = False
     rewrite_joint: Callable[[fx.Graph], None] | None = None
     recoveries: Callable[[Captured, RecoveryContext], tuple[Recovery, ...]] | None = None
     notes: Callable[[Captured], tuple[str, ...]] | None = None

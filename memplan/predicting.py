@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from memplan.program import Costs, Phase, Program, Role
-from memplan.schedule import Catalog, Free, Schedule
+from memplan.schedule import Catalog, Free, Schedule, start_of_backward
 from memplan.timeline import saved_values
 from memplan.trace import SAVED, TEMPORARY, WORKSPACE, Block, MemoryTrace, Resident, spans_of
 
@@ -37,8 +37,9 @@ class _Prediction:
 
     def trace(self, device: str) -> MemoryTrace:
         phase = Phase.FORWARD
+        first = start_of_backward(self.program, self.schedule)
         for position, step in enumerate(self.schedule.steps):
-            if position == len(self.schedule.forward):
+            if position == first:
                 phase = Phase.BACKWARD
                 self.make_tangents()
             if isinstance(step, Free):

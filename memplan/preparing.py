@@ -13,6 +13,7 @@ from memplan.capture import Captured, Traced, rewrite, trace, update_in_backward
 from memplan.changing import changing
 from memplan.collector import paused_collector
 from memplan.describing import Original, describe_original, describe_plan
+from memplan.fusing import fused
 from memplan.plan import PassRecord, Plan
 from memplan.predicting import predicted_trace
 from memplan.pricing import Pricing, offers
@@ -143,4 +144,6 @@ def _rewritten(traced: Traced, request: Request) -> Traced:
     """What the passes make of a trace."""
     rewrites = [one.rewrite_joint for one in request.passes if one.rewrite_joint is not None]
     rewritten = rewrite(traced, rewrites)
+    if request.options.fused:
+        return fused(rewritten)
     return rewritten if request.in_backward is None else update_in_backward(rewritten)

@@ -119,24 +119,40 @@ class Program:
         values: ``values[i].id == i``.
         outputs: values that the caller holds from their production to the end of the step
             (the forward's outputs and the gradients).
+        num_fused: how many ops run in the forward, those of the backward among them, if the step
+            is fused; None: those of the forward's phase.
     """
 
     ops: tuple[Op, ...]
     values: tuple[Value, ...]
     outputs: tuple[int, ...]
+    num_fused: int | None = None
 
     def __post_init__(self) -> None:
         for index, op in enumerate(self.ops):
             assert op.id == index, f"op {op.id} stands at {index}"
         for index, value in enumerate(self.values):
             assert value.id == index, f"value {value.id} stands at {index}"
-        phases = [op.phase for op in self.ops]
+        phases = [op.phase for op in self.ops[self.num_fused or 0 :]]
         assert phases == sorted(phases, key=list(Phase).index), "phases are out of order"
 
     @cached_property
     def num_forward(self) -> int:
-        """Number of ops in the forward."""
+        """Number of ops that run in the forward."""
+        if self.num_fused is not None:
+            return self.num_fused
         return sum(op.phase is Phase.FORWARD for op in self.ops)
+
+    @cached_property
+    def turn(self) -> int:
+        """The first op that is not one of the forward's phase: its incoming gradient is there."""
+        turns = (op.id for op in self.ops if op.phase is not Phase.FORWARD)
+        return next(turns, len(self.ops))
+
+    @cached_property
+    def end_of_forward(self) -> int:
+        """The first op after which none is of the forward's phase."""
+        return max((op.id + 1 for op in self.ops if op.phase is Phase.FORWARD), default=0)
 
     @cached_property
     def resident_bytes(self) -> int:
@@ -182,7 +198,8 @@ class Program:
         for value in self.values:
             resident_bytes = value.nbytes if value.role.is_resident else None
             digest.update(json.dumps([resident_bytes, value.role.value, value.name]).encode())
-        digest.update(json.dumps(self.outputs).encode())
+        fused = [] if self.num_fused is None else [self.num_fused]
+        digest.update(json.dumps([*self.outputs, *fused]).encode())
         return digest.hexdigest()[:32]
 
 

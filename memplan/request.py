@@ -43,6 +43,15 @@ class Request:
     optimizer: Optimizer | None = None
     in_backward: InBackward | None = None
 
+    def __post_init__(self) -> None:
+        if self.options.update_in_backward and self.options.fused:
+            raise MemplanError(
+                "a fused step finishes its gradients in the forward, where it is not known yet "
+                "that parameters are to be updated: Options(update_in_backward=True) cannot be "
+                "combined with Options(fused=True) and with passes that fuse the step "
+                "(learn_locally); leave one of the two out"
+            )
+
     def with_optimizer_of(self, model: nn.Module) -> Request:
         """With the optimizer for the parameters of a model that passes have changed."""
         found = self.optimizer or resolve_optimizer(model, self.given_optimizer)
@@ -95,8 +104,11 @@ def make_request(
         if budget is not None or max_slowdown is not None or named:
             raise MemplanError("plan= excludes budget, max_slowdown and passes: it has its own")
         recorded = tuple(map(_recorded, plan.passes))
+        options = replace(options, fused=options.fused or any(one.is_fused for one in recorded))
         return Request(None, None, recorded, plan, options, optimizer)
     chosen = (*_defaults(), *named) if default_passes else named
+    if any(one.is_fused for one in chosen):
+        options = replace(options, fused=True)
     parsed = None if budget is None else parse_budget(budget)
     return Request(parsed, max_slowdown, chosen, None, options, optimizer)
 

@@ -12,6 +12,7 @@ import torch
 from memplan.capture import Captured, Primal
 from memplan.emit import Emitted
 from memplan.errors import CaptureError, PlanMismatch
+from memplan.finished import Finished, check_not_retained, scale
 from memplan.plan import Plan
 from memplan.predicting import predicted_trace
 from memplan.program import Costs
@@ -47,6 +48,7 @@ class PlannedStep:
         in_backward: what updates parameters in the backward, or None.
         guard: what measures how far copies drift, where any come back by rounding.
         is_settled: whether that was done, and found to be within the tolerance.
+        finished: of a fused step: the gradients that its last forward has finished.
     """
 
     captured: Captured
@@ -57,6 +59,7 @@ class PlannedStep:
     in_backward: InBackward | None = None
     guard: Guard | None = None
     is_settled: bool = False
+    finished: Finished | None = None
 
     @property
     def trace(self) -> MemoryTrace:
@@ -73,6 +76,8 @@ class PlannedStep:
 
     def run(self, state: State, sample: Sample) -> Any:
         """Run the forward; what it returns has the structure that the module's output has."""
+        if self.finished is not None:
+            self.finished.check_none_pending()
         primals = self.primals(state, sample)
         # What gets no gradient is no input of the node, or autograd would run its hooks.
         differentiable = [primals[position] for position in self.emitted.differentiable]
@@ -226,7 +231,8 @@ class _PlannedFunction(torch.autograd.Function):
             results = emitted.forward([primals[position] for position in emitted.forward_primals])
         outputs = results[: emitted.num_outputs]
         ctx.step = step
-        ctx.kept = results[emitted.num_outputs :]
+        ctx.kept = results[emitted.num_outputs :][: emitted.num_saved]
+        ctx.pending = None if step.finished is None else step.finished.begin()
         ctx.accumulated = [primals[position] for position in emitted.accumulated]
         ctx.updated = [primals[position] for position in emitted.updated]
         ctx.set_materialize_grads(False)
@@ -265,6 +271,10 @@ class _PlannedFunction(torch.autograd.Function):
         tangents = step.incoming(gradients)
         step.start_updates(ctx.updated, tangents, gradients)
         kept = list(ctx.kept)
+        if step.finished is not None:
+            check_not_retained()
+            scale((kept[position] for position in step.emitted.finished), tangents[0])
+            ctx.pending = None
         if backward_keeps_graph():
             for position in step.emitted.overwritten:
                 kept[position] = kept[position].clone()

@@ -178,6 +178,22 @@ def _as_id(data: object) -> int:
     return data
 
 
+def start_of_backward(program: Program, schedule: Schedule) -> int:
+    """Position of the first step for an op that is not the forward's: its gradient is there."""
+    if program.num_fused is None:
+        return len(schedule.forward)
+    last = -1
+    for position, step in enumerate(schedule.steps):
+        if isinstance(step, Run) and step.op >= program.turn:
+            break
+        if isinstance(step, Run) and step.op == program.turn - 1:
+            last = position
+    # what is freed or prepared after the forward's last op belongs to it
+    following = schedule.steps[last + 1 :]
+    calls = (k for k, step in enumerate(following) if isinstance(step, Run | Restore))
+    return last + 1 + next(calls, len(following))
+
+
 @dataclass(frozen=True)
 class Catalog:
     """Every op and value that a schedule may name: the program's and its recoveries'."""
@@ -214,22 +230,23 @@ def check_schedule(program: Program, recoveries: Sequence[Recovery], schedule: S
     preparing = {recovery.prepare.id for recovery in recoveries if recovery.prepare is not None}
     live = {value.id for value in program.values if value.role.is_resident}
     overwritten: set[int] = set()
-    next_op = 0
+    next_op = position = 0
+    start = start_of_backward(program, schedule)
     for segment, steps in (
         (Phase.FORWARD, schedule.forward),
         (Phase.BACKWARD, schedule.backward),
     ):
-        if segment is Phase.BACKWARD:
-            live |= {value.id for value in program.values if value.role.value == "tangent"}
         for step in steps:
+            if position == start:
+                live |= {value.id for value in program.values if value.role is Role.TANGENT}
+            position += 1
             if isinstance(step, Free):
                 _check_end(program, catalog, step.value, live)
                 continue
             if isinstance(step, Run):
                 is_due = step.op == next_op < len(program.ops)
                 _require(is_due, f"runs op {step.op} where op {next_op} is due")
-                is_forward = program.ops[step.op].phase is Phase.FORWARD
-                in_place = is_forward == (segment is Phase.FORWARD)
+                in_place = (step.op < program.num_forward) == (segment is Phase.FORWARD)
                 _require(in_place, f"runs op {step.op} in the wrong segment")
                 next_op += 1
             elif isinstance(step, Restore):

@@ -9,7 +9,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from memplan.program import Costs, Phase, Program, Role
-from memplan.schedule import Catalog, Free, Prepare, Recovery, Restore, Run, Schedule
+from memplan.schedule import (
+    Catalog,
+    Free,
+    Prepare,
+    Recovery,
+    Restore,
+    Run,
+    Schedule,
+    start_of_backward,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +76,9 @@ def simulate(program: Program, catalog: Catalog, schedule: Schedule, costs: Cost
     live = program.resident_bytes
     moments: list[Moment] = []
     start = 0
+    first = start_of_backward(program, schedule)
     for position, step in enumerate(schedule.steps):
-        if position == len(schedule.forward):
+        if position == first:
             live += tangent_bytes(program)
             start = live
         if isinstance(step, Free):
@@ -107,8 +117,9 @@ def tangent_bytes(program: Program) -> int:
 def live_at(program: Program, schedule: Schedule, step: int) -> frozenset[int]:
     """The non-resident values that are alive just before a step of the schedule."""
     live: set[int] = set()
+    first = start_of_backward(program, schedule)
     for position, earlier in enumerate(schedule.steps[:step]):
-        if position == len(schedule.forward):
+        if position == first:
             live |= {value.id for value in program.values if value.role is Role.TANGENT}
         if isinstance(earlier, Free):
             live.discard(earlier.value)
@@ -125,7 +136,7 @@ def live_during(
     call = schedule.steps[step]
     assert not isinstance(call, Free), f"step {step} calls nothing"
     live = live_at(program, schedule, step) - {call.over}
-    if step == len(schedule.forward):
+    if step == start_of_backward(program, schedule):
         live |= {value.id for value in program.values if value.role is Role.TANGENT}
     return live | set(catalog.ops[call.op].results)
 
@@ -193,7 +204,7 @@ def floor_bytes(program: Program, recoveries: Iterable[Recovery], costs: Costs) 
     tangents = tangent_bytes(program)
     for op in program.ops:
         base = program.resident_bytes + must_bytes
-        base += tangents if op.id >= program.num_forward else 0
+        base += tangents if op.id >= program.turn else 0
         others = set(op.operands) - must_live - never
         working = sum(nbytes[id] for id in (*others, *op.results))
         ends = [id for id in op.may_overwrite if last_use[id] == op.id or id in restorable]

@@ -9,6 +9,7 @@ from memplan.passes.dead_operands import drop_dead_operands
 from memplan.passes.dropout import split_dropout
 from memplan.passes.freezing import freeze, train_biases_only, unfreeze
 from memplan.passes.in_place import reuse_operands
+from memplan.passes.local_learning import learn_locally
 from memplan.passes.lora import add_lora, merge_lora, unmerge_lora
 from memplan.passes.lora_files import load_lora, lora_like, save_lora
 from memplan.passes.packed_masks import pack_masks
@@ -25,6 +26,7 @@ PASSES: Final[dict[str, Callable[..., Pass]]] = {
     "freeze": freeze,
     "invert_couplings": invert_couplings,
     "keep_signs": keep_signs,
+    "learn_locally": learn_locally,
     "make_reversible": make_reversible,
     "pack_masks": pack_masks,
     "reuse_operands": reuse_operands,
@@ -54,6 +56,7 @@ __all__ = [
     "freeze",
     "invert_couplings",
     "keep_signs",
+    "learn_locally",
     "load_lora",
     "lora_like",
     "make_reversible",

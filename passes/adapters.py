@@ -7,11 +7,10 @@ before it is added to the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import nn
@@ -28,6 +27,9 @@ from memplan.analysis import (
 )
 from memplan.errors import MemplanError
 from memplan.passing import Change, Effect, ModelContext, Pass
+
+if TYPE_CHECKING:
+    from memplan.sample import Sample
 
 _CHILD = "adapters"
 _SUBLAYERS = "sublayers"
@@ -113,10 +115,12 @@ def _can_be_adapted(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
-@contextmanager
-def _adapted(names: tuple[str, ...], model: nn.Module) -> Iterator[None]:
+def _adapted(
+    names: tuple[str, ...], model: nn.Module, sample: Sample, forward: Callable[[], Any]
+) -> Any:
+    del sample
     with after_calls(model, {name: model.get_submodule(f"{_CHILD}.{name}") for name in names}):
-        yield
+        return forward()
 
 
 class Bottleneck(nn.Module):

@@ -14,8 +14,7 @@ are cast to the type of x where that is another, never x to theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -37,6 +36,7 @@ from memplan.passing import Change, Effect, ModelContext, Pass
 
 if TYPE_CHECKING:
     from memplan.module import PlannedModule
+    from memplan.sample import Sample
 
 Variant = Literal["lora", "rslora", "lora_fa", "dora"]
 VARIANTS: Final = ("lora", "rslora", "lora_fa", "dora")
@@ -118,9 +118,9 @@ def _change(settings: LoraSettings, model: nn.Module, context: ModelContext) -> 
     )
 
 
-@contextmanager
-def _adapted(model: nn.Module) -> Iterator[None]:
-    """Inside, the layers of a model that has adapters return what those make of their outputs."""
+def _adapted(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
+    """A forward in which layers return what their adapters make of their outputs."""
+    del sample
     lora = lora_of(model)
     if lora.merged and torch.is_grad_enabled():
         raise CaptureError(
@@ -129,7 +129,7 @@ def _adapted(model: nn.Module) -> Iterator[None]:
         )
     names = () if lora.merged else lora.names
     with after_calls(model, {name: lora.get_submodule(name) for name in names}):
-        yield
+        return forward()
 
 
 def lora_of(model: nn.Module) -> Lora:

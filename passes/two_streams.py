@@ -13,8 +13,9 @@ beta 1 the reversible one. Undoing a block divides by beta, so that a small one 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from memplan.analysis import Residuals
 from memplan.passing import Change, Effect, ModelContext, Pass
+
+if TYPE_CHECKING:
+    from memplan.sample import Sample
 
 _NAME = "make_reversible"
 
@@ -53,9 +57,12 @@ def _change(alpha: float, beta: float, model: nn.Module, context: ModelContext) 
     return Change(around=partial(_two_streams, alpha, beta))
 
 
-def _two_streams(alpha: float, beta: float, model: nn.Module) -> _TwoStreams:
-    del model
-    return _TwoStreams(alpha, beta)
+def _two_streams(
+    alpha: float, beta: float, model: nn.Module, sample: Sample, forward: Callable[[], Any]
+) -> Any:
+    del model, sample
+    with _TwoStreams(alpha, beta):
+        return forward()
 
 
 class _TwoStreams(Residuals):

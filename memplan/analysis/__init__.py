@@ -1,6 +1,7 @@
 """What several passes look for in a graph."""
 
 from memplan.analysis.couplings import SUMS, Chain, Coupling, Couplings, find_couplings
+from memplan.analysis.cuts import Cut, balanced, find_cuts
 from memplan.analysis.memory import backward_readers, given_memory, memory_of, views_of
 from memplan.analysis.operands import can_drop, drop, operand_memory
 from memplan.analysis.residuals import Residuals, last_layers
@@ -23,14 +24,17 @@ __all__ = [
     "Chain",
     "Coupling",
     "Couplings",
+    "Cut",
     "Patterns",
     "Residuals",
     "as_texts",
     "backward_readers",
+    "balanced",
     "called_modules",
     "can_drop",
     "drop",
     "find_couplings",
+    "find_cuts",
     "given_memory",
     "head_of",
     "is_backward",

@@ -62,6 +62,7 @@ class Traced:
         differences: where the step may differ from the untouched module's.
         module_name: the class of the module, for messages.
         existing_gradient_bytes: gradients that were there when it was traced.
+        is_fused: whether ops of the backward run in the forward, in the order of the graph.
     """
 
     joint: Joint
@@ -70,6 +71,7 @@ class Traced:
     differences: tuple[Difference, ...]
     module_name: str
     existing_gradient_bytes: int
+    is_fused: bool = False
 
 
 def trace(

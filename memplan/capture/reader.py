@@ -129,7 +129,7 @@ class _Reader:
             overwritten.update(op.mutates)
 
     def in_order(self) -> Iterable[fx.Node]:
-        """The calls that matter, forward first."""
+        """The calls that matter, forward first unless the step is fused."""
         needed: set[fx.Node] = set()
         stack = [out.value for out in self.joint.outputs if isinstance(out.value, fx.Node)]
         calls = [node for node in self.joint.graph.nodes if node.op == "call_function"]
@@ -140,7 +140,7 @@ class _Reader:
                 needed.add(node)
                 stack.extend(node.all_input_nodes)
         kept = [node for node in calls if node in needed and node.target not in _FREE_TARGETS]
-        return sorted(kept, key=is_backward)
+        return kept if self.traced.is_fused else sorted(kept, key=is_backward)
 
     def call(self, node: fx.Node) -> None:
         """Read one call: an op, or a view of what is there already."""
@@ -259,7 +259,18 @@ class _Reader:
         values = tuple(
             replace(value, role=roles.get(value.id, value.role)) for value in self.values
         )
-        return Program(tuple(self.ops), values, tuple(sorted(held)))
+        return Program(tuple(self.ops), values, tuple(sorted(held)), self.num_fused())
+
+    def num_fused(self) -> int | None:
+        """How many ops a fused step runs in the forward: all before the first accumulation."""
+        if not self.traced.is_fused:
+            return None
+        later = (
+            op.id
+            for op in self.ops
+            if any(self.values[id].role is Role.EXISTING_GRADIENT for id in op.mutates)
+        )
+        return next(later, len(self.ops))
 
 
 def _fills_alike(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,21 +13,21 @@ from memplan.capture.surroundings import unchanged_randomness, without_data_of
 from memplan.sample import Sample
 
 
-def run_without_data(model: nn.Module, sample: Sample) -> None:
-    """Run one forward without data and gradients; where it asks for values, with data.
+def run_without_data(model: nn.Module, sample: Sample, *, with_gradients: bool = False) -> Any:
+    """Run one forward without data; where it asks for values, with data. Returns its output.
 
     The model is as before.
     """
     with (
-        torch.no_grad(),
+        torch.set_grad_enabled(with_gradients),
         unchanged_randomness(),
         unchanged_tensors(model),
         unchanged_attributes(model),
     ):
         try:
             with without_data_of(model, sample) as (given, _):
-                model(*given.args, **given.kwargs)
+                return model(*given.args, **given.kwargs)
         except Exception as error:
             if not is_data_dependent(error):
                 raise
-            model(*sample.args, **sample.kwargs)
+            return model(*sample.args, **sample.kwargs)

@@ -49,11 +49,10 @@ def hoist(
 
 
 def _earliest(problem: Problem, wanted: set[int], time: int) -> int:
-    """The first op before which values can be restored: of the same segment, after all are made."""
-    if time >= problem.num_forward:
-        return problem.num_forward
+    """The first op before which values can be restored: of the same part, after all are made."""
     producers = (problem.program.values[value].producer for value in wanted)
-    return max((producer + 1 for producer in producers if producer is not None), default=0)
+    made = (producer + 1 for producer in producers if producer is not None)
+    return max([problem.part.index(problem.part[time]), *made])
 
 
 def _wanted(problem: Problem, group: list[Call], time: int) -> set[int]:

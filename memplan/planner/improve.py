@@ -81,7 +81,7 @@ def dropped_gaps(problem: Problem, lowered: Lowered) -> dict[Drop, slice]:
             producer = problem.program.values[copy.value].producer
             assert producer is not None, "what is restored was produced"
             previous = end.get(copy.value, runs[producer])
-            crosses = previous.time < problem.num_forward <= copy.made.time
+            crosses = problem.crosses(previous.time, copy.made.time)
             drop = (copy.value, -1 if crosses else copy.made.time)
             gaps[drop] = slice(previous.position + 1, copy.made.position)
         end[copy.value] = copy.uses[-1] if copy.uses else copy.made
@@ -150,8 +150,9 @@ def _some_of(problem: Problem, drops: Sequence[Drop], draw: random.Random) -> se
         share = draw.uniform(0.02, 0.3)
         return {drop for drop in drops if draw.random() < share}
     if kind < 0.8:
-        width = max(4, int(problem.num_forward * draw.uniform(0.03, 0.45)))
-        first = draw.randrange(-width // 2, max(problem.num_forward, 1))
+        end = problem.program.end_of_forward
+        width = max(4, int(end * draw.uniform(0.03, 0.45)))
+        first = draw.randrange(-width // 2, max(end, 1))
         made = {value: problem.program.values[value].producer for value, _ in drops}
         window = range(first, first + width)
         return {drop for drop in drops if made[drop[0]] in window}

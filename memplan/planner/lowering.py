@@ -25,7 +25,8 @@ class Decisions:
     """What is dropped.
 
     Attributes:
-        evicted: values not kept across the boundary: made again at their first need after it.
+        evicted: values not kept where the step turns from forward to backward: made again at
+            their first need after that.
         breaks: pairs (value, t): if captured op ``t`` (or a restore for it) needs the value, and
             it was not made for ``t`` itself, make it again then instead of having held it.
         early: pairs (value, t): if the value is missing when captured op ``t`` is to run, make it
@@ -136,8 +137,12 @@ class Effort:
 
 def keep_everything(problem: Problem) -> Decisions:
     """Keep what the backward reads. What it does not read was never kept."""
+    made = {id: value.producer for id, value in enumerate(problem.program.values)}
     read = {
-        id for op in problem.program.ops[problem.num_forward :] for id in problem.operands[op.id]
+        id
+        for op in problem.program.ops
+        for id in problem.operands[op.id]
+        if (by := made[id]) is not None and problem.crosses(by, op.id)
     }
     return Decisions(frozenset(problem.recovery.keys() - read), frozenset())
 
@@ -166,7 +171,8 @@ class _Sweep:
     def __init__(self, problem: Problem, decisions: Decisions) -> None:
         self.problem = problem
         self.evicted = decisions.evicted
-        self.boundary = problem.num_forward
+        self.part = problem.part
+        self.inverted = problem.inverted
         self.breaks: dict[int, set[int]] = {}
         for value, time in decisions.breaks:
             self.breaks.setdefault(time, set()).add(value)
@@ -196,10 +202,12 @@ class _Sweep:
     def is_there(self, value: int, time: int) -> bool:
         """Whether the current copy of a value serves a need at ``time``; then it is held so far."""
         copy = self.current[value]
-        if copy.time != time and (time >= self.boundary or value not in self.problem.inverted):
+        if copy.time != time and (
+            value not in self.inverted or self.problem.can_come_back(value, time)
+        ):
             dropped = self.breaks.get(time)
             if (dropped is not None and value in dropped) or (
-                copy.time < self.boundary <= time and value in self.evicted
+                self.part[copy.time] < self.part[time] and value in self.evicted
             ):
                 return False
         copy.time = time
@@ -299,8 +307,7 @@ def _account(
         if not is_held:
             delta[copy.uses[-1].position + 1] -= nbytes
     first = first_of_backward(problem, calls)
-    if first < len(calls):
-        delta[first] += problem.tangent_bytes
+    delta[first] += problem.tangent_bytes
     before = np.cumsum(delta[: len(calls)])
     during = np.fromiter((problem.call_bytes[c.op] for c in calls), np.int64, len(calls))
     for call in calls:
@@ -311,9 +318,9 @@ def _account(
 
 
 def first_of_backward(problem: Problem, calls: list[Call]) -> int:
-    """Position of the first call of the backward."""
+    """Position of the first call for an op of the backward."""
     for call in calls:
-        if call.time >= problem.num_forward:
+        if call.time >= problem.program.turn:
             return call.position
     return len(calls)
 

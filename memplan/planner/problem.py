@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import networkx as nx
 
-from memplan.program import Costs, Program, Role
+from memplan.program import Costs, Phase, Program, Role
 from memplan.schedule import Catalog, Recovery
 from memplan.timeline import tangent_bytes
 
@@ -27,12 +28,15 @@ class Problem:
         op_seconds: op id to its time.
         nbytes: value id to its size.
         recovery: value id to its recovery, for values that have one.
-        inverted: values whose recovery reads what the forward makes after them. They are not
-            dropped before the backward.
+        inverted: values whose recovery reads what the forward makes after them, with the captured
+            op that makes the last of that. They are not dropped before the backward, nor before
+            that op.
         producer: kept value to the captured op directly before or after whose run it is prepared.
         prepared_after: ``prepare`` ops that run after the captured op that they are for, whose
             results they read.
         tangent_bytes: bytes that the caller allocates when the backward starts.
+        part: for each captured op, how often the step has turned from forward to backward before
+            it: 0 in a forward and 1 in its backward; a fused step may turn more often.
     """
 
     program: Program
@@ -45,10 +49,24 @@ class Problem:
     op_seconds: dict[int, float]
     nbytes: dict[int, int]
     recovery: dict[int, Recovery]
-    inverted: frozenset[int]
+    inverted: dict[int, int]
     producer: dict[int, int]
     prepared_after: frozenset[int]
     tangent_bytes: int
+    part: tuple[int, ...]
+
+    def crosses(self, before: int, time: int) -> bool:
+        """Whether the step turns from forward to backward between two ops."""
+        return self.part[before] < self.part[time]
+
+    def is_backward(self, time: int) -> bool:
+        """Whether a captured op is not one of the forward, wherever it runs."""
+        return self.program.ops[time].phase is not Phase.FORWARD
+
+    def can_come_back(self, value: int, time: int) -> bool:
+        """Whether what a value is made of again is there when a captured op is to run."""
+        made = self.inverted.get(value)
+        return made is None or (time > made and self.is_backward(time))
 
     def restore_seconds(self, value: int) -> float:
         """Time of the restore of a value, and of what prepares it."""
@@ -67,7 +85,7 @@ class Problem:
 
     @property
     def num_forward(self) -> int:
-        """Number of captured ops of the forward."""
+        """Number of captured ops that run in the forward."""
         return self.program.num_forward
 
 
@@ -106,9 +124,12 @@ def make_problem(
                 continue
             if current is None or rank(recovery) < rank(current):
                 chosen[id] = recovery
-    inverted: frozenset[int] = frozenset()
+    inverted: dict[int, int] = {}
     if is_inverting:
-        inverted = _invert(program, inverting, anchors, chosen)
+        inverted = {
+            id: max(_later_sources(program, chosen[id]).values())
+            for id in sorted(_invert(program, inverting, anchors, chosen))
+        }
     producer: dict[int, int] = {}
     for recovery in recoveries:
         for kept in recovery.keeps:
@@ -137,6 +158,7 @@ def make_problem(
             r.prepare.id for r in recoveries if r.prepare is not None and r.prepare.operands
         ),
         tangent_bytes=tangent_bytes(program),
+        part=_parts(program),
     )
 
 
@@ -169,24 +191,30 @@ def make_problems(
     return tuple(families)
 
 
+def _parts(program: Program) -> tuple[int, ...]:
+    is_backward = [op.phase is not Phase.FORWARD for op in program.ops]
+    turns = (now and not before for before, now in pairwise([False, *is_backward]))
+    return tuple(accumulate(turns, initial=0))[1:]
+
+
 def inverts(program: Program, recovery: Recovery) -> bool:
     """Whether a recovery reads what was computed from what it restores."""
     return bool(_later_sources(program, recovery))
 
 
-def _later_sources(program: Program, recovery: Recovery) -> frozenset[int]:
-    """What a recovery reads and an op made that itself reads what is restored."""
+def _later_sources(program: Program, recovery: Recovery) -> dict[int, int]:
+    """What a recovery reads and an op made that itself reads what is restored; and those ops."""
     restored = set(recovery.restores)
     made = {
         id: program.values[id].producer
         for id in recovery.restore.operands
         if id < len(program.values)
     }
-    return frozenset(
-        id
+    return {
+        id: producer
         for id, producer in made.items()
         if producer is not None and restored.intersection(program.ops[producer].operands)
-    )
+    }
 
 
 def _invert(

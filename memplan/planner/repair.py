@@ -62,7 +62,7 @@ class Candidate:
     Attributes:
         value: what is dropped.
         time: captured op for which it is made again.
-        crosses: whether the gap spans the boundary.
+        crosses: whether the step turns from forward to backward in the gap.
         start: first position at which the bytes are free.
         stop: position of the next use.
         score: seconds per byte and position of excess, weighed.
@@ -212,7 +212,7 @@ class _Gaps:
             for use in copy.uses:
                 start, stop = previous.position + 1, use.position
                 covered = area[stop] - area[start] if stop > start else 0
-                is_dropped = copy.value not in problem.inverted or use.time >= problem.num_forward
+                is_dropped = problem.can_come_back(copy.value, use.time)
                 if covered > 0 and use.time > previous.time and is_dropped:
                     for candidate in self.drops(copy.value, previous, use, covered):
                         self.least_score = min(self.least_score, candidate.score)
@@ -237,7 +237,7 @@ class _Gaps:
             return Candidate(
                 value=value,
                 time=use.time,
-                crosses=previous.time < problem.num_forward <= use.time,
+                crosses=problem.crosses(previous.time, use.time),
                 start=previous.position + 1,
                 stop=stop,
                 score=weight * seconds / saved,

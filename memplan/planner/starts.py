@@ -71,16 +71,16 @@ def _inside(problem: Problem) -> _Inside:
     sources = {
         value: problem.operands[recovery.restore.id] for value, recovery in problem.recovery.items()
     }
-    backward = problem.program.ops[problem.num_forward :]
+    ops = problem.program.ops
     first_read: dict[int, int] = {}
-    for op in reversed(backward):
+    for op in reversed([op for op in ops if problem.is_backward(op.id)]):
         first_read.update(dict.fromkeys(problem.operands[op.id], op.id))
     needed = _closure(first_read, lambda value: sources.get(value, ()))
-    undone = sorted(problem.inverted & needed, reverse=True)
+    undone = sorted(problem.inverted.keys() & needed, reverse=True)
     streams = {id for value in undone for id in sources[value] if id not in problem.recovery}
-    streams |= problem.inverted
+    streams |= problem.inverted.keys()
     depends = set(streams)
-    for op in problem.program.ops[: problem.num_forward]:
+    for op in (op for op in ops if not problem.is_backward(op.id)):
         if not depends.isdisjoint(problem.operands[op.id]):
             depends.update(op.results)
     found = _Inside({}, {})

@@ -156,7 +156,7 @@ class Windows:
 
     def _fixed(self, op: int, time: int) -> int:
         """Bytes that a call takes besides what is alive."""
-        is_backward = time >= self.problem.num_forward
+        is_backward = time >= self.problem.program.turn
         return self.problem.call_bytes[op] + is_backward * self.problem.tangent_bytes
 
     def restore_once(self) -> None:

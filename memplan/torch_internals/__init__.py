@@ -7,6 +7,7 @@ from memplan.torch_internals.backward import (
     backward_keeps_graph,
     exchanges_gradients,
     has_gradient_hooks,
+    order_of_making,
     received_from_one_node,
 )
 from memplan.torch_internals.events import (
@@ -129,6 +130,7 @@ __all__ = [
     "map_leaves",
     "mark",
     "note",
+    "order_of_making",
     "peak_requested_bytes",
     "phase",
     "questions_about_tracing",

@@ -43,6 +43,11 @@ def received_from_one_node() -> frozenset[int]:
     return frozenset(id(node.variable) for node in leaves)
 
 
+def order_of_making(node: Any) -> int:
+    """A number that grows with each node of autograd's graph of this thread (torch 2.13.0)."""
+    return int(node._sequence_nr())
+
+
 def _roots() -> Sequence[Any]:
     """Nodes that the running backward started from, if it is to accumulate into all leaves."""
     frame = next(_engine_frames(sys._getframe()), None)

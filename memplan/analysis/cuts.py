@@ -1,0 +1,258 @@
+"""Where a forward can be cut: after which modules all that follows depends on their output alone.
+
+Looked up in autograd's graph of one forward: behind the output of such a module, no other path
+leads back to what was computed before it. What lies between two of them is a block, whatever the
+model's code looks like.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.errors import MemplanError
+from memplan.torch_internals import flatten, order_of_making, storage_key
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place where the forward can be cut.
+
+    Attributes:
+        name: FQN of the module after whose call it is.
+        saved_bytes: what the forward has kept for the backward until then.
+        example: the first tensor that the module returns, without data.
+        ties: parameters that are used before it and after it.
+        is_member: whether the module is one of several of a type in a list of modules.
+    """
+
+    name: str
+    saved_bytes: int
+    example: torch.Tensor
+    ties: tuple[str, ...]
+    is_member: bool
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What was found of one forward.
+
+    Attributes:
+        cuts: in the order of the forward; modules without parameters make none.
+        saved_bytes: what the whole forward has kept.
+        outputs: by FQN of the modules called once, what they returned.
+        first_input: the first tensor that the model was called with; None if there is none.
+        device: where the loss is.
+        blocked: of the modules after which it cannot be cut, why not.
+    """
+
+    cuts: tuple[Cut, ...]
+    saved_bytes: int
+    outputs: Mapping[str, object]
+    first_input: torch.Tensor | None
+    device: torch.device
+    blocked: Mapping[str, str]
+
+    @property
+    def blocks(self) -> tuple[Cut, ...]:
+        """Cuts after blocks: modules of a type in a list of them, or all if there are none such.
+
+        There is none after the last block, whose part goes on to the loss.
+        """
+        members = tuple(cut for cut in self.cuts if cut.is_member)
+        return (members or self.cuts)[:-1]
+
+
+@dataclass
+class _Call:
+    """One call of a module."""
+
+    name: str
+    output: object
+    end: frozenset[Any]
+    saved_bytes: int
+
+
+@dataclass
+class _Watch:
+    """What a forward calls, and what it has kept so far."""
+
+    calls: list[_Call] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
+    held: list[object] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+    saved_bytes: int = 0
+    first_input: torch.Tensor | None = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note what stands for parameters and inputs in this forward."""
+        self.first_input = next(_tensors((args, dict(kwargs))), None)
+        for name, parameter in module.named_parameters():
+            self.names[id(parameter)] = name
+            self.seen.add(storage_key(parameter))
+            self.held.append(parameter)
+
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count what autograd keeps; each memory once, and no parameters."""
+        key = storage_key(tensor)
+        if key not in self.seen:
+            self.seen.add(key)
+            self.held.append(tensor)
+            self.saved_bytes += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def end(self, name: str, output: object) -> None:
+        """Note a call."""
+        # now: an operation in place would give the output another node
+        self.calls.append(_Call(name, output, _nodes(_tensors(output)), self.saved_bytes))
+
+
+def find_cuts(model: nn.Module, forward: Callable[[], object]) -> Chain:
+    """The places where a model's forward can be cut, in its order.
+
+    Args:
+        model: whose modules.
+        forward: calls it once, with gradients, and returns its output.
+
+    Raises:
+        MemplanError: if the output holds no loss.
+    """
+    watch = _Watch()
+    handles = [model.register_forward_pre_hook(watch.begin, with_kwargs=True)]
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_hook(_ending(watch, name)))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor):
+            output = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    losses = [one for one in _tensors(output) if one.numel() == 1 and one.grad_fn is not None]
+    if len(losses) != 1:
+        raise MemplanError(
+            f"local learning needs a model that returns its loss, and {type(model).__name__} "
+            f"returns {len(losses) or 'no'} scalars: memplan.WithLoss(model, loss_fn) adds one"
+        )
+    cuts, blocked = _cuts(model, watch, _nodes(losses))
+    once = [call for call in watch.calls if [c.name for c in watch.calls].count(call.name) == 1]
+    outputs = {call.name: call.output for call in once}
+    return Chain(
+        cuts=tuple(cuts),
+        saved_bytes=watch.saved_bytes,
+        outputs=outputs,
+        first_input=watch.first_input,
+        device=losses[0].device,
+        blocked=blocked,
+    )
+
+
+def _ending(watch: _Watch, name: str) -> Callable[..., None]:
+    return lambda module, args, output: watch.end(name, output)
+
+
+def _cuts(
+    model: nn.Module, watch: _Watch, losses: frozenset[Any]
+) -> tuple[list[Cut], dict[str, str]]:
+    members = _members(model)
+    called = [call.name for call in watch.calls]
+    cuts: dict[frozenset[Any], Cut] = {}
+    blocked: dict[str, str] = {}
+    for call in watch.calls:
+        end, is_member = call.end, call.name in members
+        has_parameters = next(model.get_submodule(call.name).parameters(), None) is not None
+        if not (has_parameters or is_member) or (end in cuts and not is_member):
+            continue
+        if called.count(call.name) > 1:
+            blocked[call.name] = "it is called more than once"
+        elif not end:
+            blocked[call.name] = "no gradient goes back through what it returns"
+        elif (ties := _ties(losses, end, watch.names)) is None:
+            blocked[call.name] = "what follows also depends on what was computed before its end"
+        else:
+            if not has_parameters:
+                if not cuts or not next(reversed(cuts.values())).is_member:
+                    continue
+                cuts.popitem()  # an activation belongs to the block before it
+            example = next(_tensors(call.output)).detach()
+            cuts[end] = Cut(call.name, call.saved_bytes, example, ties, is_member)
+    return list(cuts.values()), blocked
+
+
+def _members(model: nn.Module) -> frozenset[str]:
+    """FQNs of modules in lists of modules, of which there are several of a type."""
+    found = set()
+    for name, holder in model.named_modules():
+        if isinstance(holder, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            kinds = Counter(type(child) for child in holder.children())
+            alike = (child for child, one in holder.named_children() if kinds[type(one)] > 1)
+            found |= {f"{name}.{child}" if name else child for child in alike}
+    return frozenset(found)
+
+
+def _ties(
+    losses: frozenset[Any], end: frozenset[Any], names: Mapping[int, str]
+) -> tuple[str, ...] | None:
+    """Names of what is used before an end and after it; None if the end cuts nothing off."""
+    after = _reached(losses, without=end)
+    if not end <= _reached(losses, without=frozenset()):
+        return None
+    first = min(map(order_of_making, end))
+    if any(node.next_functions and order_of_making(node) < first for node in after):
+        return None
+    common = after & _reached(end, without=frozenset())
+    leaves = [node for node in common if not node.next_functions]
+    return tuple(sorted(names.get(id(node.variable), "an input") for node in leaves))
+
+
+def _reached(start: Iterable[Any], *, without: frozenset[Any]) -> frozenset[Any]:
+    """Nodes of autograd's graph from some on, towards the leaves."""
+    seen = set(start) - without
+    stack = list(seen)
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and node not in seen and node not in without:
+                seen.add(node)
+                stack.append(node)
+    return frozenset(seen)
+
+
+def _nodes(tensors: Iterable[torch.Tensor]) -> frozenset[Any]:
+    return frozenset(one.grad_fn for one in tensors if one.grad_fn is not None)
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    leaves, _ = flatten(value)
+    yield from (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def balanced(cuts: Sequence[Cut], total_bytes: int, parts: int) -> tuple[Cut, ...]:
+    """The cuts that make a number of parts whose largest keeps the fewest bytes."""
+    ends = [cut.saved_bytes for cut in cuts]
+
+    def largest(before: tuple[int, int, tuple[int, ...]], size: int) -> tuple[int, int]:
+        return max(before[0], size), before[1] + size * size
+
+    # by number of cuts so far and last cut: the largest part, the sum of squares, and the cuts
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {-1: (0, 0, ())}
+    for _ in range(parts - 1):
+        longer: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        for place, end in enumerate(ends):
+            found = [
+                (*largest(before, end - (ends[last] if last >= 0 else 0)), (*before[2], place))
+                for last, before in best.items()
+                if last < place
+            ]
+            if found:
+                longer[place] = min(found)
+        best = longer
+    whole = [
+        (*largest(before, total_bytes - (ends[last] if last >= 0 else 0)), before[2])
+        for last, before in best.items()
+    ]
+    return tuple(cuts[place] for place in min(whole)[2])
