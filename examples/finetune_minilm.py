@@ -38,7 +38,7 @@ from models.minilm import TOPICS, Split, Texts, TopicClassifier, load_texts
 
 FULL, BIASES, LORA, LORA_BUDGET = METHODS = ("full", "biases", "lora", "lora-budget")
 
-LEARNING_RATES = {FULL: 3e-4, BIASES: 1e-2, LORA: 3e-3, LORA_BUDGET: 3e-3}
+LEARNING_RATES = {FULL: 1e-4, BIASES: 1e-2, LORA: 1e-3, LORA_BUDGET: 1e-3}
 """The best of ``GRID`` for each on the validation texts; see ``--tune``."""
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -68,7 +68,7 @@ class Settings:
         seed: of new weights, of dropout and of the order of the texts.
     """
 
-    rank: int = 16
+    rank: int = 32
     budget: str = "30%"
     num_layers: int = 6
     num_tokens: int = 32

@@ -30,8 +30,10 @@ from torch import nn
 import memplan
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from models.blocks import ResNet
 from models.digits import Digits, load_digits, one_batch
+from pages import put
 
 PARTS = (1, 2, 4, 8)
 """What is compared; one part is trained in eager."""
@@ -227,14 +229,6 @@ def parser() -> ArgumentParser:
     made.add_argument("--figure", type=Path, default=DOCS / "local_learning.png")
     made.add_argument("--json", type=Path, help="write the numbers here")
     return made
-
-
-def put(page: Path, mark: str, markdown: str) -> None:
-    """Replace what stands on a page between a mark and the next end."""
-    before, found, rest = page.read_text().partition(f"<!-- table: {mark} -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    assert found and end, f"{page} has no marks for {mark}"
-    page.write_text(f"{before}{found}{markdown}\n{end}{after}")
 
 
 def main() -> None:

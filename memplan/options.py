@@ -39,6 +39,7 @@ class Options:
             models with losses of their own inside, whose gradients do not meet: a part's
             activations are free before the next part runs. The gradient that arrives must be a
             power of two; a second forward before the backward, and ``retain_graph``, are refused.
+            The backward of the user's own autograd functions must be linear.
     """
 
     device: str | None = None

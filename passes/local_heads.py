@@ -15,8 +15,8 @@ from memplan.with_loss import WithLoss
 if TYPE_CHECKING:
     from memplan.sample import Sample
 
-HeadKind = Literal["linear", "conv"]
-HEADS: Final = ("linear", "conv")
+HeadKind = Literal["linear", "conv", "masked_image"]
+HEADS: Final = ("linear", "conv", "masked_image")
 Head: TypeAlias = Callable[[torch.Tensor, int], Callable[..., torch.Tensor]]
 """Takes a part's output without data, and its number; makes what computes the part's loss."""
 
@@ -106,8 +106,8 @@ def local_loss(
             "pass memplan.WithLoss(model, loss_fn), with a model that returns one tensor; or a "
             "callable as head"
         )
-    make = {"linear": _linear, "conv": _conv}[head]
-    return Supervised(make(example, predicted).to(example.device), model.loss_fn)
+    layers = _conv(example, predicted) if head == "conv" else _linear(example, predicted)
+    return Supervised(layers.to(example.device), model.loss_fn)
 
 
 def reconstructing(

@@ -32,6 +32,7 @@ from memplan.passes.local_heads import (
     local_loss,
     reconstructing,
 )
+from memplan.passes.masked_images import MaskedImage
 from memplan.passing import Change, Effect, ModelContext, Pass
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def learn_locally(
     *,
     weights: Sequence[float] = (1.0, 1.0),
     reconstruction: float = 0.0,
+    mask_ratio: float = 0.75,
 ) -> Pass:
     """Train parts of a model one after the other, each by a loss of its own.
 
@@ -61,14 +63,16 @@ def learn_locally(
             "fit": the fewest with which the budget can be kept.
         head: "linear": pooled, and one linear layer (for tokens, one for each of them); "conv": a
             small convolutional one. Both predict what the model predicts, and need a model made
-            by ``memplan.WithLoss``. Or a callable that takes a part's output, as an example
-            without data, and the part's number, and returns a function or module: of the output
-            and what the model is called with, to a scalar.
+            by ``memplan.WithLoss``. "masked_image": a light decoder for a masked autoencoder (BIM)
+            that is called with images and noise. Or a callable that takes a part's output, as an
+            example without data, and the part's number, and returns a function or module: of the
+            output and what the model is called with, to a scalar.
         at: cut after these modules instead (names, globs or types).
         weights: of the first head's loss and of the last's; linear between. The model's own
             loss has weight 1.
         reconstruction: weight of the first part's error in reconstructing the input (an image),
             from which it falls to zero at the model's own loss.
+        mask_ratio: for "masked_image": the share of the patches that the model hides.
 
     Returns:
         A pass of effect ``APPROXIMATE``: early parts do not learn what later ones would need.
@@ -82,6 +86,8 @@ def learn_locally(
         raise MemplanError(
             f"head is one of {', '.join(HEADS)}, or a callable that makes a loss, got {head!r}"
         )
+    if not 0 < mask_ratio < 1:
+        raise MemplanError(f"mask_ratio is a share between 0 and 1, got {mask_ratio!r}")
     if len(weights) != 2 or min(weights) < 0:
         raise MemplanError(f"weights are the first head's and the last's, got {weights!r}")
     settings = _Settings(
@@ -90,6 +96,7 @@ def learn_locally(
         as_texts(at),
         (float(weights[0]), float(weights[1])),
         float(reconstruction),
+        float(mask_ratio),
     )
     if blocks == "fit":
         return Pass(
@@ -109,6 +116,7 @@ class _Settings:
     at: tuple[str, ...]
     weights: tuple[float, float]
     reconstruction: float
+    mask_ratio: float
 
 
 def _made(settings: _Settings) -> Pass:
@@ -119,6 +127,7 @@ def _made(settings: _Settings) -> Pass:
         "at": list(settings.at),
         "weights": list(settings.weights),
         "reconstruction": settings.reconstruction,
+        "mask_ratio": settings.mask_ratio,
     }
     return Pass(
         "learn_locally",
@@ -149,11 +158,13 @@ def _loss(
     settings: _Settings, model: nn.Module, chain: Chain, cuts: Sequence[Cut], number: int
 ) -> LocalLoss:
     example = cuts[number].example
+    if settings.head == "masked_image":
+        return MaskedImage(example, chain.inputs, settings.mask_ratio).to(example.device)
     loss = local_loss(settings.head, model, example, number, chain.outputs.get("model"))
     if not settings.reconstruction:
         return loss
     weight = settings.reconstruction * (1 - number / len(cuts))
-    return reconstructing(loss, example, chain.first_input, weight)
+    return reconstructing(loss, example, chain.inputs[0], weight)
 
 
 def _allowed(chain: Chain) -> tuple[Cut, ...]:

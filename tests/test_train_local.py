@@ -1,4 +1,4 @@
-"""The example that trains a ResNet in parts."""
+"""The examples that train a ResNet in parts, and an autoencoder in blocks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("mlxtend")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import pretrain_bim
 import train_local
 from train_local import Settings
 
@@ -52,3 +53,29 @@ def test_a_table_and_a_figure(monkeypatch, tmp_path, digits):
     peaks = [row["peak_bytes"] - row["resident_bytes"] for row in rows]
     assert peaks == sorted(peaks, reverse=True) and figure.stat().st_size > 1000
     assert text.count("\n| ") == 1 + len(rows)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_pretraining_and_probes(blocks, digits, capsys):
+    settings = pretrain_bim.Settings(blocks=blocks, depth=4, width=16, batch_size=32, epochs=3)
+    row = pretrain_bim.run(settings, *digits)
+    epochs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    losses = [
+        [float(x) for x in line.split("losses ")[1].split("  ")[0].split()] for line in epochs
+    ]
+    assert [len(one) for one in losses] == [blocks] * 3
+    assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))
+    assert list(row["accuracies"]) == ["0", "1", "2", "3", "4"]
+    assert all(0.1 < share <= 1 for share in row["accuracies"].values())
+
+
+def test_a_table_of_both_ways(monkeypatch, tmp_path, digits):
+    page, figure = tmp_path / "a.md", tmp_path / "a.png"
+    page.write_text("before\n<!-- table: masked images -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(pretrain_bim, "load_digits", lambda: digits)
+    command = f"x --table --seeds 2 --rounds 1 --epochs 1 --width 16 --depth 4 --document {page}"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--figure", str(figure)])
+    pretrain_bim.main()
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["end to end", "4 blocks"]
+    assert figure.stat().st_size > 1000

