@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from memplan.errors import MemplanError
 from memplan.torch_internals import OwnHook, flatten, unflatten
 
 After: TypeAlias = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -50,9 +51,16 @@ def after_calls(model: nn.Module, functions: Mapping[str, After]) -> Iterator[No
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """The first tensor among what a layer returns."""
+    """The first tensor among what a layer returns that a gradient goes back through.
+
+    Raises:
+        MemplanError: if there is none.
+    """
     leaves, _ = flatten(output)
-    return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            return leaf
+    raise MemplanError("no gradient goes back through what a block returns: nothing trains it")
 
 
 def detached(output: Any) -> Any:
@@ -70,7 +78,7 @@ def with_loss(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> An
 
 
 def _is_loss(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.numel() == 1 and leaf.requires_grad
+    return isinstance(leaf, torch.Tensor) and not leaf.dim() and leaf.requires_grad
 
 
 class _Hook(OwnHook):

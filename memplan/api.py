@@ -18,7 +18,6 @@ from memplan.collector import paused_collector
 from memplan.drift import Guard, rounded
 from memplan.emit import emit
 from memplan.errors import MemplanError
-from memplan.finished import Finished
 from memplan.fitting import fitted
 from memplan.module import PlannedModule
 from memplan.options import Options
@@ -185,7 +184,7 @@ def _emitted(prepared: Prepared, chosen: Plan, request: Request) -> PlannedStep:
             reference=partial(exact_schedule, prepared, chosen),
             is_fixed=request.plan is not None,
         )
-    finished = Finished() if request.options.fused else None
+    finished = request.finished if request.options.fused else None
     step = PlannedStep(
         captured,
         recoveries,

@@ -95,12 +95,14 @@ class Changed:
         modules: the children that it has besides the original's.
         required_grad: which of the original's parameters required a gradient before.
         is_another: whether it computes something else without gradients, too.
+        frozen: the original's parameters that required a gradient, and that passes do not train.
     """
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
     required_grad: Mapping[str, bool]
     is_another: bool = False
+    frozen: frozenset[str] = frozenset()
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
@@ -160,12 +162,13 @@ def changing(
     gradients = {name: parameter.grad for name, parameter in named.items()}
     trained = _trained(model, changes)
     try:
-        for name in {name for name, required in before.items() if required} - trained:
+        frozen = frozenset(name for name, required in before.items() if required) - trained
+        for name in frozen:
             named[name].requires_grad_(False)
             named[name].grad = None
         if any(before.values()) and not any(one.requires_grad for one in changed.parameters()):
             raise MemplanError("the passes freeze every parameter; nothing is left to train")
-        yield Changed(changed, modules, before, is_another)
+        yield Changed(changed, modules, before, is_another, frozen)
     except BaseException:
         _put_back(named, before, gradients)
         raise

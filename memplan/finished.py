@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from memplan.errors import PlanMismatch
 from memplan.torch_internals import backward_keeps_graph
 
-_CHUNK = 1 << 16
-"""Elements that are scaled at once, so that checking them takes next to no memory."""
+_MOST, _FEWEST = 1 << 16, 1 << 8
+"""Elements that are scaled at once."""
+
+_SCRATCH = 4
+"""What scaling an element takes, in elements."""
 
 
 class Pending:
@@ -20,30 +24,33 @@ class Pending:
 
 
 class Finished:
-    """Whether gradients of a forward are waiting."""
+    """Whether gradients of a forward of a planned module are waiting."""
 
     def __init__(self) -> None:
         self._pending: weakref.ref[Pending] | None = None
+        self._lock = threading.Lock()
 
     def begin(self) -> Pending:
-        """A forward has finished its gradients."""
-        pending = Pending()
-        self._pending = weakref.ref(pending)
-        return pending
-
-    def check_none_pending(self) -> None:
-        """Refuse a forward while the gradients of another are waiting.
+        """A forward begins; its gradients wait as long as what is returned lives.
 
         Raises:
-            PlanMismatch: if so.
+            PlanMismatch: if those of another are waiting.
         """
-        if self._pending is not None and self._pending() is not None:
-            raise PlanMismatch(
-                "a second forward of a fused step before the backward of the first, whose "
-                "gradients are still held: call backward() on its loss, or drop the loss (del "
-                "loss); run what is only evaluated under torch.no_grad(). Steps are fused by "
-                "Options(fused=True) and by learn_locally."
-            )
+        with self._lock:
+            if self._pending is not None and self._pending() is not None:
+                raise PlanMismatch(
+                    "a second forward of a fused step before the backward of the first, whose "
+                    "gradients are still held: call backward() on its loss, or drop the loss (del "
+                    "loss); run what is only evaluated under torch.no_grad(). Steps are fused by "
+                    "Options(fused=True) and by learn_locally."
+                )
+            pending = Pending()
+            self._pending = weakref.ref(pending)
+            return pending
+
+    def __reduce__(self) -> tuple[type[Finished], tuple[()]]:
+        """Copies have nothing waiting."""
+        return type(self), ()
 
 
 def check_not_retained() -> None:
@@ -59,15 +66,20 @@ def check_not_retained() -> None:
         )
 
 
-def scale(gradients: Iterable[torch.Tensor], factor: torch.Tensor) -> None:
+def scale(
+    gradients: Sequence[torch.Tensor], factor: torch.Tensor, room_bytes: int, needs_one: str = ""
+) -> None:
     """Multiply finished gradients, in place, by what arrives at the loss.
 
-    A power of two gives the bits that a backward from it would give, as long as nothing
-    overflows or underflows; any other factor would round at other places.
+    A power of two gives the bits that a backward from it would give, as long as nothing overflows
+    or underflows; any other factor would round at other places. What is infinite or no number
+    already stays so. Nothing is changed if anything is refused.
 
     Args:
         gradients: of any shapes.
         factor: one element.
+        room_bytes: that scaling may take.
+        needs_one: why the factor must be one; or "".
 
     Raises:
         PlanMismatch: if the bits would be others.
@@ -75,6 +87,12 @@ def scale(gradients: Iterable[torch.Tensor], factor: torch.Tensor) -> None:
     number = float(factor)
     if number == 1.0:
         return
+    if needs_one:
+        raise PlanMismatch(
+            f"the gradient that arrives at the loss of a fused step is {number:g}, and must be one "
+            f"here: {needs_one}. Scale the learning rate instead of the loss. Steps are fused by "
+            "Options(fused=True) and by learn_locally."
+        )
     if not math.isfinite(number) or math.frexp(abs(number))[0] != 0.5:
         raise PlanMismatch(
             f"the gradient that arrives at the loss of a fused step is {number:g}; it must be a "
@@ -83,23 +101,24 @@ def scale(gradients: Iterable[torch.Tensor], factor: torch.Tensor) -> None:
             "instead. Steps are fused by Options(fused=True) and by learn_locally."
         )
     for gradient in gradients:
-        _scale_one(gradient, number)
+        for chunk in _chunks(gradient, room_bytes):
+            is_same = (chunk * number).div_(number) == chunk
+            # zero, what is infinite and what is no number stay as they are
+            is_same.logical_or_(chunk == 0).logical_or_(chunk.isfinite().logical_not_())
+            if not bool(is_same.all()):
+                raise PlanMismatch(
+                    f"a finished gradient times {number:g}, which arrives at the loss of a fused "
+                    "step, overflows or underflows; use another scale"
+                )
+    for gradient in gradients:
+        gradient.mul_(number)
 
 
-def _scale_one(gradient: torch.Tensor, number: float) -> None:
-    for chunk in _chunks(gradient):
-        scaled = chunk * number
-        if not torch.equal(scaled / number, chunk):
-            raise PlanMismatch(
-                f"a finished gradient times {number:g}, which arrives at the loss of a fused step, "
-                "overflows or underflows, or is no number; use another scale"
-            )
-        chunk.copy_(scaled)
-
-
-def _chunks(gradient: torch.Tensor) -> Iterator[torch.Tensor]:
+def _chunks(gradient: torch.Tensor, room_bytes: int) -> Iterator[torch.Tensor]:
     """Views of all elements, in the order in which they are stored."""
+    size = room_bytes // (_SCRATCH * gradient.element_size())
+    size = min(max(size, _FEWEST), _MOST)
     by_stride = sorted(range(gradient.dim()), key=gradient.stride, reverse=True)
     flat = gradient.permute(by_stride).view(-1)
-    for start in range(0, len(flat), _CHUNK):
-        yield flat[start : start + _CHUNK]
+    for start in range(0, len(flat), size):
+        yield flat[start : start + size]

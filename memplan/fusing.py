@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from memplan.capture import Early, Traced, fuse, read
+from dataclasses import replace
+
+from memplan.capture import Traced, fuse, needs_one, orders, read
 from memplan.planner import keep_all
 from memplan.program import Costs, OpCost
 from memplan.schedule import Catalog
 from memplan.timeline import simulate
 
 
-def fused(traced: Traced) -> Traced:
-    """All gradients finished in the forward, in the order of the lowest peak.
+def fused(traced: Traced, rewritten: Traced) -> Traced:
+    """A step with all gradients finished in the forward, in the order of the lowest peak.
 
     In captured order, unless running parts of the backward early needs less: a model with several
     losses whose gradients do not meet, such as local learning.
 
+    Args:
+        traced: the step as it was captured.
+        rewritten: what passes made of it.
+
     Raises:
         CaptureError: if the module returns no loss.
     """
-    orders = [fuse(traced, early) for early in (Early.NONE, Early.FINISHING, Early.ALL)]
-    return min(orders, key=_peak_bytes)
+    why = needs_one(traced)
+    found = [fuse(rewritten, early) for early in orders(rewritten)]
+    return replace(min(found, key=_peak_bytes), needs_one=why)
 
 
 def _peak_bytes(traced: Traced) -> int:

@@ -204,8 +204,11 @@ class PlannedModule(nn.Module):
                 "alone is another model: merge adapters first (memplan.passes.merge_lora(planned) "
                 "returns the original), or save planned.state_dict()"
             )
-        with self.changed.as_before():
-            return copy.deepcopy(self.original)
+        exported = copy.deepcopy(self.original)
+        for name, parameter in exported.named_parameters():
+            if name in self.changed.frozen:
+                parameter.requires_grad_(True)
+        return exported
 
     def train(self, mode: bool = True) -> PlannedModule:
         """Set the mode here and in the original."""

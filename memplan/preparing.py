@@ -145,5 +145,5 @@ def _rewritten(traced: Traced, request: Request) -> Traced:
     rewrites = [one.rewrite_joint for one in request.passes if one.rewrite_joint is not None]
     rewritten = rewrite(traced, rewrites)
     if request.options.fused:
-        return fused(rewritten)
+        return fused(traced, rewritten)
     return rewritten if request.in_backward is None else update_in_backward(rewritten)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memplan.errors import MemplanError, PlanMismatch
+from memplan.finished import Finished
 from memplan.module import PlannedModule
 from memplan.options import Options
 from memplan.passing import Pass
@@ -32,6 +33,7 @@ class Request:
             makes one, or None.
         optimizer: the optimizer itself, once it is known what is trained.
         in_backward: what updates parameters in the backward, or None.
+        finished: whether gradients of a fused step are waiting, whatever its signature.
     """
 
     budget: Budget | None = None
@@ -42,6 +44,7 @@ class Request:
     given_optimizer: object = None
     optimizer: Optimizer | None = None
     in_backward: InBackward | None = None
+    finished: Finished = field(default_factory=Finished, compare=False)
 
     def __post_init__(self) -> None:
         if self.options.update_in_backward and self.options.fused:
@@ -128,5 +131,5 @@ def _recorded(record: PassRecord) -> Pass:
         raise PlanMismatch(f"the plan uses the pass {record.name!r}; there is {sorted(PASSES)}")
     try:
         return PASSES[record.name](**record.arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MemplanError) as error:
         raise PlanMismatch(f"the plan's pass {record.name!r} cannot be made: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,14 @@ import torch
 from memplan.capture import Captured, Primal
 from memplan.emit import Emitted
 from memplan.errors import CaptureError, PlanMismatch
-from memplan.finished import Finished, check_not_retained, scale
+from memplan.finished import Finished, Pending, check_not_retained, scale
 from memplan.plan import Plan
 from memplan.predicting import predicted_trace
 from memplan.program import Costs
 from memplan.sample import Sample
 from memplan.schedule import Catalog, Recovery
 from memplan.signature import State
+from memplan.timeline import simulate, tangent_bytes
 from memplan.torch_internals import (
     backward_keeps_graph,
     exchanges_gradients,
@@ -48,7 +50,7 @@ class PlannedStep:
         in_backward: what updates parameters in the backward, or None.
         guard: what measures how far copies drift, where any come back by rounding.
         is_settled: whether that was done, and found to be within the tolerance.
-        finished: of a fused step: the gradients that its last forward has finished.
+        finished: of a fused step: whether gradients of an earlier forward are waiting.
     """
 
     captured: Captured
@@ -60,6 +62,17 @@ class PlannedStep:
     guard: Guard | None = None
     is_settled: bool = False
     finished: Finished | None = None
+
+    @cached_property
+    def room_bytes(self) -> int:
+        """What is free of the plan's peak when the backward is called."""
+        program = self.captured.program
+        catalog = Catalog.of(program, self.recoveries)
+        timeline = simulate(program, catalog, self.plan.schedule, self.costs)
+        last = len(self.plan.schedule.forward)
+        before = [moment for moment in timeline.moments if moment.step < last]
+        live = before[-1].live_bytes if before else program.resident_bytes
+        return max(0, self.plan.peak_bytes - live - 2 * tangent_bytes(program))
 
     @property
     def trace(self) -> MemoryTrace:
@@ -76,12 +89,11 @@ class PlannedStep:
 
     def run(self, state: State, sample: Sample) -> Any:
         """Run the forward; what it returns has the structure that the module's output has."""
-        if self.finished is not None:
-            self.finished.check_none_pending()
+        pending = None if self.finished is None else self.finished.begin()
         primals = self.primals(state, sample)
         # What gets no gradient is no input of the node, or autograd would run its hooks.
         differentiable = [primals[position] for position in self.emitted.differentiable]
-        results = _PlannedFunction.apply(self, primals, *differentiable)  # type: ignore[no-untyped-call]
+        results = _PlannedFunction.apply(self, primals, pending, *differentiable)  # type: ignore[no-untyped-call]
         outputs = [
             results[slot] if slot >= 0 else primals[~slot] for slot in self.emitted.output_slots
         ]
@@ -223,7 +235,11 @@ def existing_gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor 
 class _PlannedFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, step: PlannedStep, primals: list[torch.Tensor], *differentiable: torch.Tensor
+        ctx: Any,
+        step: PlannedStep,
+        primals: list[torch.Tensor],
+        pending: Pending | None,
+        *differentiable: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         del differentiable  # these are primals, listed so that autograd sees them
         emitted = step.emitted
@@ -232,7 +248,7 @@ class _PlannedFunction(torch.autograd.Function):
         outputs = results[: emitted.num_outputs]
         ctx.step = step
         ctx.kept = results[emitted.num_outputs :][: emitted.num_saved]
-        ctx.pending = None if step.finished is None else step.finished.begin()
+        ctx.pending = pending
         ctx.accumulated = [primals[position] for position in emitted.accumulated]
         ctx.updated = [primals[position] for position in emitted.updated]
         ctx.set_materialize_grads(False)
@@ -273,7 +289,9 @@ class _PlannedFunction(torch.autograd.Function):
         kept = list(ctx.kept)
         if step.finished is not None:
             check_not_retained()
-            scale((kept[position] for position in step.emitted.finished), tangents[0])
+            gradients_made = [kept[position] for position in step.emitted.finished]
+            scale(gradients_made, tangents[0], step.room_bytes, step.captured.needs_one)
+            del gradients_made
             ctx.pending = None
         if backward_keeps_graph():
             for position in step.emitted.overwritten:
@@ -290,4 +308,4 @@ class _PlannedFunction(torch.autograd.Function):
         results = step.emitted.backward(arguments)
         if step.in_backward is not None:
             step.in_backward.finish()
-        return (None, None, *step.gradients(results, gradients))
+        return (None, None, None, *step.gradients(results, gradients))

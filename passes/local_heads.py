@@ -107,7 +107,7 @@ def local_loss(
             "callable as head"
         )
     layers = _conv(example, predicted) if head == "conv" else _linear(example, predicted)
-    return Supervised(layers.to(example.device), model.loss_fn)
+    return Supervised(like(model, layers), model.loss_fn)
 
 
 def reconstructing(
@@ -131,7 +131,13 @@ def reconstructing(
         nn.ReLU(),
         nn.Conv2d(_DECODER, image.shape[1], 3, padding=1),
     )
-    return Reconstructing(loss, decoder.to(example.device), weight)
+    return Reconstructing(loss, decoder, weight)
+
+
+def like(model: nn.Module, layers: nn.Module) -> nn.Module:
+    """Layers on the device and in the type of a model's first parameter of floating point."""
+    one = next(one for one in model.parameters() if one.is_floating_point())
+    return layers.to(one.device, one.dtype)
 
 
 class Mean(nn.Module):

@@ -28,7 +28,7 @@ from memplan.passes.local_heads import (
     HEADS,
     Head,
     HeadKind,
-    LocalLoss,
+    like,
     local_loss,
     reconstructing,
 )
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from memplan.sample import Sample
 
 _CHILD: Final = "local_losses"
+_OWN: Final = "a callable"
 
 
 def learn_locally(
@@ -82,14 +83,23 @@ def learn_locally(
     """
     if blocks != "fit" and not (isinstance(blocks, int) and blocks >= 1):
         raise MemplanError(f'blocks is a number of at least 1, or "fit", got {blocks!r}')
+    if isinstance(head, str) and head.startswith(_OWN):
+        raise MemplanError(
+            "the plan was made with a head of your own, which is not saved: plan anew, with "
+            "learn_locally(head=...)"
+        )
     if isinstance(head, str) and head not in HEADS:
         raise MemplanError(
             f"head is one of {', '.join(HEADS)}, or a callable that makes a loss, got {head!r}"
         )
     if not 0 < mask_ratio < 1:
         raise MemplanError(f"mask_ratio is a share between 0 and 1, got {mask_ratio!r}")
-    if len(weights) != 2 or min(weights) < 0:
+    if not isinstance(weights, Sequence) or len(weights) != 2 or not min(weights) >= 0:
         raise MemplanError(f"weights are the first head's and the last's, got {weights!r}")
+    if not reconstruction >= 0:
+        raise MemplanError(f"reconstruction is a weight of at least 0, got {reconstruction!r}")
+    if blocks == "fit" and as_texts(at):
+        raise MemplanError('blocks="fit" chooses the cuts, and at= names them: give one of the two')
     settings = _Settings(
         0 if blocks == "fit" else blocks,
         head,
@@ -123,7 +133,7 @@ def _made(settings: _Settings) -> Pass:
     head = settings.head
     arguments: dict[str, object] = {
         "blocks": settings.blocks,
-        "head": head if isinstance(head, str) else f"a callable, {type(head).__name__}",
+        "head": head if isinstance(head, str) else f"{_OWN}, {getattr(head, '__name__', '')}",
         "at": list(settings.at),
         "weights": list(settings.weights),
         "reconstruction": settings.reconstruction,
@@ -156,15 +166,15 @@ def _change(settings: _Settings, model: nn.Module, context: ModelContext) -> Cha
 
 def _loss(
     settings: _Settings, model: nn.Module, chain: Chain, cuts: Sequence[Cut], number: int
-) -> LocalLoss:
+) -> nn.Module:
     example = cuts[number].example
     if settings.head == "masked_image":
-        return MaskedImage(example, chain.inputs, settings.mask_ratio).to(example.device)
+        return like(model, MaskedImage(example, chain.inputs, settings.mask_ratio))
     loss = local_loss(settings.head, model, example, number, chain.outputs.get("model"))
     if not settings.reconstruction:
         return loss
     weight = settings.reconstruction * (1 - number / len(cuts))
-    return reconstructing(loss, example, chain.inputs[0], weight)
+    return like(model, reconstructing(loss, example, chain.inputs[0], weight))
 
 
 def _allowed(chain: Chain) -> tuple[Cut, ...]:
@@ -247,7 +257,7 @@ class LocalLosses(nn.Module):
     def __init__(
         self,
         names: tuple[str, ...],
-        losses: Sequence[LocalLoss],
+        losses: Sequence[nn.Module],
         weights: tuple[float, ...],
         device: torch.device,
     ) -> None:

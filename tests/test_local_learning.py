@@ -526,6 +526,69 @@ def test_inputs_that_are_no_masked_images_are_refused():
         memplan.optimize(model, batch, passes=[learn_locally(2, "masked_image")])
 
 
+class WithMask(nn.Module):
+    """Returns first what no gradient goes back through."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, mask, x):
+        return mask, x + self.layer(x).relu() * mask
+
+
+class Masked(nn.Module):
+    def __init__(self, width=16, num_blocks=4):
+        super().__init__()
+        self.blocks = nn.ModuleList(WithMask(width) for _ in range(num_blocks))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        mask = x > 0
+        for block in self.blocks:
+            mask, x = block(mask, x)
+        return self.head(x)
+
+
+def test_a_part_learns_from_what_a_gradient_goes_back_through():
+    model = memplan.WithLoss(Masked(), cross_entropy)
+    batch = (torch.randn(8, 16), torch.randint(10, (8,)))
+    planned = memplan.optimize(model, batch, passes=[learn_locally(2)])
+    planned(*batch).backward()
+    assert all(parameter.grad is not None for parameter in planned.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_heads_have_the_models_type(dtype):
+    torch.manual_seed(0)
+    model = memplan.WithLoss(Masked().to(dtype), cross_entropy)
+    batch = (torch.randn(8, 16, dtype=dtype), torch.randint(10, (8,)))
+    planned = memplan.optimize(model, batch, passes=[learn_locally(2)])
+    assert {parameter.dtype for parameter in planned.parameters()} == {dtype}
+    planned(*batch).backward()
+
+
+def test_what_the_user_has_frozen_stays_frozen_in_an_export():
+    model, batch = made("resnet")
+    planned = memplan.optimize(model, batch, passes=[freeze("stem"), learn_locally(2)])
+    model.model.head.requires_grad_(False)
+    exported = planned.export()
+    assert not exported.model.head.weight.requires_grad
+    assert exported.model.stem.weight.requires_grad and not model.model.stem.weight.requires_grad
+
+
+def test_a_plan_with_a_head_of_ones_own_is_not_applied_without_it():
+    model, batch = made("resnet")
+
+    def head(example, number):
+        layer = nn.Linear(8, 10)
+        return lambda x, images, labels: cross_entropy(layer(x.mean((2, 3))), labels)
+
+    plan = memplan.plan(model, batch, passes=[learn_locally(1, head)])
+    with pytest.raises(memplan.PlanMismatch, match="head of your own"):
+        memplan.optimize(model, batch, plan=plan)
+
+
 def refused(message):
     return pytest.raises(memplan.MemplanError, match=message)
 
@@ -540,9 +603,11 @@ def test_what_cannot_be_cut_is_refused():
         optimize(learn_locally(10))
     with refused("cannot be cut after 'model.first.0.inside.0'.*what follows also depends"):
         optimize(learn_locally(at="model.first.0.inside.0"))
+    with refused("nothing that is trained follows"):
+        optimize(learn_locally(at="model.head"))
     with refused("matches nothing"):
         optimize(learn_locally(at="third"))
-    with refused("returns its loss, and ResNet returns no scalars.*WithLoss"):
+    with refused("returns its loss, one scalar, and ResNet returns no scalars.*WithLoss"):
         optimize(learn_locally(), model=model.model, batch=batch[:1])
     with refused(r"must return a scalar.*returned \[4, 8, 32, 32\]"):
         optimize(learn_locally(2, lambda example, number: lambda x, *batch: x))
@@ -584,6 +649,10 @@ def test_a_forward_that_is_no_chain_is_refused():
         ({"blocks": "few"}, "fit"),
         ({"head": "large"}, "linear, conv"),
         ({"mask_ratio": 1.0}, "between 0 and 1"),
+        ({"weights": 1.0}, "first head's and the last's"),
+        ({"weights": (float("nan"), 1.0)}, "first head's and the last's"),
+        ({"reconstruction": -1.0}, "at least 0"),
+        ({"blocks": "fit", "at": "first.1"}, "one of the two"),
         ({"weights": (1.0,)}, "first head's and the last's"),
         ({"weights": (-1.0, 1.0)}, "first head's and the last's"),
     ],

@@ -26,7 +26,7 @@ class Cut:
     Attributes:
         name: FQN of the module after whose call it is.
         saved_bytes: what the forward has kept for the backward until then.
-        example: the first tensor that the module returns, without data.
+        example: the first tensor that the module returns with a gradient, without data.
         ties: parameters that are used before it and after it.
         is_member: whether the module is one of several of a type in a list of modules.
     """
@@ -75,6 +75,7 @@ class _Call:
     name: str
     output: object
     end: frozenset[Any]
+    example: torch.Tensor
     saved_bytes: int
 
 
@@ -109,7 +110,9 @@ class _Watch:
     def end(self, name: str, output: object) -> None:
         """Note a call."""
         # now: an operation in place would give the output another node
-        self.calls.append(_Call(name, output, _nodes(_tensors(output)), self.saved_bytes))
+        ends = [one for one in _tensors(output) if one.grad_fn is not None]
+        example = ends[0].detach() if ends else torch.empty(0)
+        self.calls.append(_Call(name, output, _nodes(ends), example, self.saved_bytes))
 
 
 def find_cuts(model: nn.Module, forward: Callable[[], object]) -> Chain:
@@ -133,11 +136,12 @@ def find_cuts(model: nn.Module, forward: Callable[[], object]) -> Chain:
     finally:
         for handle in handles:
             handle.remove()
-    losses = [one for one in _tensors(output) if one.numel() == 1 and one.grad_fn is not None]
+    losses = [one for one in _tensors(output) if not one.dim() and one.grad_fn is not None]
     if len(losses) != 1:
         raise MemplanError(
-            f"local learning needs a model that returns its loss, and {type(model).__name__} "
-            f"returns {len(losses) or 'no'} scalars: memplan.WithLoss(model, loss_fn) adds one"
+            f"local learning needs a model that returns its loss, one scalar, and "
+            f"{type(model).__name__} returns {len(losses) or 'no'} scalars (tensors of shape []): "
+            "memplan.WithLoss(model, loss_fn) adds one"
         )
     cuts, blocked = _cuts(model, watch, _nodes(losses))
     once = [call for call in watch.calls if [c.name for c in watch.calls].count(call.name) == 1]
@@ -172,14 +176,14 @@ def _cuts(
             blocked[call.name] = "it is called more than once"
         elif not end:
             blocked[call.name] = "no gradient goes back through what it returns"
-        elif (ties := _ties(losses, end, watch.names)) is None:
-            blocked[call.name] = "what follows also depends on what was computed before its end"
+        elif isinstance(ties := _ties(losses, end, watch.names), str):
+            blocked[call.name] = ties
         else:
             if not has_parameters:
                 if not cuts or not next(reversed(cuts.values())).is_member:
                     continue
                 cuts.popitem()  # an activation belongs to the block before it
-            example = next(_tensors(call.output)).detach()
+            example = call.example
             cuts[end] = Cut(call.name, call.saved_bytes, example, ties, is_member)
     return list(cuts.values()), blocked
 
@@ -197,14 +201,16 @@ def _members(model: nn.Module) -> frozenset[str]:
 
 def _ties(
     losses: frozenset[Any], end: frozenset[Any], names: Mapping[int, str]
-) -> tuple[str, ...] | None:
-    """Names of what is used before an end and after it; None if the end cuts nothing off."""
+) -> tuple[str, ...] | str:
+    """Names of what is used before an end and after it; or why it cannot be cut there."""
     after = _reached(losses, without=end)
     if not end <= _reached(losses, without=frozenset()):
-        return None
+        return "the loss does not depend on what it returns"
     first = min(map(order_of_making, end))
     if any(node.next_functions and order_of_making(node) < first for node in after):
-        return None
+        return "what follows also depends on what was computed before its end"
+    if all(node.next_functions for node in after):
+        return "nothing that is trained follows"
     common = after & _reached(end, without=frozenset())
     leaves = [node for node in common if not node.next_functions]
     return tuple(sorted(names.get(id(node.variable), "an input") for node in leaves))

@@ -5,7 +5,7 @@ from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.call import OpCall, call_of, made_up_kept, reads_kept, source_of_call
 from memplan.capture.captured import Captured, Primal, tensors_of
 from memplan.capture.flat import Differentiable, OutputLeaf
-from memplan.capture.fuse import Early, fuse
+from memplan.capture.fuse import fuse, needs_one, orders
 from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.layout import Layouts, other_layouts, with_layouts
 from memplan.capture.origins import running, running_anywhere, users_line, users_place
@@ -18,7 +18,6 @@ __all__ = [
     "Captured",
     "CudaDropout",
     "Differentiable",
-    "Early",
     "Layouts",
     "OpCall",
     "OutputLeaf",
@@ -28,6 +27,8 @@ __all__ = [
     "call_of",
     "fuse",
     "made_up_kept",
+    "needs_one",
+    "orders",
     "other_layouts",
     "read",
     "reads_kept",

@@ -53,6 +53,7 @@ class Captured:
         tangents: (position of the output, placeholder of its incoming gradient).
         guards: values that follow from the inputs; the step is for inputs where they hold.
         differences: where the step may differ from the untouched module's.
+        needs_one: of a fused step: why the gradient that arrives at the loss must be one; or "".
     """
 
     program: Program
@@ -68,6 +69,7 @@ class Captured:
     tangents: tuple[tuple[int, fx.Node], ...]
     guards: tuple[Decision, ...]
     differences: tuple[Difference, ...]
+    needs_one: str = ""
 
     @cached_property
     def device(self) -> torch.device:

@@ -14,6 +14,8 @@ import torch
 from torch import fx
 
 from memplan.capture.joint import Traced
+from memplan.capture.linear import why_not_linear
+from memplan.capture.random_ops import is_random
 from memplan.errors import CaptureError
 from memplan.torch_internals import Joint, copy_joint, is_backward, storage_key
 
@@ -26,6 +28,24 @@ class Early(Enum):
     ALL = "all whose operands are there"
 
 
+def orders(traced: Traced) -> tuple[Early, ...]:
+    """Those in which a fused step can run: a backward that draws numbers stays where it is."""
+    nodes = traced.joint.graph.nodes
+    return (Early.NONE,) if any(is_backward(n) and is_random(n) for n in nodes) else (*Early,)
+
+
+def needs_one(traced: Traced) -> str:
+    """Why the gradient that arrives at the loss must be one, for the same bits; "" if it need not.
+
+    Raises:
+        CaptureError: if what the module returns holds no loss.
+    """
+    # what adds gradients into those that are there runs after they are scaled
+    added = {output.value for output in traced.joint.outputs if output.kind == "accumulated"}
+    nodes = [node for node in traced.joint.graph.nodes if node not in added]
+    return why_not_linear(nodes, _follows(nodes, _tangent(traced, traced.joint)))
+
+
 def fuse(traced: Traced, early: Early) -> Traced:
     """Finish all gradients in the forward.
 
@@ -34,20 +54,37 @@ def fuse(traced: Traced, early: Early) -> Traced:
     Raises:
         CaptureError: if what the module returns holds no loss.
     """
+    _tangent(traced, traced.joint)
     joint = copy_joint(traced.joint)
-    tangents = [given for given in joint.inputs if given.kind == "tangent"]
-    if not traced.output.is_loss or len(tangents) != 1:
-        raise CaptureError(
-            f"{traced.module_name} returns no loss, and Options(fused=True) finishes gradients "
-            "while the forward runs: return a scalar loss (memplan.WithLoss adds one to a model)"
-        )
-    order = _Order(joint, tangents[0].node).with_early(early)
+    order = _Order(joint, _tangent(traced, joint)).with_early(early)
     anchor = [node for node in joint.graph.nodes if node.op == "placeholder"][-1]
     for node in order:
         anchor.append(node)
         anchor = node
     joint.graph.lint()
     return replace(traced, joint=joint, is_fused=True)
+
+
+def _tangent(traced: Traced, joint: Joint) -> fx.Node:
+    """The gradient that arrives at the loss."""
+    tangents = [given.node for given in joint.inputs if given.kind == "tangent"]
+    if not traced.output.is_loss or len(tangents) != 1:
+        raise CaptureError(
+            f"{traced.module_name} must return its loss, exactly one scalar (a tensor of shape []) "
+            "that requires a gradient, and Options(differentiable_outputs=...) be left out: a "
+            "fused step finishes the gradients of that while the forward runs. memplan.WithLoss "
+            "adds a loss to a model."
+        )
+    return tangents[0]
+
+
+def _follows(nodes: Iterable[fx.Node], tangent: fx.Node) -> frozenset[fx.Node]:
+    """What depends on the incoming gradient."""
+    found = {tangent}
+    for node in nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
 
 
 def _key(node: object) -> int:
@@ -72,7 +109,7 @@ class _Order:
             if node.target is torch.ops.aten.copy_.default and not is_backward(node)
         }
         self.after = self._after()
-        self.follows = self._follows(tangent)
+        self.follows = _follows(self.nodes, tangent)
 
     def _after(self) -> Mapping[fx.Node, int]:
         """For each node, the number of the last of the forward's that it depends on."""
@@ -98,14 +135,6 @@ class _Order:
         if is_backward(node):
             keys = map(_key, node.all_input_nodes)
             yield from (self.writes[key] for key in keys if key in self.writes)
-
-    def _follows(self, tangent: fx.Node) -> frozenset[fx.Node]:
-        """What depends on the incoming gradient."""
-        found = {tangent}
-        for node in self.nodes:
-            if not found.isdisjoint(node.all_input_nodes):
-                found.add(node)
-        return frozenset(found)
 
     def with_early(self, early: Early) -> list[fx.Node]:
         """All nodes; what is not early is placed where it is first needed, or at the end."""

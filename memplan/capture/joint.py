@@ -63,6 +63,7 @@ class Traced:
         module_name: the class of the module, for messages.
         existing_gradient_bytes: gradients that were there when it was traced.
         is_fused: whether ops of the backward run in the forward, in the order of the graph.
+        needs_one: of a fused step: why the gradient that arrives at the loss must be one; or "".
     """
 
     joint: Joint
@@ -72,6 +73,7 @@ class Traced:
     module_name: str
     existing_gradient_bytes: int
     is_fused: bool = False
+    needs_one: str = ""
 
 
 def trace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -19,10 +19,10 @@ from memplan.capture.describe import (
 )
 from memplan.capture.flat import own_name
 from memplan.capture.joint import Traced
+from memplan.capture.random_ops import is_random, schema_arguments
 from memplan.capture.updates import update_parameter
 from memplan.errors import CaptureError
 from memplan.program import Op, Phase, Program, Role, Value
-from memplan.rng import OWN_DRAWS
 from memplan.torch_internals import JointInput, OpOverload, is_backward, storage_key
 
 _ROLES: dict[str, Role] = {
@@ -95,6 +95,7 @@ class _Reader:
             tangents=tangents,
             guards=self.traced.guards,
             differences=self.traced.differences,
+            needs_one=self.traced.needs_one,
         )
 
     def primal(self, given: JointInput) -> Primal:
@@ -133,7 +134,7 @@ class _Reader:
         needed: set[fx.Node] = set()
         stack = [out.value for out in self.joint.outputs if isinstance(out.value, fx.Node)]
         calls = [node for node in self.joint.graph.nodes if node.op == "call_function"]
-        stack += [node for node in calls if _is_random(node) or _mutated(node)]
+        stack += [node for node in calls if is_random(node) or _mutated(node)]
         while stack:
             node = stack.pop()
             if node not in needed:
@@ -205,7 +206,7 @@ class _Reader:
                 operands=tuple(operands),
                 results=tuple(made),
                 phase=Phase.BACKWARD if is_backward(node) else Phase.FORWARD,
-                is_random=_is_random(node),
+                is_random=is_random(node),
                 mutates=tuple(self.storage[target] for target in mutated),
                 module=module,
                 source=source,
@@ -294,29 +295,6 @@ def _tensors(value: object) -> list[torch.Tensor] | None:
     return None
 
 
-def _schema_arguments(node: fx.Node) -> Mapping[str, object]:
-    target = node.target
-    if not isinstance(target, OpOverload):
-        return {}
-    names = [argument.name for argument in target._schema.arguments]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-def _is_random(node: fx.Node) -> bool:
-    """Whether a call draws numbers: its op may, and its dropout probability is not zero."""
-    target = node.target
-    if target in OWN_DRAWS.values():
-        return True
-    if not isinstance(target, OpOverload):
-        return False
-    if torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    arguments = _schema_arguments(node)
-    if any(argument.name == "dropout_p" for argument in target._schema.arguments):
-        return arguments.get("dropout_p", 0.0) != 0.0
-    return True
-
-
 def _mutated(node: fx.Node) -> list[fx.Node]:
     """The nodes whose memory a call writes."""
     target = node.target
@@ -324,7 +302,7 @@ def _mutated(node: fx.Node) -> list[fx.Node]:
         return [argument for argument in node.args[:1] if isinstance(argument, fx.Node)]
     if not isinstance(target, OpOverload) or not target._schema.is_mutable:
         return []
-    arguments = _schema_arguments(node)
+    arguments = schema_arguments(node)
     written = [
         arguments.get(argument.name)
         for argument in target._schema.arguments

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import click
 
+from memplan.errors import MemplanError
 from memplan.passes import PASSES
 from memplan.passing import Pass
 
@@ -52,6 +53,6 @@ def _pass(text: str) -> Pass:
             arguments[key] = value
     try:
         return PASSES[name](**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MemplanError) as error:
         takes = ", ".join(inspect.signature(PASSES[name]).parameters) or "no arguments"
         raise click.UsageError(f"--pass {text!r}: {error}; it takes {takes}") from error
