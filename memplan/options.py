@@ -38,8 +38,8 @@ class Options:
             ``loss.backward()`` then hands them on, times the gradient that arrives at the loss. For
             models with losses of their own inside, whose gradients do not meet: a part's
             activations are free before the next part runs. The gradient that arrives must be a
-            power of two; a second forward before the backward, and ``retain_graph``, are refused.
-            The backward of the user's own autograd functions must be linear.
+            power of two, or one where gradients are in float16 or need not be linear in it; a
+            second forward before the backward, and ``retain_graph``, are refused.
     """
 
     device: str | None = None

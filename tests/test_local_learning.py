@@ -181,8 +181,8 @@ def assert_as_in_eager(planned, batch, seed=1):
     assert torch.equal(planned.local_losses.last, torch.stack(losses).detach())
 
 
-@pytest.mark.parametrize("budget", [None, "100%", "1 B"])
-@pytest.mark.parametrize("blocks", [2, 4, 8])
+@pytest.mark.parametrize("budget", [None, pytest.param("100%", marks=pytest.mark.slow), "1 B"])
+@pytest.mark.parametrize("blocks", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_the_sum_of_detached_losses(name, blocks, budget):
     model, batch = made(name)
