@@ -109,6 +109,7 @@ def fused_rows(shape: Shape) -> Iterator[str]:
         use_cache=False,
         bos_token_id=0,
         eos_token_id=0,
+        loss_type="ForCausalLM",
     )
     model = transformers.GPT2LMHeadModel(config).train()
     words = torch.randint(1024, (8, 128), generator=torch.Generator().manual_seed(0))
