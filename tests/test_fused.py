@@ -97,11 +97,16 @@ def test_parts_have_eagers_bits_within_budgets(num_parts, budget):
 
 def test_recomputation_goes_on_inside_parts():
     model, batch = parts_and_batch(2)
-    kept = memplan.plan(model, batch, budget="100%", options=FUSED)
-    fused = memplan.plan(model, batch, budget="40%", options=FUSED)
-    split = memplan.plan(model, batch, budget="40%", options=SPLIT)
-    assert fused.budget_bytes == split.budget_bytes < kept.peak_bytes
-    assert 1 < fused.slowdown < split.slowdown
+    # costs that are the same on every machine
+    whole, fused, split = (
+        memplan.plan(
+            model, batch, budget=budget, options=memplan.Options(fused=fused, costs="analytic")
+        )
+        for budget, fused in (("100%", True), ("40%", True), ("40%", False))
+    )
+    assert fused.budget_bytes == split.budget_bytes < whole.peak_bytes
+    assert 0 < len(fused.schedule.restored_ops) < len(split.schedule.restored_ops)
+    assert fused.slowdown < split.slowdown
 
 
 def test_a_plan_is_saved_and_applied(tmp_path):
