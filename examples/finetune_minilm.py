@@ -39,7 +39,7 @@ from models.minilm import TOPICS, Split, Texts, TopicClassifier, load_texts
 FULL, BIASES, LORA, LORA_BUDGET = METHODS = ("full", "biases", "lora", "lora-budget")
 
 LEARNING_RATES = {FULL: 1e-4, BIASES: 1e-2, LORA: 1e-3, LORA_BUDGET: 1e-3}
-"""The best of ``GRID`` for each on the validation texts; see ``--tune``."""
+"""Chosen from ``GRID`` for each on the validation texts; see ``--tune``."""
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """The learning rates that are tried, the same for each method."""
@@ -219,7 +219,7 @@ def section(rows: list[Row], settings: Settings, split: Split) -> str:
         f"{settings.num_tokens} tokens each, the parts' names taken out. {settings.epochs} epochs "
         f"of AdamW with batches of {settings.batch_size}, {seeds} seeds; LoRA of rank "
         f"{settings.rank} on all linear layers but the output layer, which all methods train. "
-        f"Learning rates ({rates}) are for each method the best of "
+        f"Learning rates ({rates}) were chosen from "
         f"{', '.join(f'{rate:g}' for rate in GRID)} on {validation} other texts. The budget is "
         f"{settings.budget} of what LoRA's step needs above its resident bytes.",
         "",

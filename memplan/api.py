@@ -184,17 +184,7 @@ def _emitted(prepared: Prepared, chosen: Plan, request: Request) -> PlannedStep:
             reference=partial(exact_schedule, prepared, chosen),
             is_fixed=request.plan is not None,
         )
-    finished = request.finished if request.options.fused else None
-    step = PlannedStep(
-        captured,
-        recoveries,
-        prepared.costs,
-        emitted,
-        chosen,
-        in_backward,
-        guard,
-        finished=finished,
-    )
+    step = PlannedStep(captured, recoveries, prepared.costs, emitted, chosen, in_backward, guard)
     check_emitted(step)
     _LOG.info("%s", chosen)
     return step

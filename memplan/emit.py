@@ -89,7 +89,8 @@ def emit(
     forward_primals = forward.take_primals(_read(catalog, schedule.forward))
     forward.run(schedule.forward)
     slots, results = _outputs(captured, forward)
-    following = _following(captured)
+    reached = _reached(captured)
+    following = {value for node, value in captured.storage.items() if reached.get(node)}
     forward.graph.output([*results, *forward.save(saved, results), *forward.made_tangents()])
     backward = Segment(captured, catalog, update, probe)
     backward.take(saved)
@@ -108,7 +109,7 @@ def emit(
         num_saved=len(saved),
         tangents=tuple(position for position, _ in captured.tangents),
         gradient_primals=tuple(position for position, _ in captured.gradients),
-        gradient_sources=_sources(captured),
+        gradient_sources=tuple(reached.get(node, frozenset()) for _, node in captured.gradients),
         accumulated=accumulated,
         updated=_updated(captured),
         overwritten=_overwritten(saved, schedule.backward),
@@ -159,19 +160,8 @@ def _read(catalog: Catalog, steps: Iterable[Step]) -> set[int]:
     }
 
 
-def _following(captured: Captured) -> frozenset[int]:
-    """Values that depend on an incoming gradient."""
-    reached = _reached(captured)
-    return frozenset(value for node, value in captured.storage.items() if reached.get(node))
-
-
-def _sources(captured: Captured) -> tuple[frozenset[int], ...]:
-    """The outputs whose incoming gradients each gradient depends on."""
-    reached = _reached(captured)
-    return tuple(reached.get(node, frozenset()) for _, node in captured.gradients)
-
-
 def _reached(captured: Captured) -> dict[fx.Node, frozenset[int]]:
+    """The outputs whose incoming gradients each node depends on."""
     reached: dict[fx.Node, frozenset[int]] = {
         node: frozenset([output]) for output, node in captured.tangents
     }

@@ -6,6 +6,7 @@ import math
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -16,7 +17,7 @@ _MOST, _FEWEST = 1 << 16, 1 << 8
 """Elements that are scaled at once."""
 
 _SCRATCH = 4
-"""What scaling an element takes, in elements."""
+"""What checking an element takes, in elements: its multiple, and three booleans at most."""
 
 
 class Pending:
@@ -30,8 +31,11 @@ class Finished:
         self._pending: weakref.ref[Pending] | None = None
         self._lock = threading.Lock()
 
-    def begin(self) -> Pending:
-        """A forward begins; its gradients wait as long as what is returned lives.
+    @contextmanager
+    def waiting(self) -> Iterator[Pending]:
+        """Around a forward; its gradients wait from then on as long as what is yielded lives.
+
+        One that fails has nothing waiting, whoever still holds its frames.
 
         Raises:
             PlanMismatch: if those of another are waiting.
@@ -46,11 +50,11 @@ class Finished:
                 )
             pending = Pending()
             self._pending = weakref.ref(pending)
-            return pending
-
-    def __reduce__(self) -> tuple[type[Finished], tuple[()]]:
-        """Copies have nothing waiting."""
-        return type(self), ()
+        try:
+            yield pending
+        except BaseException:
+            self._pending = None
+            raise
 
 
 def check_not_retained() -> None:

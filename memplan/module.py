@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from memplan.changing import Changed
 from memplan.drift import Drift
 from memplan.errors import MemplanError, NotPlannedYet
+from memplan.finished import Finished
 from memplan.plan import Plan
 from memplan.runtime import PlannedStep
 from memplan.sample import Sample
@@ -61,6 +62,7 @@ class PlannedModule(nn.Module):
         self.optimizer = optimizer
         self._build = build
         self._cache_size = cache_size
+        self._finished = Finished()
         self.training = original.training
         self._share()
         self._reset()
@@ -190,7 +192,7 @@ class PlannedModule(nn.Module):
             step = self._settled(state, sample) if is_trained else None
         if step is None:
             return self.changed.model(*args, **kwargs)
-        return step.run(state, sample)
+        return step.run(state, sample, self._finished)
 
     def export(self) -> nn.Module:
         """A copy of the original as it is trained now, without what passes added for training.
@@ -236,10 +238,11 @@ class PlannedModule(nn.Module):
             return getattr(original, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_steps", "_last", "_lock")
+        dropped = ("_steps", "_last", "_lock", "_finished")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._finished = Finished()
         self._share()
         self._reset()

@@ -9,7 +9,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memplan.errors import MemplanError, PlanMismatch
-from memplan.finished import Finished
 from memplan.module import PlannedModule
 from memplan.options import Options
 from memplan.passing import Pass
@@ -33,7 +32,6 @@ class Request:
             makes one, or None.
         optimizer: the optimizer itself, once it is known what is trained.
         in_backward: what updates parameters in the backward, or None.
-        finished: whether gradients of a fused step are waiting, whatever its signature.
     """
 
     budget: Budget | None = None
@@ -44,7 +42,6 @@ class Request:
     given_optimizer: object = None
     optimizer: Optimizer | None = None
     in_backward: InBackward | None = None
-    finished: Finished = field(default_factory=Finished, compare=False)
 
     def __post_init__(self) -> None:
         if self.options.update_in_backward and self.options.fused:

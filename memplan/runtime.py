@@ -50,7 +50,6 @@ class PlannedStep:
         in_backward: what updates parameters in the backward, or None.
         guard: what measures how far copies drift, where any come back by rounding.
         is_settled: whether that was done, and found to be within the tolerance.
-        finished: of a fused step: whether gradients of an earlier forward are waiting.
     """
 
     captured: Captured
@@ -61,7 +60,6 @@ class PlannedStep:
     in_backward: InBackward | None = None
     guard: Guard | None = None
     is_settled: bool = False
-    finished: Finished | None = None
 
     @cached_property
     def room_bytes(self) -> int:
@@ -87,9 +85,23 @@ class PlannedStep:
         guards = self.captured.guards
         return not guards or all(guard.holds(sample.tensors()) for guard in guards)
 
-    def run(self, state: State, sample: Sample) -> Any:
-        """Run the forward; what it returns has the structure that the module's output has."""
-        pending = None if self.finished is None else self.finished.begin()
+    @property
+    def is_fused(self) -> bool:
+        """Whether its gradients are finished in the forward."""
+        return self.captured.program.num_fused is not None
+
+    def run(self, state: State, sample: Sample, finished: Finished) -> Any:
+        """Run the forward; what it returns has the structure that the module's output has.
+
+        Raises:
+            PlanMismatch: if the step is fused, and finished gradients of another are waiting.
+        """
+        if not self.is_fused:
+            return self._run(state, sample, None)
+        with finished.waiting() as pending:
+            return self._run(state, sample, pending)
+
+    def _run(self, state: State, sample: Sample, pending: Pending | None) -> Any:
         primals = self.primals(state, sample)
         # What gets no gradient is no input of the node, or autograd would run its hooks.
         differentiable = [primals[position] for position in self.emitted.differentiable]
@@ -287,7 +299,7 @@ class _PlannedFunction(torch.autograd.Function):
         tangents = step.incoming(gradients)
         step.start_updates(ctx.updated, tangents, gradients)
         kept = list(ctx.kept)
-        if step.finished is not None:
+        if step.is_fused:
             check_not_retained()
             gradients_made = [kept[position] for position in step.emitted.finished]
             scale(gradients_made, tangents[0], step.room_bytes, step.captured.needs_one)

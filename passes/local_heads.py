@@ -24,15 +24,7 @@ _HIDDEN = 128
 _DECODER = 12
 
 
-class LocalLoss(nn.Module):
-    """Computes a part's loss from its output and what the model is called with."""
-
-    def forward(self, x: torch.Tensor, sample: Sample) -> torch.Tensor:
-        """A scalar."""
-        raise NotImplementedError
-
-
-class Own(LocalLoss):
+class Own(nn.Module):
     """A loss of the user's."""
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
@@ -44,7 +36,7 @@ class Own(LocalLoss):
         return self.function(x, *sample.args, **sample.kwargs)
 
 
-class Supervised(LocalLoss):
+class Supervised(nn.Module):
     """The model's loss of what a head predicts."""
 
     def __init__(self, head: nn.Module, loss_fn: Callable[[Any, Any], torch.Tensor]) -> None:
@@ -58,10 +50,10 @@ class Supervised(LocalLoss):
         return self.loss_fn[0](self.head(x), sample.args[-1])
 
 
-class Reconstructing(LocalLoss):
+class Reconstructing(nn.Module):
     """Another loss, and the error of a reconstruction of the model's first input, an image."""
 
-    def __init__(self, loss: LocalLoss, decoder: nn.Module, weight: float) -> None:
+    def __init__(self, loss: nn.Module, decoder: nn.Module, weight: float) -> None:
         super().__init__()
         self.loss = loss
         self.decoder = decoder
@@ -82,8 +74,8 @@ def local_loss(
     example: torch.Tensor,
     number: int,
     predicted: object,
-) -> LocalLoss:
-    """The loss of one part.
+) -> nn.Module:
+    """The loss of one part: a module of the part's output and the sample, to a scalar.
 
     Args:
         head: which.
@@ -111,8 +103,8 @@ def local_loss(
 
 
 def reconstructing(
-    loss: LocalLoss, example: torch.Tensor, image: object, weight: float
-) -> LocalLoss:
+    loss: nn.Module, example: torch.Tensor, image: object, weight: float
+) -> nn.Module:
     """A loss with a reconstruction besides: two convolutions over the enlarged output.
 
     Raises:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from memplan.errors import MemplanError
-from memplan.passes.local_heads import LocalLoss
 
 if TYPE_CHECKING:
     from memplan.sample import Sample
@@ -26,7 +25,7 @@ _WIDTH = 64
 _HEADS = 4
 
 
-class MaskedImage(LocalLoss):
+class MaskedImage(nn.Module):
     """Predicts the hidden patches of an image from what a part makes of the visible ones.
 
     The model is called with images ``[batch, channels, height, width]`` and noise

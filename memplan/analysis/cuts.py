@@ -43,7 +43,7 @@ class Chain:
     """What was found of one forward.
 
     Attributes:
-        cuts: in the order of the forward; modules without parameters make none.
+        cuts: in the order of the forward; one after an activation stands for the block before it.
         saved_bytes: what the whole forward has kept.
         outputs: by FQN of the modules called once, what they returned.
         inputs: the tensors that the model was called with, without data.
@@ -144,8 +144,8 @@ def find_cuts(model: nn.Module, forward: Callable[[], object]) -> Chain:
             "memplan.WithLoss(model, loss_fn) adds one"
         )
     cuts, blocked = _cuts(model, watch, _nodes(losses))
-    once = [call for call in watch.calls if [c.name for c in watch.calls].count(call.name) == 1]
-    outputs = {call.name: call.output for call in once}
+    times = Counter(call.name for call in watch.calls)
+    outputs = {call.name: call.output for call in watch.calls if times[call.name] == 1}
     return Chain(
         cuts=tuple(cuts),
         saved_bytes=watch.saved_bytes,
@@ -164,7 +164,8 @@ def _cuts(
     model: nn.Module, watch: _Watch, losses: frozenset[Any]
 ) -> tuple[list[Cut], dict[str, str]]:
     members = _members(model)
-    called = [call.name for call in watch.calls]
+    times = Counter(call.name for call in watch.calls)
+    whole = _reached(losses, without=frozenset())
     cuts: dict[frozenset[Any], Cut] = {}
     blocked: dict[str, str] = {}
     for call in watch.calls:
@@ -172,10 +173,12 @@ def _cuts(
         has_parameters = next(model.get_submodule(call.name).parameters(), None) is not None
         if not (has_parameters or is_member) or (end in cuts and not is_member):
             continue
-        if called.count(call.name) > 1:
+        if times[call.name] > 1:
             blocked[call.name] = "it is called more than once"
         elif not end:
             blocked[call.name] = "no gradient goes back through what it returns"
+        elif not end <= whole:
+            blocked[call.name] = "the loss does not depend on what it returns"
         elif isinstance(ties := _ties(losses, end, watch.names), str):
             blocked[call.name] = ties
         else:
@@ -183,8 +186,7 @@ def _cuts(
                 if not cuts or not next(reversed(cuts.values())).is_member:
                     continue
                 cuts.popitem()  # an activation belongs to the block before it
-            example = call.example
-            cuts[end] = Cut(call.name, call.saved_bytes, example, ties, is_member)
+            cuts[end] = Cut(call.name, call.saved_bytes, call.example, ties, is_member)
     return list(cuts.values()), blocked
 
 
@@ -204,8 +206,6 @@ def _ties(
 ) -> tuple[str, ...] | str:
     """Names of what is used before an end and after it; or why it cannot be cut there."""
     after = _reached(losses, without=end)
-    if not end <= _reached(losses, without=frozenset()):
-        return "the loss does not depend on what it returns"
     first = min(map(order_of_making, end))
     if any(node.next_functions and order_of_making(node) < first for node in after):
         return "what follows also depends on what was computed before its end"

@@ -1,7 +1,7 @@
 """A fused step: the backward's ops run in the forward, as soon as what they need is there.
 
-A scalar loss makes gradients linear in its incoming gradient, so that they can be finished before
-it arrives, for an incoming gradient of one; what arrives is then a factor.
+With one loss, gradients can be finished before its own arrives, for one that is 1. They are linear
+in it unless code of the user's says otherwise, so that what arrives is then a factor.
 """
 
 from __future__ import annotations
