@@ -12,7 +12,7 @@ from torch import nn
 
 from memplan.capture import run_without_data
 from memplan.errors import MemplanError
-from memplan.passing import Around, Change, ModelContext, Pass
+from memplan.passing import Around, Change, Loop, ModelContext, Pass
 from memplan.sample import Sample
 
 _SHARED = tuple(
@@ -96,6 +96,7 @@ class Changed:
         required_grad: which of the original's parameters required a gradient before.
         is_another: whether it computes something else without gradients, too.
         frozen: the original's parameters that required a gradient, and that passes do not train.
+        loops: what chooses batches in the training loop.
     """
 
     model: nn.Module
@@ -103,6 +104,7 @@ class Changed:
     required_grad: Mapping[str, bool]
     is_another: bool = False
     frozen: frozenset[str] = frozenset()
+    loops: tuple[Loop, ...] = ()
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
@@ -168,7 +170,8 @@ def changing(
             named[name].grad = None
         if any(before.values()) and not any(one.requires_grad for one in changed.parameters()):
             raise MemplanError("the passes freeze every parameter; nothing is left to train")
-        yield Changed(changed, modules, before, is_another, frozen)
+        loops = tuple(change.loop for change in changes if change.loop is not None)
+        yield Changed(changed, modules, before, is_another, frozen, loops)
     except BaseException:
         _put_back(named, before, gradients)
         raise

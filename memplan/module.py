@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from memplan.changing import Changed
 from memplan.drift import Drift
 from memplan.errors import MemplanError, NotPlannedYet
 from memplan.finished import Finished
+from memplan.passing import Schedule
 from memplan.plan import Plan
 from memplan.runtime import PlannedStep
 from memplan.sample import Sample
@@ -193,6 +194,30 @@ class PlannedModule(nn.Module):
         if step is None:
             return self.changed.model(*args, **kwargs)
         return step.run(state, sample, self._finished)
+
+    def batches(
+        self,
+        loader: Iterable[Any],
+        *,
+        accumulate: int | None = None,
+        schedule: Schedule | None = None,
+    ) -> Iterable[Any]:
+        """The batches to train on; what passes leave out (``drop_minibatches``) never comes.
+
+        Args:
+            loader: any iterable of batches.
+            accumulate: batches that one update is made of, if there is more than one.
+            schedule: one that is to step for batches that are left out, too, as the loop's body
+                lets it for the others.
+
+        Raises:
+            MemplanError: if ``accumulate`` is less than 1.
+        """
+        if accumulate is not None and accumulate < 1:
+            raise MemplanError(f"accumulate is a number of batches, got {accumulate!r}")
+        for loop in self.changed.loops:
+            loader = loop(self.changed.model, loader, accumulate, schedule)
+        return loader
 
     def export(self) -> nn.Module:
         """A copy of the original as it is trained now, without what passes added for training.

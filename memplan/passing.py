@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from memplan.schedule import Effect, Recovery
 
@@ -14,11 +14,33 @@ if TYPE_CHECKING:
     from memplan.capture import Captured
     from memplan.sample import Sample
 
-__all__ = ["Around", "Change", "Effect", "InPlace", "ModelContext", "Pass", "RecoveryContext"]
+__all__ = [
+    "Around",
+    "Change",
+    "Effect",
+    "InPlace",
+    "Loop",
+    "ModelContext",
+    "Pass",
+    "RecoveryContext",
+    "Schedule",
+]
 
 Around: TypeAlias = "Callable[[nn.Module, Sample, Callable[[], Any]], Any]"
 """Takes the changed model, what it is called with, and its forward; runs that, and returns what the
 model is to return."""
+
+
+class Schedule(Protocol):
+    """A learning-rate schedule."""
+
+    def step(self) -> object:
+        """Go to the next iteration."""
+
+
+Loop: TypeAlias = "Callable[[nn.Module, Iterable[Any], int | None, Schedule | None], Iterable[Any]]"
+"""Takes the changed model, batches, how many of them one update is made of (None: it was not said),
+and a schedule; returns the batches that are trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +70,7 @@ class Change:
         modules: children that the changed model has besides the model's own, by name.
         around: runs each forward, in training and in evaluation, and changes what it computes.
         is_for_gradients: whether ``around`` leaves forwards without gradients as they are.
+        loop: chooses batches in the training loop.
     """
 
     trains: frozenset[str] | None = None
@@ -55,6 +78,7 @@ class Change:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     around: Around | None = None
     is_for_gradients: bool = False
+    loop: Loop | None = None
 
 
 @dataclass(frozen=True, slots=True)

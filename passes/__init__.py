@@ -12,6 +12,7 @@ from memplan.passes.in_place import reuse_operands
 from memplan.passes.local_learning import learn_locally
 from memplan.passes.lora import add_lora, merge_lora, unmerge_lora
 from memplan.passes.lora_files import load_lora, lora_like, save_lora
+from memplan.passes.minibatch_dropping import drop_minibatches
 from memplan.passes.packed_masks import pack_masks
 from memplan.passes.reversible import check_drift, invert_couplings
 from memplan.passes.signs import keep_signs
@@ -23,6 +24,7 @@ PASSES: Final[dict[str, Callable[..., Pass]]] = {
     "add_lora": add_lora,
     "checkpoint_activations": checkpoint_activations,
     "drop_dead_operands": drop_dead_operands,
+    "drop_minibatches": drop_minibatches,
     "freeze": freeze,
     "invert_couplings": invert_couplings,
     "keep_signs": keep_signs,
@@ -53,6 +55,7 @@ __all__ = [
     "check_drift",
     "checkpoint_activations",
     "drop_dead_operands",
+    "drop_minibatches",
     "freeze",
     "invert_couplings",
     "keep_signs",

@@ -53,6 +53,12 @@ from memplan.torch_internals.joint import (
     is_backward,
     trace_joint,
 )
+from memplan.torch_internals.loading import (
+    indices_of,
+    is_map_style,
+    with_collation,
+    with_indices,
+)
 from memplan.torch_internals.memory import (
     Allocations,
     inner_tensors,
@@ -119,10 +125,12 @@ __all__ = [
     "flatten",
     "has_gradient_hooks",
     "has_hooks",
+    "indices_of",
     "inner_tensors",
     "is_backward",
     "is_composite",
     "is_fake",
+    "is_map_style",
     "is_plain_tensor",
     "is_under_autocast",
     "leaves_of",
@@ -148,6 +156,8 @@ __all__ = [
     "unflatten",
     "version_of",
     "warn_of_untested_torch",
+    "with_collation",
+    "with_indices",
     "with_kernels",
     "without_autocast",
     "without_checkpointing",

@@ -1,0 +1,267 @@
+"""Mini-batch dropping: a random part of the batches is passed over, before they are loaded.
+
+Stochastic mini-batch dropping (SMD) of Wang et al., "E2-Train: Training State-of-the-art CNNs with
+Over 80% Energy Savings", 2019, https://arxiv.org/abs/1910.13349, section 3.1: each batch is dropped
+with probability p, and an epoch takes about 1 - p of its time. No step gets smaller.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+
+from memplan.errors import MemplanError
+from memplan.loading import PassingLoader, Updates
+from memplan.passing import Change, Effect, ModelContext, Pass, Schedule
+
+if TYPE_CHECKING:
+    from memplan.capture import Captured
+
+_CHILD: Final = "minibatch_dropping"
+
+
+def drop_minibatches(p: float = 0.5, seed: int = 0) -> Pass:
+    """Pass over a random part of the batches: ``for batch in planned.batches(loader):``.
+
+    Whether a batch is dropped depends on the seed and on how many there were before it, and on
+    nothing else: it is known before the batch is loaded, and is the same on every rank. The loop's
+    body does not run for it, so that optimizer, schedule and weight decay stand still.
+
+    Args:
+        p: probability that a batch is dropped; 0 drops none.
+        seed: of the decisions.
+
+    Returns:
+        A pass of effect ``STOCHASTIC`` that changes no step.
+
+    Raises:
+        MemplanError: naming the argument that makes no sense.
+    """
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+        raise MemplanError(f"p is the probability that a batch is dropped, 0 <= p < 1, got {p!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise MemplanError(f"seed is a whole number, got {seed!r}")
+    arguments = {"p": float(p), "seed": seed}
+    return Pass(
+        "drop_minibatches",
+        Effect.STOCHASTIC,
+        arguments,
+        change=partial(_change, float(p), seed),
+        notes=partial(_notes, float(p)),
+    )
+
+
+def _change(p: float, seed: int, model: nn.Module, context: ModelContext) -> Change:
+    del model, context
+    return Change(modules={_CHILD: MinibatchDropping(p, seed)}, loop=_loop)
+
+
+def _notes(p: float, captured: Captured) -> tuple[str, ...]:
+    del captured
+    return (
+        f"drop_minibatches(p={p:g}) frees 0 B of a step's peak; an epoch of "
+        f"planned.batches(loader) takes about {1 - p:.2f}x the time of all its batches",
+    )
+
+
+def _loop(
+    model: nn.Module, loader: Iterable[Any], accumulate: int | None, schedule: Schedule | None
+) -> Batches:
+    dropping = model.get_submodule(_CHILD)
+    assert isinstance(dropping, MinibatchDropping)
+    return Batches(loader, dropping, tuple(model.parameters()), accumulate, schedule)
+
+
+class MinibatchDropping(nn.Module):
+    """Which batches are dropped, and how far the training has come; both go into ``state_dict``.
+
+    Attributes:
+        p: probability that a batch is dropped.
+        seed: of the decisions.
+        iteration: batches so far, dropped ones included.
+        position: those of the epoch that is running.
+        order: the random states of when that epoch began.
+        is_resuming: whether the next epoch goes on with a loaded state.
+    """
+
+    def __init__(self, p: float, seed: int) -> None:
+        super().__init__()
+        self.p, self.seed = p, seed
+        self.iteration = self.position = 0
+        self.order: Mapping[str, torch.Tensor] = {}
+        self.is_resuming = False
+
+    def is_dropped(self, iteration: int) -> bool:
+        """Whether a batch is, by its number from the beginning of the training."""
+        drawn = Random(f"drop_minibatches {self.seed} {iteration}").random()
+        return drawn < self.p
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """For ``state_dict``."""
+        return {
+            "p": self.p,
+            "seed": self.seed,
+            "iteration": self.iteration,
+            "position": self.position,
+            "order": dict(self.order),
+        }
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """From ``state_dict``.
+
+        Raises:
+            MemplanError: if other batches were dropped there.
+        """
+        if (state["p"], state["seed"]) != (self.p, self.seed):
+            raise MemplanError(
+                f"the state is of drop_minibatches(p={state['p']}, seed={state['seed']}), and this "
+                f"is drop_minibatches(p={self.p}, seed={self.seed}): the training would not go on "
+                "with the same decisions"
+            )
+        self.iteration, self.position = state["iteration"], state["position"]
+        self.order = dict(state["order"])
+        self.is_resuming = True
+
+
+class Batches:
+    """The batches of a loader that are not dropped; made once, and gone through once an epoch.
+
+    After a state was loaded, the epoch that was running goes on where it was: in the same order,
+    if the loader draws it from torch's random state or from a generator of its own.
+
+    Attributes:
+        num_kept: batches given out, in all epochs.
+        num_dropped: batches passed over.
+        seconds: time in the loop, loading and body.
+
+    Args:
+        loader: any iterable of batches.
+        dropping: decides.
+        parameters: of the model.
+        accumulate: batches that one update is made of; they are dropped or kept together. None:
+            one, and a batch is not dropped while gradients wait for an update.
+        schedule: steps for each dropped batch, as the paper's does; the loop's body steps it for
+            the others.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        dropping: MinibatchDropping,
+        parameters: tuple[nn.Parameter, ...],
+        accumulate: int | None,
+        schedule: Schedule | None,
+    ) -> None:
+        self._dropping = dropping
+        self._loader = PassingLoader(loader)
+        self._updates = Updates(parameters) if accumulate is None else None
+        self._window = accumulate or 1
+        self._schedule = schedule
+        self.num_kept = self.num_dropped = 0
+        self.seconds = 0.0
+
+    def __len__(self) -> int:
+        """How many the next epoch gives out.
+
+        Raises:
+            TypeError: if the loader has no length.
+        """
+        return self.count(1)
+
+    def count(self, epochs: int) -> int:
+        """How many the next epochs give out together, for a schedule of executed steps.
+
+        Raises:
+            TypeError: if the loader has no length.
+        """
+        start, length = self._start(), self._length()
+        first = self._dropping.iteration - start
+        return sum(
+            self._is_kept(first + epoch * length, place)
+            for epoch in range(epochs)
+            for place in range(0 if epoch else start, length)
+        )
+
+    def _length(self) -> int:
+        loader = self._loader.loader
+        try:
+            return len(loader)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise TypeError(
+                f"a {type(loader).__name__} without a length: how many of its batches are kept is "
+                f"not known before its end ({error})"
+            ) from error
+
+    @property
+    def summary(self) -> str:
+        """What was kept and dropped so far, and the time that it took, in a line."""
+        total, p = self.num_kept + self.num_dropped, self._dropping.p
+        whole_s = self.seconds / self.num_kept * total if self.num_kept else 0.0
+        return (
+            f"{self.num_kept} of {total} batches ran ({(1 - p) * total:.0f} expected) in "
+            f"{self.seconds:.1f} s; all would take about {whole_s:.1f} s. 0 B of a step's peak."
+        )
+
+    def _start(self) -> int:
+        return self._dropping.position if self._dropping.is_resuming else 0
+
+    def _is_kept(self, first: int, place: int) -> bool:
+        """Whether a batch is, by its place in the epoch whose first has this number."""
+        return not self._dropping.is_dropped(first + place // self._window * self._window)
+
+    def __iter__(self) -> Iterator[Any]:
+        dropping, loader, start = self._dropping, self._loader, self._start()
+        first, done, asked = dropping.iteration - start, start, start
+
+        def is_wanted(place: int) -> bool:
+            nonlocal asked
+            asked = place + 1
+            return self._is_kept(first, place)
+
+        order = dropping.order if start else None
+        if order is None:
+            if dropping.is_resuming:
+                loader.set_own_states(dropping.order)
+            dropping.order = loader.random_states()
+        dropping.is_resuming, dropping.position = False, start
+        began = time.perf_counter()
+        for place, batch in loader.epoch(is_wanted, start, order):
+            self._pass_over(range(done, place))
+            done = place + 1
+            dropping.iteration, dropping.position = first + done, done
+            self.num_kept += 1
+            if self._updates is not None:
+                self._updates.note()
+            yield batch
+            now = time.perf_counter()
+            self.seconds, began = self.seconds + now - began, now
+        self._pass_over(range(done, asked))
+        dropping.iteration, dropping.position = first + asked, 0
+        dropping.order = loader.random_states()
+
+    def _pass_over(self, places: range) -> None:
+        """Count dropped batches.
+
+        Raises:
+            MemplanError: if gradients wait for an update that they would have been part of.
+        """
+        if places and self._updates is not None and self._updates.are_due():
+            raise MemplanError(
+                "a batch would be dropped between backwards whose gradients are added up: no "
+                "parameter was updated since the last batch. With an update for each n batches, "
+                "planned.batches(loader, accumulate=n) keeps or drops n together; accumulate=1 "
+                "says that steps without an update are meant"
+            )
+        self.num_dropped += len(places)
+        if self._schedule is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*lr_scheduler.step.*before.*")
+                for _ in places:
+                    self._schedule.step()
