@@ -50,6 +50,27 @@ def after_calls(model: nn.Module, functions: Mapping[str, After]) -> Iterator[No
             handle.remove()
 
 
+@contextmanager
+def standing_in(
+    module: nn.Module, function: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
+) -> Iterator[None]:
+    """Inside, and in this thread, a function of its arguments runs in the place of a module."""
+    own = vars(module).get("forward")
+    original, thread = module.forward, threading.get_ident()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        is_mine = threading.get_ident() == thread
+        return function(args, kwargs) if is_mine else original(*args, **kwargs)
+
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
 def first_tensor(output: Any) -> torch.Tensor:
     """The first tensor among what a layer returns that a gradient goes back through.
 
@@ -79,6 +100,67 @@ def with_loss(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> An
 
 def _is_loss(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and not leaf.dim() and leaf.requires_grad
+
+
+class Through:
+    """Changes what goes into a module's call, and what comes out of it."""
+
+    def given(self, leaves: list[Any]) -> list[Any]:
+        """The leaves of its arguments."""
+        return leaves
+
+    def returned(self, leaves: list[Any]) -> list[Any]:
+        """The leaves of what it returns."""
+        return leaves
+
+
+@contextmanager
+def going_through(model: nn.Module, changes: Mapping[str, Through]) -> Iterator[None]:
+    """Inside, and in this thread, calls of modules go through changes.
+
+    Args:
+        model: whose modules.
+        changes: by FQN.
+    """
+    handles = []
+    hooks: list[_Before | _After] = []
+    for name, change in changes.items():
+        module, before, after = model.get_submodule(name), _Before(change), _After(change)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        # first, so that other hooks are given what the module returns in the end
+        handles.append(module.register_forward_hook(after, prepend=True))
+        hooks += [before, after]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.thread = None
+        for handle in handles:
+            handle.remove()
+
+
+class _Before(OwnHook):
+    def __init__(self, change: Through) -> None:
+        self.change = change
+        self.thread: int | None = threading.get_ident()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return None
+        leaves, spec = flatten((args, kwargs))
+        return unflatten(self.change.given(leaves), spec)
+
+
+class _After(OwnHook):
+    def __init__(self, change: Through) -> None:
+        self.change = change
+        self.thread: int | None = threading.get_ident()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return None
+        leaves, spec = flatten(output)
+        return unflatten(self.change.returned(leaves), spec)
 
 
 class _Hook(OwnHook):

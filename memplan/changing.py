@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,9 @@ from torch import nn
 
 from memplan.capture import run_without_data
 from memplan.errors import MemplanError
-from memplan.passing import Around, Change, Loop, ModelContext, Pass
+from memplan.passing import Around, Change, Choice, Loop, ModelContext, Pass
 from memplan.sample import Sample
+from memplan.torch_internals import seeming_real
 
 _SHARED = tuple(
     name for name in vars(nn.Module()) if isinstance(vars(nn.Module())[name], dict | set)
@@ -29,12 +30,17 @@ class ChangedModel(nn.Module):
     added: dict[str, nn.Module]
 
     def __init__(
-        self, original: nn.Module, modules: Mapping[str, nn.Module], around: tuple[Around, ...]
+        self,
+        original: nn.Module,
+        modules: Mapping[str, nn.Module],
+        around: tuple[Around, ...],
+        looks: tuple[Callable[[nn.Module, ModelContext], None], ...] = (),
     ) -> None:
         super().__init__()
         self.__dict__["original"] = original
         self.__dict__["added"] = dict(modules)
         self.around = around
+        self.looks = looks
         for name in _SHARED:
             self.__dict__[name] = original.__dict__[name]
         if modules:
@@ -49,6 +55,12 @@ class ChangedModel(nn.Module):
     def training(self, mode: bool) -> None:
         if "original" in self.__dict__:
             self.__dict__["original"].training = mode
+
+    def look(self, sample: Sample) -> None:
+        """Let passes look at the forward that is to be captured."""
+        with seeming_real():
+            for one in self.looks:
+                one(self, context_of(self, sample))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns there."""
@@ -97,6 +109,7 @@ class Changed:
         is_another: whether it computes something else without gradients, too.
         frozen: the original's parameters that required a gradient, and that passes do not train.
         loops: what chooses batches in the training loop.
+        chooses: what a call that trains runs.
     """
 
     model: nn.Module
@@ -105,6 +118,11 @@ class Changed:
     is_another: bool = False
     frozen: frozenset[str] = frozenset()
     loops: tuple[Loop, ...] = ()
+    chooses: Callable[[nn.Module, bool], Choice] | None = None
+
+    def choose(self, is_call: bool) -> Choice:
+        """What the next call that trains runs; if it is the call itself, the one after is drawn."""
+        return Choice() if self.chooses is None else self.chooses(self.model, is_call)
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
@@ -123,7 +141,10 @@ class Changed:
 def context_of(model: nn.Module, sample: Sample | None) -> ModelContext:
     """What passes are told of a model; without a sample it has no forward."""
     return ModelContext(
-        partial(_forward, model, sample), partial(_forward, model, sample, with_gradients=True)
+        forward=partial(_forward, model, sample),
+        forward_with_gradients=partial(_forward, model, sample, with_gradients=True),
+        forward_with_one_more=partial(_forward, model, sample, with_gradients=True, is_larger=True),
+        batch_size=None if sample is None else sample.batch_size,
     )
 
 
@@ -157,7 +178,8 @@ def changing(
                 )
             modules[name] = child
     around = tuple(change.around for change in changes if change.around is not None)
-    changed = ChangedModel(model, modules, around) if modules or around else model
+    looks = tuple(change.look for change in changes if change.look is not None)
+    changed = ChangedModel(model, modules, around, looks) if modules or around else model
     is_another = any(c.around is not None and not c.is_for_gradients for c in changes)
     named = dict(model.named_parameters())
     before = {name: parameter.requires_grad for name, parameter in named.items()}
@@ -171,7 +193,9 @@ def changing(
         if any(before.values()) and not any(one.requires_grad for one in changed.parameters()):
             raise MemplanError("the passes freeze every parameter; nothing is left to train")
         loops = tuple(change.loop for change in changes if change.loop is not None)
-        yield Changed(changed, modules, before, is_another, frozen, loops)
+        chooses = [change.choose for change in changes if change.choose is not None]
+        chosen = chooses[0] if chooses else None
+        yield Changed(changed, modules, before, is_another, frozen, loops, chosen)
     except BaseException:
         _put_back(named, before, gradients)
         raise
@@ -195,12 +219,19 @@ def _trained(model: nn.Module, changes: Sequence[Change]) -> frozenset[str]:
     )
 
 
-def _forward(model: nn.Module, sample: Sample | None, *, with_gradients: bool = False) -> Any:
+def _forward(
+    model: nn.Module,
+    sample: Sample | None,
+    *,
+    with_gradients: bool = False,
+    is_larger: bool = False,
+) -> Any:
     if sample is None:
         raise MemplanError(
             "a pass needs to know what the forward calls: pass a batch to memplan.optimize"
         )
-    return run_without_data(model, sample, with_gradients=with_gradients)
+    given = sample.with_one_more if is_larger else sample
+    return run_without_data(model, given, with_gradients=with_gradients)
 
 
 def _put_back(

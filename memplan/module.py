@@ -127,7 +127,10 @@ class PlannedModule(nn.Module):
         # A capture puts other tensors in the place of the parameters for its time; only one
         # thread may look at them then.
         with self._lock:
-            return self._step(State.of(self.changed.model), sample)
+            return self._step(self._next_state(), sample)
+
+    def _next_state(self) -> State:
+        return State.of(self.changed.model).chosen(self.changed.choose(is_call=False))
 
     def _step(self, state: State, sample: Sample) -> PlannedStep:
         signature = signature_of(self.changed.model, state, sample)
@@ -161,7 +164,7 @@ class PlannedModule(nn.Module):
         """
         batch = Sample.of(sample)
         with self._lock:
-            state = State.of(self.changed.model)
+            state = self._next_state()
             step = self._step(state, batch)
             return Drift((), 0.0) if step.guard is None else step.guard.measure(step, state, batch)
 
@@ -190,6 +193,8 @@ class PlannedModule(nn.Module):
             state = State.of(self.changed.model)
             tensors = (*state.parameters.values(), *sample.tensors())
             is_trained = any(tensor.requires_grad for tensor in tensors)
+            if is_trained:
+                state = state.chosen(self.changed.choose(is_call=True))
             step = self._settled(state, sample) if is_trained else None
         if step is None:
             return self.changed.model(*args, **kwargs)

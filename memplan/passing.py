@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Around",
     "Change",
+    "Choice",
     "Effect",
     "InPlace",
     "Loop",
@@ -51,10 +52,30 @@ class ModelContext:
         forward: runs one forward of it without data and gradients, for whoever watches; returns
             its output.
         forward_with_gradients: the same with gradients, so that autograd's graph can be looked at.
+        forward_with_one_more: that with a batch that is larger by one.
+        batch_size: the first dimension of the first input that has one.
     """
 
     forward: Callable[[], Any]
     forward_with_gradients: Callable[[], Any]
+    forward_with_one_more: Callable[[], Any]
+    batch_size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one call that trains runs, of what a pass lets vary from call to call.
+
+    Attributes:
+        program: calls of equal programs share one.
+        tensors: for FQNs of parameters and buffers in the program, those of the tensors that it
+            runs on in this call, where these are others.
+        unused: FQNs, in the program, of parameters that have no part in it.
+    """
+
+    program: Hashable = None
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -71,6 +92,9 @@ class Change:
         around: runs each forward, in training and in evaluation, and changes what it computes.
         is_for_gradients: whether ``around`` leaves forwards without gradients as they are.
         loop: chooses batches in the training loop.
+        look: told of the changed model before each capture, whose forwards are then watched.
+        choose: says for the changed model what a call that trains runs. True: for a call; False:
+            for a look at the next one. It sees to it that the forward is of that program.
     """
 
     trains: frozenset[str] | None = None
@@ -79,6 +103,8 @@ class Change:
     around: Around | None = None
     is_for_gradients: bool = False
     loop: Loop | None = None
+    look: Callable[[nn.Module, ModelContext], None] | None = None
+    choose: Callable[[nn.Module, bool], Choice] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from functools import partial
 from torch import nn
 
 from memplan.capture import Captured, Traced, rewrite, trace, update_in_backward
-from memplan.changing import changing
+from memplan.changing import ChangedModel, changing
 from memplan.collector import paused_collector
 from memplan.describing import Original, describe_original, describe_plan
 from memplan.fusing import fused
@@ -76,7 +76,8 @@ def prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
 def _prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
     pricing = Pricing.of(model, sample, request.options)
     is_cuda = pricing.device is not None and pricing.device.is_cuda
-    traced = trace(model, sample, request.options.differentiable_outputs, is_cuda)
+    look = partial(model.look, sample) if isinstance(model, ChangedModel) else None
+    traced = trace(model, sample, request.options.differentiable_outputs, is_cuda, look)
     traced = pricing.as_run(traced)
     if request.optimizer is not None:
         in_backward = request.in_backward is not None

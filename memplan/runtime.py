@@ -105,7 +105,9 @@ class PlannedStep:
         primals = self.primals(state, sample)
         # What gets no gradient is no input of the node, or autograd would run its hooks.
         differentiable = [primals[position] for position in self.emitted.differentiable]
-        results = _PlannedFunction.apply(self, primals, pending, *differentiable)  # type: ignore[no-untyped-call]
+        # Processes that exchange gradients wait for those of all parameters.
+        unused = self._unused(state) if exchanges_gradients() else []
+        results = _PlannedFunction.apply(self, primals, pending, *differentiable, *unused)  # type: ignore[no-untyped-call]
         outputs = [
             results[slot] if slot >= 0 else primals[~slot] for slot in self.emitted.output_slots
         ]
@@ -114,6 +116,12 @@ class PlannedStep:
             for leaf in self.captured.output.leaves
         ]
         return unflatten(leaves, self.captured.output.spec)
+
+    @staticmethod
+    def _unused(state: State) -> list[torch.Tensor]:
+        """Trained parameters that have no part in this call."""
+        unused = (state.parameters[name] for name in sorted(state.choice.unused))
+        return [parameter for parameter in unused if parameter.requires_grad]
 
     @property
     def given_primals(self) -> tuple[Primal, ...]:
@@ -253,7 +261,8 @@ class _PlannedFunction(torch.autograd.Function):
         pending: Pending | None,
         *differentiable: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        del differentiable  # these are primals, listed so that autograd sees them
+        # these are primals and what is unused, listed so that autograd sees them
+        ctx.num_unused = len(differentiable) - len(step.emitted.differentiable)
         emitted = step.emitted
         with without_autocast():
             results = emitted.forward([primals[position] for position in emitted.forward_primals])
@@ -320,4 +329,5 @@ class _PlannedFunction(torch.autograd.Function):
         results = step.emitted.backward(arguments)
         if step.in_backward is not None:
             step.in_backward.finish()
-        return (None, None, None, *step.gradients(results, gradients))
+        unused = [None] * ctx.num_unused
+        return (None, None, None, *step.gradients(results, gradients), *unused)

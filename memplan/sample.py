@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from memplan.torch_internals import flatten
+from memplan.torch_internals import flatten, unflatten
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ class Sample:
             return cls(args=tuple(sample))
         return cls(args=(sample,))
 
+    @property
+    def batch_size(self) -> int | None:
+        """The first dimension of the first tensor that has one; None if there is none."""
+        return next((tensor.shape[0] for tensor in self.tensors() if tensor.dim()), None)
+
+    @property
+    def with_one_more(self) -> Sample:
+        """A batch that is larger by one; the last repeats the first."""
+        leaves, spec = flatten((self.args, dict(self.kwargs)))
+        args, kwargs = unflatten([_longer(leaf, self.batch_size) for leaf in leaves], spec)
+        return Sample(args, kwargs)
+
     def leaves(self) -> list[Any]:
         """All leaves, positional arguments first."""
         return flatten((self.args, dict(self.kwargs)))[0]
@@ -41,3 +53,9 @@ class Sample:
     def tensors(self) -> list[torch.Tensor]:
         """The leaves that are tensors."""
         return [leaf for leaf in self.leaves() if isinstance(leaf, torch.Tensor)]
+
+
+def _longer(leaf: object, batch_size: int | None) -> object:
+    if not isinstance(leaf, torch.Tensor) or not leaf.dim() or leaf.shape[0] != batch_size:
+        return leaf
+    return torch.cat([leaf, leaf[:1]]).detach().requires_grad_(leaf.requires_grad)

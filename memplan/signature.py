@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from memplan.errors import CaptureError, PlanMismatch
+from memplan.passing import Choice
 from memplan.sample import Sample
 from memplan.torch_internals import enabled_attention, flatten, has_hooks, storage_key
 
@@ -22,10 +23,12 @@ class State:
     Attributes:
         parameters: by FQN, tied ones under each of their names.
         buffers: by FQN.
+        choice: what the call runs, of what a pass lets vary.
     """
 
     parameters: Mapping[str, torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
+    choice: Choice = field(default_factory=Choice)
 
     @classmethod
     def of(cls, module: nn.Module) -> State:
@@ -33,6 +36,15 @@ class State:
         return cls(
             dict(module.named_parameters(remove_duplicate=False)),
             dict(module.named_buffers(remove_duplicate=False)),
+        )
+
+    def chosen(self, choice: Choice) -> State:
+        """The tensors under the names that they have in the program of a choice."""
+        others = choice.tensors
+        return State(
+            {name: self.parameters[others.get(name, name)] for name in self.parameters},
+            {name: self.buffers[others.get(name, name)] for name in self.buffers},
+            choice,
         )
 
 
@@ -45,6 +57,7 @@ def signature_of(module: nn.Module, state: State, sample: Sample) -> Hashable:
     leaves, spec = flatten((sample.args, dict(sample.kwargs)))
     owners: dict[int, int] = {}
     return (
+        state.choice.program,
         str(spec),
         tuple(_leaf(leaf) for leaf in leaves),
         tuple((child.training, has_hooks(child)) for child in module.modules()),

@@ -8,7 +8,9 @@ from memplan.passes.checkpointing import checkpoint_activations
 from memplan.passes.dead_operands import drop_dead_operands
 from memplan.passes.dropout import split_dropout
 from memplan.passes.freezing import freeze, train_biases_only, unfreeze
+from memplan.passes.gated_blocks import skipped_flops
 from memplan.passes.in_place import reuse_operands
+from memplan.passes.layer_skipping import skip_layers
 from memplan.passes.local_learning import learn_locally
 from memplan.passes.lora import add_lora, merge_lora, unmerge_lora
 from memplan.passes.lora_files import load_lora, lora_like, save_lora
@@ -32,6 +34,7 @@ PASSES: Final[dict[str, Callable[..., Pass]]] = {
     "make_reversible": make_reversible,
     "pack_masks": pack_masks,
     "reuse_operands": reuse_operands,
+    "skip_layers": skip_layers,
     "split_dropout": split_dropout,
     "train_biases_only": train_biases_only,
 }
@@ -67,6 +70,8 @@ __all__ = [
     "pack_masks",
     "reuse_operands",
     "save_lora",
+    "skip_layers",
+    "skipped_flops",
     "split_dropout",
     "train_biases_only",
     "unfreeze",

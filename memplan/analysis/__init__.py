@@ -1,9 +1,13 @@
 """What several passes look for in a graph."""
 
+from memplan.analysis.blocks import Block, find_blocks, own_tensors, renamed
+from memplan.analysis.branches import Branch, Branches, find_branches
+from memplan.analysis.calls import Key, Record, flops_of
 from memplan.analysis.couplings import SUMS, Chain, Coupling, Couplings, find_couplings
 from memplan.analysis.cuts import Cut, balanced, find_cuts
 from memplan.analysis.memory import backward_readers, given_memory, memory_of, views_of
 from memplan.analysis.operands import can_drop, drop, operand_memory
+from memplan.analysis.replaying import Replay
 from memplan.analysis.residuals import Residuals, last_layers
 from memplan.analysis.selecting import (
     Patterns,
@@ -21,11 +25,17 @@ from memplan.torch_internals import is_backward
 
 __all__ = [
     "SUMS",
+    "Block",
+    "Branch",
+    "Branches",
     "Chain",
     "Coupling",
     "Couplings",
     "Cut",
+    "Key",
     "Patterns",
+    "Record",
+    "Replay",
     "Residuals",
     "as_texts",
     "backward_readers",
@@ -33,8 +43,11 @@ __all__ = [
     "called_modules",
     "can_drop",
     "drop",
+    "find_blocks",
+    "find_branches",
     "find_couplings",
     "find_cuts",
+    "flops_of",
     "given_memory",
     "head_of",
     "is_backward",
@@ -43,7 +56,9 @@ __all__ = [
     "last_layers",
     "memory_of",
     "operand_memory",
+    "own_tensors",
     "parts_of",
+    "renamed",
     "select_modules",
     "select_parameters",
     "targeted_layers",

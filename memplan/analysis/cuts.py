@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.analysis.selecting import list_members
 from memplan.errors import MemplanError
 from memplan.torch_internals import flatten, order_of_making, storage_key
 
@@ -163,7 +164,7 @@ def _ending(watch: _Watch, name: str) -> Callable[..., None]:
 def _cuts(
     model: nn.Module, watch: _Watch, losses: frozenset[Any]
 ) -> tuple[list[Cut], dict[str, str]]:
-    members = _members(model)
+    members = list_members(model)
     times = Counter(call.name for call in watch.calls)
     whole = _reached(losses, without=frozenset())
     cuts: dict[frozenset[Any], Cut] = {}
@@ -188,17 +189,6 @@ def _cuts(
                 cuts.popitem()  # an activation belongs to the block before it
             cuts[end] = Cut(call.name, call.saved_bytes, call.example, ties, is_member)
     return list(cuts.values()), blocked
-
-
-def _members(model: nn.Module) -> frozenset[str]:
-    """FQNs of modules in lists of modules, of which there are several of a type."""
-    found = set()
-    for name, holder in model.named_modules():
-        if isinstance(holder, nn.ModuleList | nn.Sequential | nn.ModuleDict):
-            kinds = Counter(type(child) for child in holder.children())
-            alike = (child for child, one in holder.named_children() if kinds[type(one)] > 1)
-            found |= {f"{name}.{child}" if name else child for child in alike}
-    return frozenset(found)
 
 
 def _ties(

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from memplan.analysis.selecting import is_linear, watched
 
-_SUMS: Final = frozenset(
+ADDITIONS: Final = frozenset(
     {
         torch.add,
         torch.Tensor.add,
@@ -48,7 +48,7 @@ class Residuals(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = dict(kwargs or {})
-        found = self.residual(args) if func in _SUMS and not kwargs else None
+        found = self.residual(args) if func in ADDITIONS and not kwargs else None
         result = func(*args, **kwargs) if found is None else self.added(*found)
         call = len(self.sources)
         known = (tensor for tensor in _tensors(args, kwargs) if tensor in self.call_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -267,3 +268,14 @@ def _nothing(pattern: str, names: list[str]) -> MemplanError:
         f"the pattern {pattern!r} matches nothing in the model; there is, for one, "
         f"{', '.join(map(repr, near))}"
     )
+
+
+def list_members(model: nn.Module) -> frozenset[str]:
+    """FQNs of modules in lists of modules, of which there are several of a type."""
+    found = set()
+    for name, holder in model.named_modules():
+        if isinstance(holder, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            kinds = Counter(type(child) for child in holder.children())
+            alike = (child for child, one in holder.named_children() if kinds[type(one)] > 1)
+            found |= {f"{name}.{child}" if name else child for child in alike}
+    return frozenset(found)

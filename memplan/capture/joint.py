@@ -20,7 +20,7 @@ from memplan.capture.origins import origins
 from memplan.capture.recurrent import OneLayerAtATime, without_flat_weights
 from memplan.capture.refusals import refuse_after, refuse_before, refused_inside
 from memplan.capture.surroundings import unchanged_randomness, without_meta
-from memplan.errors import CaptureError
+from memplan.errors import CaptureError, MemplanError
 from memplan.sample import Sample
 from memplan.torch_internals import (
     Joint,
@@ -81,10 +81,12 @@ def trace(
     sample: Sample,
     differentiable: Differentiable = None,
     is_for_cuda: bool = False,
+    look: Callable[[], object] | None = None,
 ) -> Traced:
     """Trace one training step of a module, in its present mode, for this sample.
 
-    With ``is_for_cuda``, attention and autocast are traced as a CUDA device would run them.
+    With ``is_for_cuda``, attention and autocast are traced as a CUDA device would run them. Before
+    each attempt ``look`` is called; code that asks whether it is traced hears what it hears in it.
 
     All random states, and the modules' attributes, are left as they were found.
 
@@ -97,7 +99,6 @@ def trace(
         torch.inference_mode(False),
         torch.enable_grad(),
         unchanged_randomness(),
-        refused_inside(module),
         unchanged_tensors(module),
         unchanged_attributes(module),
         OneLayerAtATime() as recurrent,
@@ -110,7 +111,7 @@ def trace(
     ):
         flat = Flat(module, given, differentiable)
         with without_autocast():  # which the backward is not under
-            joint, asked = _trace(flat, given)
+            joint, asked = _trace(flat, given, look or (lambda: None))
     refuse_after(joint)
     dropout_as_eager(joint.graph)
     assert flat.seen is not None
@@ -127,20 +128,24 @@ def trace(
     )
 
 
-def _trace(flat: Flat, sample: Sample) -> tuple[Joint, set[str]]:
+def _trace(flat: Flat, sample: Sample, look: Callable[[], object]) -> tuple[Joint, set[str]]:
     """Trace what eager runs; where that cannot be, what the model does when it is traced.
 
     Returns the joint graph, and the lines that asked whether they are traced and heard yes.
     """
     try:
         with questions_about_tracing(answer=False) as asked:
-            return _trace_decided(flat, sample.tensors()), set()
+            look()
+            with refused_inside(flat.wrapped):
+                return _trace_decided(flat, sample.tensors()), set()
     except Exception:
         if not asked:
             raise
         flat.decisions = None
         with contextlib.suppress(Exception), questions_about_tracing(answer=True) as asked:
-            return _trace_decided(flat, sample.tensors()), asked
+            look()
+            with refused_inside(flat.wrapped):
+                return _trace_decided(flat, sample.tensors()), asked
         raise
 
 
@@ -162,7 +167,7 @@ def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor]) -> Joint:
 def _explained(module: nn.Module) -> Iterator[None]:
     try:
         yield
-    except CaptureError:
+    except MemplanError:
         raise
     except UnsupportedJointError as error:
         raise CaptureError(f"{type(module).__name__}'s step has {error}; unsupported") from error

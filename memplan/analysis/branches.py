@@ -1,0 +1,252 @@
+"""Residual branches of a forward, ``x + f(x)``: where they begin, what they read, where they end.
+
+Found in a record of the forward, not in the code: a sum of two tensors of one shape, of which one
+is computed from the other by way of a parameter. What depends on the size of the batch is found
+by a second forward with a larger one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from memplan.analysis.calls import Call, Key, Record, Scope
+from memplan.analysis.residuals import ADDITIONS
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An argument by which what depends on the batch comes into a branch.
+
+    Attributes:
+        place: among the leaves of the call's arguments.
+        dim: the dimension of the batch.
+    """
+
+    place: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Branch:
+    """``x + f(x)``.
+
+    Attributes:
+        name: FQN of the module that makes the sum.
+        total: the sum.
+        stream: number of its argument that is x; 0 or 1.
+        dim: the dimension of the batch.
+        entries: by call, arguments that are to be of a part of the batch if f is.
+        modules: FQNs of the modules that f calls.
+        inside: numbers of the calls of f.
+        number: of the sum, among all calls.
+    """
+
+    name: str
+    total: Key
+    stream: int
+    dim: int
+    entries: Mapping[Key, tuple[Entry, ...]]
+    modules: frozenset[str]
+    inside: frozenset[int]
+    number: int
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What was found in a forward.
+
+    Attributes:
+        found: in order.
+        blocked: why sums that look like residual branches are none, by the name of their module.
+    """
+
+    found: tuple[Branch, ...]
+    blocked: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Blocked(Exception):
+    """A sum is no residual branch, and why."""
+
+
+def find_branches(model: nn.Module, record: Record, larger: Record, batch_size: int) -> Branches:
+    """The residual branches of a forward; of nested ones the innermost.
+
+    Args:
+        model: whose forward.
+        record: of the forward.
+        larger: of a forward with a batch that is larger by one.
+        batch_size: of the first.
+    """
+    finder = _Finder(model, record, larger, batch_size)
+    found: list[Branch] = []
+    blocked: dict[str, str] = {}
+    for number, call in enumerate(record.calls):
+        stream = finder.stream_of(number)
+        if stream is None:
+            continue
+        try:
+            inside = finder.inside(number, stream)
+            if not finder.uses_parameter(inside) or any(one.number in inside for one in found):
+                continue
+            found.append(finder.branch(number, stream, inside))
+        except _Blocked as reason:
+            blocked.setdefault(call.key[0], str(reason))
+    return Branches(tuple(found), blocked)
+
+
+class _Finder:
+    def __init__(self, model: nn.Module, record: Record, larger: Record, batch_size: int) -> None:
+        self.record, self.batch_size = record, batch_size
+        self.calls = record.calls
+        self.larger = {call.key: call for call in larger.calls}
+        self.parameters = {name for name, _ in model.named_parameters()}
+        self.readers: dict[int, list[int]] = {}
+        for number, call in enumerate(self.calls):
+            for one in call.given:
+                self.readers.setdefault(one.tensor[0], []).append(number)
+        self.returned = {one.tensor[0] for one in record.returned}
+
+    def stream_of(self, number: int) -> int | None:
+        """Which argument of a sum is the stream, if the call is a sum of a stream and a change."""
+        call = self.calls[number]
+        if call.function not in ADDITIONS or len(call.given) != 2 or call.constants:
+            return None
+        one, other = call.given
+        if one.shape != other.shape or len(one.shape) < 2 or one.name or other.name:
+            return None
+        for place, (stream, change) in enumerate(((one, other), (other, one))):
+            if stream.tensor[0] != change.tensor[0] and self._reaches(
+                stream.tensor[0], change.tensor[0]
+            ):
+                return place
+        return None
+
+    def _reaches(self, start: int, end: int) -> bool:
+        return any(number == start for number in self._before(end, start))
+
+    def _before(self, end: int, start: int) -> Iterator[int]:
+        """Calls that one is computed from, back to another."""
+        stack, seen = [end], {end}
+        while stack:
+            number = stack.pop()
+            yield number
+            if number < 0 or number == start:
+                continue
+            for one in self.calls[number].given:
+                source = one.tensor[0]
+                if source not in seen and (source >= start or start < 0):
+                    seen.add(source)
+                    stack.append(source)
+
+    def inside(self, number: int, stream: int) -> frozenset[int]:
+        """The calls that lead from the stream to the change."""
+        given = self.calls[number].given
+        start, end = given[stream].tensor[0], given[1 - stream].tensor[0]
+        inside: set[int] = set()
+        for one in sorted(self._before(end, start)):
+            if one >= 0 and any(
+                source.tensor[0] == start or source.tensor[0] in inside
+                for source in self.calls[one].given
+            ):
+                inside.add(one)
+        return frozenset(inside)
+
+    def uses_parameter(self, inside: frozenset[int]) -> bool:
+        """Whether one of the calls is given a parameter."""
+        return any(one.name in self.parameters for n in inside for one in self.calls[n].given)
+
+    def branch(self, number: int, stream: int, inside: frozenset[int]) -> Branch:
+        """The branch that ends with a sum.
+
+        Raises:
+            _Blocked: if it cannot be run on a part of the batch.
+        """
+        call = self.calls[number]
+        inside = self._with_sides(call, inside)
+        for one in inside:
+            others = set(self.readers.get(one, ())) - inside - {number}
+            if one in self.returned or any(self.calls[n].results for n in others):
+                raise _Blocked("what its branch computes is used elsewhere as well")
+        dim = self._batch_dim(call, call.given[stream].place)
+        if dim is None:
+            raise _Blocked("the sum does not depend on the size of the batch")
+        entries: dict[Key, list[Entry]] = {}
+        for one in sorted(inside | self._questions(number, stream, inside)):
+            for given in self.calls[one].given:
+                if given.tensor[0] in inside or given.name:
+                    continue
+                at = self._batch_dim(self.calls[one], given.place)
+                if at is not None:
+                    entries.setdefault(self.calls[one].key, []).append(Entry(given.place, at))
+        return Branch(
+            name=call.key[0],
+            total=call.key,
+            stream=stream,
+            dim=dim,
+            entries={key: tuple(found) for key, found in entries.items()},
+            modules=frozenset(self.calls[one].key[0] for one in inside),
+            inside=inside,
+            number=number,
+        )
+
+    def _with_sides(self, total: Call, inside: frozenset[int]) -> frozenset[int]:
+        """With what modules inside compute of the batch from other tensors (cross attention)."""
+        own = self._own_scopes(total, inside)
+        found, stack = set(inside), list(inside)
+        while stack:
+            for given in self.calls[stack.pop()].given:
+                source = given.tensor[0]
+                if source < 0 or source in found or own.isdisjoint(self.calls[source].scopes):
+                    continue
+                if self._depends_on_batch(self.calls[source]):
+                    found.add(source)
+                    stack.append(source)
+        return frozenset(found)
+
+    def _own_scopes(self, total: Call, inside: frozenset[int]) -> set[Scope]:
+        """Calls of modules that are made between the stream and the sum."""
+        scopes = {scope for one in inside for scope in self.calls[one].scopes}
+        return scopes - set(total.scopes)
+
+    def _depends_on_batch(self, call: Call) -> bool:
+        other = self.larger.get(call.key)
+        return other is None or other.results != call.results
+
+    def _questions(self, number: int, stream: int, inside: frozenset[int]) -> set[int]:
+        """Calls that return no tensor (shapes, ...), on the way from the stream to the sum."""
+        total = self.calls[number]
+        start = total.given[stream].tensor[0]
+        own = self._own_scopes(total, inside)
+        return {
+            one
+            for one in range(max(start, -1) + 1, number)
+            if not self.calls[one].results
+            and (
+                not own.isdisjoint(self.calls[one].scopes)
+                or (self.calls[one].scopes == total.scopes and self._asks(one, start))
+            )
+        }
+
+    def _asks(self, number: int, start: int) -> bool:
+        return any(one.tensor[0] == start for one in self.calls[number].given)
+
+    def _batch_dim(self, call: Call, place: int) -> int | None:
+        """The dimension of an argument that is the batch; None if none is."""
+        other = self.larger.get(call.key)
+        if other is None or other.function != call.function:
+            raise _Blocked("with another batch its module does something else")
+        shape = next(one.shape for one in call.given if one.place == place)
+        theirs = next((one.shape for one in other.given if one.place == place), torch.Size())
+        if len(shape) != len(theirs):
+            raise _Blocked("with another batch its module does something else")
+        differing = [dim for dim, size in enumerate(shape) if size != theirs[dim]]
+        if not differing:
+            return None
+        (dim, *others) = differing
+        if others or (shape[dim], theirs[dim]) != (self.batch_size, self.batch_size + 1):
+            raise _Blocked("the batch is no dimension of its own in what its branch reads")
+        return dim

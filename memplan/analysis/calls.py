@@ -1,0 +1,299 @@
+"""What a forward calls: torch's functions, each known by the module that calls it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from memplan.torch_internals import OwnHook, TreeSpec, flatten, version_of
+
+Scope: TypeAlias = tuple[str, int]
+"""FQN of a module, and which of its calls it is."""
+
+Key: TypeAlias = tuple[str, int, int]
+"""A call of a function: FQN of the module that makes it, which of its calls, and which function
+call in it. It is the same in every forward that runs the same code there."""
+
+_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+
+Tensor: TypeAlias = tuple[int, int]
+"""Which call made a tensor, and which of its results it is; negative calls: it was there."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor among the leaves of a call's arguments.
+
+    Attributes:
+        place: among all leaves.
+        tensor: which it is.
+        name: its FQN, if it is a parameter or a buffer.
+        shape: its shape.
+    """
+
+    place: int
+    tensor: Tensor
+    name: str
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function.
+
+    Attributes:
+        key: what it is known by.
+        scopes: the calls of modules that it is inside of, the innermost last.
+        function: what is called.
+        given: the tensors among its arguments.
+        constants: the other leaves of its arguments, as text.
+        results: the shapes of the tensors that it makes or writes; not of what it was given and
+            returns as it is.
+    """
+
+    key: Key
+    scopes: tuple[Scope, ...]
+    function: Callable[..., Any]
+    given: tuple[Given, ...]
+    constants: tuple[str, ...]
+    results: tuple[torch.Size, ...]
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module.
+
+    Attributes:
+        scope: what it is known by.
+        calls: numbers of the calls inside.
+        given: the tensors among its arguments.
+        results: the tensors among the leaves of what it returns.
+        output: what it returns, with None for each tensor.
+        spec: of that.
+    """
+
+    scope: Scope
+    calls: range
+    given: tuple[Given, ...]
+    results: tuple[Given, ...]
+    output: tuple[object, ...]
+    spec: TreeSpec
+
+
+class Scopes(TorchFunctionMode):
+    """Inside, and in this thread, it is known which module makes a call.
+
+    Args:
+        model: whose modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.scopes: list[Scope] = []
+        self._counts: list[int] = [0]
+        self._times: dict[str, int] = {}
+        self._is_aside = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        if self._is_aside or _is_remark(func, args):
+            return func(*args, **(kwargs or {}))
+        return self.called(self._next_key(), func, args, dict(kwargs or {}))
+
+    def called(
+        self, key: Key, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a call; for a subclass. What it calls itself has no key."""
+        del key
+        return function(*args, **kwargs)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, calls have no key."""
+        before, self._is_aside = self._is_aside, True
+        try:
+            yield
+        finally:
+            self._is_aside = before
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch; use it instead of the mode itself."""
+        handles = []
+        for name, module in self.model.named_modules():
+            before, after = _Hook(self._begin, name), _Hook(self._end, name)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            # first, so that what other passes' hooks call is the caller's
+            handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _next_key(self) -> Key:
+        self._counts[-1] += 1
+        name, times = self.scopes[-1] if self.scopes else ("", 0)
+        return name, times, self._counts[-1]
+
+    def began(self, scope: Scope, args: Any, kwargs: Any) -> None:
+        """Called before each module; for a subclass."""
+
+    def ended(self, scope: Scope, output: Any) -> None:
+        """Called after each module; for a subclass."""
+
+    def _begin(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        del output
+        self._times[name] = self._times.get(name, 0) + 1
+        self.scopes.append((name, self._times[name]))
+        self._counts.append(0)
+        self.began(self.scopes[-1], args, kwargs)
+
+    def _end(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        del name, args, kwargs
+        self._counts.pop()
+        self.ended(self.scopes.pop(), output)
+
+
+class Record(Scopes):
+    """Inside, every call is noted, with what is computed from what.
+
+    Attributes:
+        calls: in order.
+        modules: calls of modules, in the order of their ends.
+        returned: the tensors that the model returns.
+    """
+
+    returned: tuple[Given, ...] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.calls: list[Call] = []
+        self.modules: list[ModuleCall] = []
+        self._known: MutableMapping[torch.Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._names = _names(model)
+        self._open: list[tuple[int, tuple[Given, ...]]] = []
+        self._others = 0
+
+    def called(
+        self, key: Key, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        leaves, _ = flatten((args, kwargs))
+        given = self._given(leaves)
+        constants = tuple(repr(one) for one in leaves if not isinstance(one, torch.Tensor))
+        before = {id(one): version_of(one) for one in leaves if isinstance(one, torch.Tensor)}
+        result = function(*args, **kwargs)
+        results = [
+            one
+            for one in flatten(result)[0]
+            if isinstance(one, torch.Tensor) and before.get(id(one)) != version_of(one)
+        ]
+        for place, tensor in enumerate(results):
+            self._known[tensor] = len(self.calls), place
+        shapes = tuple(one.shape for one in results)
+        self.calls.append(Call(key, tuple(self.scopes), function, given, constants, shapes))
+        return result
+
+    def of(self, forward: Callable[[], Any]) -> Any:
+        """Run a forward, and note it. Returns its output.
+
+        It may be called from inside the model's own forward.
+        """
+        with self.watching():
+            output = forward()
+        self.returned = self._given(flatten(output)[0])
+        return output
+
+    def began(self, scope: Scope, args: Any, kwargs: Any) -> None:
+        if not scope[0]:
+            self._names = _names(self.model)  # others may stand in for the tensors now
+        with self.aside():
+            self._open.append((len(self.calls), self._given(flatten((args, kwargs))[0])))
+
+    def ended(self, scope: Scope, output: Any) -> None:
+        first, given = self._open.pop()
+        with self.aside():
+            leaves, spec = flatten(output)
+            self.modules.append(
+                ModuleCall(
+                    scope=scope,
+                    calls=range(first, len(self.calls)),
+                    given=given,
+                    results=self._given(leaves),
+                    output=tuple(None if isinstance(x, torch.Tensor) else x for x in leaves),
+                    spec=spec,
+                )
+            )
+
+    def _given(self, leaves: Sequence[object]) -> tuple[Given, ...]:
+        return tuple(
+            Given(place, self._which(leaf), self._names.get(id(leaf), ""), leaf.shape)
+            for place, leaf in enumerate(leaves)
+            if isinstance(leaf, torch.Tensor)
+        )
+
+    def _which(self, tensor: torch.Tensor) -> Tensor:
+        if tensor not in self._known:
+            self._others += 1
+            self._known[tensor] = -self._others, 0
+        return self._known[tensor]
+
+
+def flops_of(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
+    """Operations of one forward, by FQN of the module that is called; "" is the model."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        forward()
+    found: dict[str, int] = {}
+    own = type(model).__name__
+    for name, counts in counter.get_flop_counts().items():
+        known = "" if name in ("Global", own) else name.removeprefix(f"{own}.")
+        found[known] = max(found.get(known, 0), sum(counts.values()))
+    return found
+
+
+def _is_remark(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether an attribute is read that is the same for a part of the batch: device, dtype, ...
+
+    Tensors without data have some of these as attributes of their own, which is no call.
+    """
+    if getattr(function, "__name__", "") != "__get__" or function == _SHAPE:
+        return False
+    return not isinstance(function(*args), torch.Tensor)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {id(tensor): name for name, tensor in named}
+
+
+class _Hook(OwnHook):
+    """Tells of a module's calls in the thread that made it."""
+
+    def __init__(self, tell: Callable[[str, Any, Any, Any], None], name: str) -> None:
+        self.tell, self.name = tell, name
+        self.thread = threading.get_ident()
+
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any = None
+    ) -> None:
+        del module
+        if threading.get_ident() == self.thread:
+            self.tell(self.name, args, kwargs, output)

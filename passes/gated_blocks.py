@@ -1,0 +1,276 @@
+"""Blocks that a part of the batch goes through, chosen by small gates; see ``layer_skipping``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memplan.adapting import Through, going_through, with_loss
+from memplan.analysis import Block, Record, find_blocks, flops_of, select_modules
+from memplan.errors import MemplanError
+from memplan.passes.seen_branches import CHILD, Skipping, no_blocks
+from memplan.passing import Change, Effect, ModelContext, Pass
+from memplan.sample import Sample
+
+if TYPE_CHECKING:
+    from memplan.module import PlannedModule
+
+Gate = Literal["linear", "recurrent"]
+GATES: Final = ("linear", "recurrent")
+
+_WIDTH = 10
+_RUNS = 0.5
+"""Without a batch to rank it in, a sample runs if its gate is more open than that."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    capacity: float
+    at: tuple[str, ...]
+    gate: Gate
+    cost: float
+
+
+def skip_by_gates(capacity: float, at: tuple[str, ...], gate: Gate, cost: float) -> Pass:
+    """The pass of ``mode="gated"``."""
+    arguments: dict[str, object] = {
+        "mode": "gated",
+        "capacity": capacity,
+        "at": list(at),
+        "gate": gate,
+        "cost": cost,
+    }
+    settings = _Settings(capacity, at, gate, cost)
+    return Pass("skip_layers", Effect.APPROXIMATE, arguments, change=partial(_change, settings))
+
+
+def _change(settings: _Settings, model: nn.Module, context: ModelContext) -> Change:
+    names = select_modules(model, settings.at, context.forward) if settings.at else None
+    child = GatedBlocks(settings, names)
+    with torch.random.fork_rng():
+        child.make_gates(model, context)
+    return Change(modules={CHILD: child}, around=_around, look=_look)
+
+
+def _of(model: nn.Module) -> GatedBlocks:
+    child = model.get_submodule(CHILD)
+    assert isinstance(child, GatedBlocks)
+    return child
+
+
+def _around(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
+    del sample
+    return _of(model).around(model, forward)
+
+
+def _look(model: nn.Module, context: ModelContext) -> None:
+    _of(model).look(model, context)
+
+
+class GatedBlocks(Skipping):
+    """Gates, one for each block.
+
+    Attributes:
+        names: FQNs of the blocks.
+        gates: one for each of them.
+        rates: ``[blocks]``, the share of samples that ran in the last call without gradients.
+        flops: of each block's forward, for one sample.
+        total_flops: of the whole forward, for one sample.
+    """
+
+    rates: torch.Tensor
+
+    def __init__(self, settings: _Settings, wanted: frozenset[str] | None) -> None:
+        super().__init__()
+        self.settings, self.wanted = settings, wanted
+        self.names: tuple[str, ...] = ()
+        self.flops: tuple[float, ...] = ()
+        self.total_flops = 0.0
+
+    def make_gates(self, model: nn.Module, context: ModelContext) -> None:
+        """Make a gate for each block of a model that has none.
+
+        Raises:
+            MemplanError: if there is no block, or the batch is too small.
+        """
+        self.look_at_original(model, context)
+        blocks = self.seen.blocks
+        self.names = tuple(one.name for one in blocks)
+        assert context.batch_size is not None
+        counted = flops_of(model, context.forward)
+        self.total_flops = counted[""] / context.batch_size
+        self.flops = tuple(counted[name] / context.batch_size for name in self.names)
+        device = next(model.parameters()).device
+        widths = [width_of(one.shape, one.dims[one.stream]) for one in blocks]
+        self.gates = nn.ModuleList(
+            nn.Linear(width, _WIDTH if self.settings.gate == "recurrent" else 1) for width in widths
+        ).to(device)
+        if self.settings.gate == "recurrent":
+            self.cell = nn.Linear(2 * _WIDTH, 4 * _WIDTH).to(device)
+            self.last = nn.Linear(_WIDTH, 1).to(device)
+        rates = torch.ones(len(self.names), device=device)
+        self.register_buffer("rates", rates, persistent=False)
+
+    def find(self, model: nn.Module, record: Record, larger: Record, context: ModelContext) -> None:
+        """Find the blocks, and see that they are those of the gates.
+
+        Raises:
+            MemplanError: if they are not, or the batch is too small.
+        """
+        super().find(model, record, larger, context)
+        branches = self.seen.branches.found
+        found, blocked = find_blocks(model, record, larger, branches, self.wanted)
+        if not found or (self.wanted is not None and len(found) < len(self.wanted)):
+            raise no_blocks(blocked)
+        before = self.seen.blocks
+        if before and [one.name for one in found] != [one.name for one in before]:
+            raise MemplanError(
+                "the blocks of the forward are others than when the model was planned: plan it "
+                "again, memplan.optimize(planned.original, ...)"
+            )
+        assert context.batch_size is not None
+        self.num_kept(context.batch_size)
+        # what was given at another time may be given again
+        dims = [one.dims for one in before] or [{}] * len(found)
+        self.seen.blocks = tuple(
+            replace(one, dims={**known, **one.dims}) for one, known in zip(found, dims, strict=True)
+        )
+
+    def num_kept(self, batch_size: int) -> int:
+        """How many samples of a batch go through a block in training.
+
+        Raises:
+            MemplanError: if it is none.
+        """
+        kept = round(self.settings.capacity * batch_size)
+        if not kept:
+            raise MemplanError(
+                f"the batch is too small: capacity={self.settings.capacity:g} of {batch_size} "
+                "samples is none of them"
+            )
+        return kept
+
+    def run(self, model: nn.Module, forward: Callable[[], Any]) -> Any:
+        scores = _Scores(self)
+        through = {
+            name: _Gated(self, scores, number, block)
+            for number, (name, block) in enumerate(zip(self.names, self.seen.blocks, strict=True))
+        }
+        with going_through(model, through):
+            output = forward()
+        if not torch.is_grad_enabled() or not self.settings.cost:
+            return output
+        cost = self.settings.cost * torch.stack(scores.losses).mean()
+        return with_loss(output, lambda loss: loss + cost.to(loss.dtype))
+
+
+class _Scores:
+    """Of one forward: how much each sample is to go through each block.
+
+    Attributes:
+        losses: of the gates, so far: cross entropy with what was chosen.
+    """
+
+    def __init__(self, gated: GatedBlocks) -> None:
+        self.gated = gated
+        self.losses: list[torch.Tensor] = []
+        self.state: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def of(self, number: int, stream: torch.Tensor, dim: int) -> torch.Tensor:
+        """``[batch]``, above 0 where a sample is to go through a block."""
+        gate = self.gated.gates[number]
+        pooled = pool(stream.detach(), dim).to(next(gate.parameters()).dtype)
+        features: torch.Tensor = gate(pooled)
+        if self.gated.settings.gate == "recurrent":
+            self.state = _lstm(self.gated.cell, features, self.state)
+            features = self.gated.last(self.state[0])
+        return features.squeeze(1)
+
+
+def _lstm(
+    cell: nn.Module, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden state and memory after one more input."""
+    hidden, memory = state or (torch.zeros_like(x), torch.zeros_like(x))
+    given, forget, update, out = cell(torch.cat([x, hidden], 1)).chunk(4, 1)
+    memory = forget.sigmoid() * memory + given.sigmoid() * update.tanh()
+    return out.sigmoid() * memory.tanh(), memory
+
+
+@dataclass
+class _Gated(Through):
+    """Leads a part of the batch through one block."""
+
+    gated: GatedBlocks
+    scores: _Scores
+    number: int
+    block: Block
+
+    def given(self, leaves: list[Any]) -> list[Any]:
+        dim = self.block.dims[self.block.stream]
+        self.stream = leaves[self.block.stream]
+        scores = self.scores.of(self.number, self.stream, dim)
+        if torch.is_grad_enabled():
+            count = self.gated.num_kept(len(scores))
+            self.chosen = scores.detach().topk(count, sorted=False).indices
+            wanted = torch.zeros_like(scores).index_fill(0, self.chosen, 1.0)
+            loss = functional.binary_cross_entropy_with_logits(scores, wanted)
+            self.scores.losses.append(loss)
+            self.open = scores.sigmoid().index_select(0, self.chosen)
+        else:
+            self.chosen = (scores.sigmoid() > _RUNS).nonzero().flatten()
+            self.gated.rates[self.number] = max(len(self.chosen), 1) / len(scores)
+        # a batch of none is more than many a reshape can do: then the first runs, for nothing
+        part = self.chosen if len(self.chosen) else self.chosen.new_zeros(1)
+        for place, own in self.block.dims.items():
+            if isinstance(leaves[place], torch.Tensor):
+                leaves[place] = leaves[place].index_select(own, part)
+        self.part = leaves[self.block.stream]
+        return leaves
+
+    def returned(self, leaves: list[Any]) -> list[Any]:
+        dim, made = self.block.dims[self.block.stream], leaves[self.block.result]
+        made = made.narrow(dim, 0, len(self.chosen)).to(self.stream.dtype)
+        if torch.is_grad_enabled():
+            # one, with the gradient of the gate: straight through
+            weight = (1 + self.open - self.open.detach()).to(made.dtype)
+            shape = [-1 if place == dim else 1 for place in range(made.dim())]
+            made = torch.lerp(self.part, made, weight.view(shape))
+        leaves[self.block.result] = self.stream.index_copy(dim, self.chosen, made)
+        return leaves
+
+
+def pool(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """``[batch, features]``: means over all other dimensions; ``dim`` is the batch's.
+
+    Features are in the last dimension, or, of images (4 dimensions and more), in the second.
+    """
+    x = x.movedim(dim, 0)
+    if x.dim() > 3:
+        return x.flatten(2).mean(2)
+    return x.mean(1) if x.dim() == 3 else x
+
+
+def width_of(shape: torch.Size, dim: int) -> int:
+    """The number of features that ``pool`` leaves."""
+    rest = [size for place, size in enumerate(shape) if place != dim]
+    return rest[0] if len(shape) > 3 else rest[-1]
+
+
+def skipped_flops(planned: PlannedModule) -> float:
+    """The share of the forward's operations that the last call without gradients skipped.
+
+    Raises:
+        MemplanError: if the module has no gates.
+    """
+    for name, child in planned.named_children():
+        if name == CHILD and isinstance(child, GatedBlocks):
+            pairs = zip(child.rates.tolist(), child.flops, strict=True)
+            return float(sum((1 - rate) * flops for rate, flops in pairs) / child.total_flops)
+    raise MemplanError('the module has no gates; plan it with skip_layers(mode="gated")')

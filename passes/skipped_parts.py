@@ -1,0 +1,133 @@
+"""Residual branches that run on a random part of the batch; see ``layer_skipping``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.analysis import Branch, Key, Record, Replay
+from memplan.errors import MemplanError
+from memplan.passes.seen_branches import CHILD, Skipping
+from memplan.passing import Change, Effect, ModelContext, Pass
+from memplan.sample import Sample
+
+
+def skip_parts(rate: float, batch_norm: bool) -> Pass:
+    """The pass of ``mode="subset"``."""
+    return Pass(
+        "skip_layers",
+        Effect.STOCHASTIC,
+        {"mode": "subset", "rate": rate, "batch_norm": batch_norm},
+        change=partial(_change, rate, batch_norm),
+    )
+
+
+def _change(rate: float, batch_norm: bool, model: nn.Module, context: ModelContext) -> Change:
+    del model, context
+    return Change(
+        modules={CHILD: SkippedParts(rate, batch_norm)},
+        around=_around,
+        is_for_gradients=True,
+        look=_look,
+    )
+
+
+def _around(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
+    del sample
+    child = model.get_submodule(CHILD)
+    assert isinstance(child, SkippedParts)
+    return child.around(model, forward)
+
+
+def _look(model: nn.Module, context: ModelContext) -> None:
+    child = model.get_submodule(CHILD)
+    assert isinstance(child, SkippedParts)
+    child.look(model, context)
+
+
+class SkippedParts(Skipping):
+    """Runs residual branches on a part of the batch.
+
+    Attributes:
+        rate: share of the batch that is skipped.
+        batch_norm: whether there may be batch norm in a branch.
+    """
+
+    def __init__(self, rate: float, batch_norm: bool) -> None:
+        super().__init__()
+        self.rate, self.batch_norm = rate, batch_norm
+
+    def find(self, model: nn.Module, record: Record, larger: Record, context: ModelContext) -> None:
+        """Find the branches.
+
+        Raises:
+            MemplanError: if there are none, or they cannot be run on a part of this batch.
+        """
+        super().find(model, record, larger, context)
+        assert context.batch_size is not None
+        self.num_kept(context.batch_size)
+        if self.batch_norm or not model.training:
+            return
+        for branch in self.seen.branches.found:
+            for name in sorted(branch.modules):
+                if isinstance(model.get_submodule(name), nn.modules.batchnorm._BatchNorm):
+                    raise MemplanError(
+                        f"there is batch norm ({name!r}) in the residual branch of "
+                        f"{branch.name!r}: its statistics would be of the part of the batch that "
+                        'the branch runs on. skip_layers(mode="subset", batch_norm=True) allows '
+                        'that; mode="blocks" skips whole blocks instead'
+                    )
+
+    def num_kept(self, batch_size: int) -> int:
+        """On how many samples of a batch a branch runs.
+
+        Raises:
+            MemplanError: if the batch has no such part.
+        """
+        skipped = round(self.rate * batch_size)
+        if not 0 < skipped < batch_size:
+            raise MemplanError(
+                f"the batch is too small: rate={self.rate:g} of {batch_size} samples is "
+                f"{'none' if not skipped else 'all'} of them"
+            )
+        return batch_size - skipped
+
+    def run(self, model: nn.Module, forward: Callable[[], Any]) -> Any:
+        if not (torch.is_grad_enabled() and model.training):
+            return forward()
+        parts = _Parts(model, self)
+        with parts.replaying():
+            return forward()
+
+
+class _Parts(Replay):
+    """Takes a part of the batch for each branch, and adds what comes of it to the same samples."""
+
+    def __init__(self, model: nn.Module, skipped: SkippedParts) -> None:
+        super().__init__(model, skipped.seen.branches.found)
+        self.num_kept = skipped.num_kept
+        self.chosen: dict[Key, torch.Tensor] = {}
+        self.parts: dict[tuple[Key, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def part(self, branch: Branch, x: torch.Tensor, dim: int) -> torch.Tensor:
+        if any(x is part for _, part in self.parts.values()):
+            return x
+        if branch.total not in self.chosen:
+            count = x.shape[dim]
+            self.chosen[branch.total] = torch.randperm(count, device=x.device)[
+                : self.num_kept(count)
+            ]
+        key = branch.total, id(x)
+        if key not in self.parts:
+            self.parts[key] = x, x.index_select(dim, self.chosen[branch.total])
+        return self.parts[key][1]
+
+    def total(self, branch: Branch, stream: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        chosen = self.chosen.pop(branch.total)
+        self.parts = {key: pair for key, pair in self.parts.items() if key[0] != branch.total}
+        scale = stream.shape[branch.dim] / len(chosen)
+        return torch.index_add(stream, branch.dim, chosen, change.to(stream.dtype), alpha=scale)
