@@ -25,8 +25,8 @@ Gate = Literal["linear", "recurrent"]
 GATES: Final = ("linear", "recurrent")
 
 _WIDTH = 10
-_RUNS = 0.5
-"""Without a batch to rank it in, a sample runs if its gate is more open than that."""
+_MOMENTUM = 0.1
+"""How fast the borders follow those of the batches."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,14 @@ class GatedBlocks(Skipping):
     Attributes:
         names: FQNs of the blocks.
         gates: one for each of them.
+        borders: ``[blocks]``, running means of the scores between samples that ran and samples that
+            did not. Without a batch to rank it in, a sample runs if its score is above.
         rates: ``[blocks]``, the share of samples that ran in the last call without gradients.
         flops: of each block's forward, for one sample.
         total_flops: of the whole forward, for one sample.
     """
 
+    borders: torch.Tensor
     rates: torch.Tensor
 
     def __init__(self, settings: _Settings, wanted: frozenset[str] | None) -> None:
@@ -114,6 +117,7 @@ class GatedBlocks(Skipping):
         if self.settings.gate == "recurrent":
             self.cell = nn.Linear(2 * _WIDTH, 4 * _WIDTH).to(device)
             self.last = nn.Linear(_WIDTH, 1).to(device)
+        self.register_buffer("borders", torch.zeros(len(self.names), device=device))
         rates = torch.ones(len(self.names), device=device)
         self.register_buffer("rates", rates, persistent=False)
 
@@ -164,7 +168,12 @@ class GatedBlocks(Skipping):
         }
         with going_through(model, through):
             output = forward()
-        if not torch.is_grad_enabled() or not self.settings.cost:
+        if not torch.is_grad_enabled():
+            return output
+        if self.training:
+            borders = torch.stack(scores.borders)
+            self.borders.copy_(torch.lerp(self.borders, borders, _MOMENTUM))
+        if not self.settings.cost:
             return output
         cost = self.settings.cost * torch.stack(scores.losses).mean()
         return with_loss(output, lambda loss: loss + cost.to(loss.dtype))
@@ -175,15 +184,17 @@ class _Scores:
 
     Attributes:
         losses: of the gates, so far: cross entropy with what was chosen.
+        borders: of the blocks, so far: between what was chosen and what was not.
     """
 
     def __init__(self, gated: GatedBlocks) -> None:
         self.gated = gated
         self.losses: list[torch.Tensor] = []
+        self.borders: list[torch.Tensor] = []
         self.state: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def of(self, number: int, stream: torch.Tensor, dim: int) -> torch.Tensor:
-        """``[batch]``, above 0 where a sample is to go through a block."""
+        """``[batch]``, higher where a sample is rather to go through a block."""
         gate = self.gated.gates[number]
         pooled = pool(stream.detach(), dim).to(next(gate.parameters()).dtype)
         features: torch.Tensor = gate(pooled)
@@ -218,13 +229,18 @@ class _Gated(Through):
         scores = self.scores.of(self.number, self.stream, dim)
         if torch.is_grad_enabled():
             count = self.gated.num_kept(len(scores))
-            self.chosen = scores.detach().topk(count, sorted=False).indices
+            values, order = scores.detach().sort(descending=True)
+            self.chosen = order[:count]
+            below = values[count] if count < len(values) else values[-1] - 1
+            self.scores.borders.append((values[count - 1] + below) / 2)
             wanted = torch.zeros_like(scores).index_fill(0, self.chosen, 1.0)
             loss = functional.binary_cross_entropy_with_logits(scores, wanted)
             self.scores.losses.append(loss)
             self.open = scores.sigmoid().index_select(0, self.chosen)
         else:
-            self.chosen = (scores.sigmoid() > _RUNS).nonzero().flatten()
+            border = self.gated.borders[self.number]
+            runs = (scores > border) | (self.gated.settings.capacity == 1)
+            self.chosen = runs.nonzero().flatten()
             self.gated.rates[self.number] = max(len(self.chosen), 1) / len(scores)
         # a batch of none is more than many a reshape can do: then the first runs, for nothing
         part = self.chosen if len(self.chosen) else self.chosen.new_zeros(1)

@@ -58,7 +58,8 @@ def skip_layers(
         seed: for "blocks": of the choices.
         gate: for "gated": "linear" (pooled, one linear layer), or "recurrent" (pooled, and a small
             LSTM that all blocks share).
-        cost: for "gated": weight of the gates' own loss, which moves them towards the capacity.
+        cost: for "gated": weight of the gates' own loss, the cross entropy with what was chosen,
+            which moves them towards the capacity.
 
     Returns:
         A pass of effect ``STOCHASTIC``, or, with gates, ``APPROXIMATE``.

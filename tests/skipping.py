@@ -110,7 +110,7 @@ def through_gates(planned, batch, capacity, cost):
             state = (o.sigmoid() * memory.tanh(), memory)
             scores = child.last(state[0])
         scores = scores[:, 0]
-        chosen = scores.topk(count, sorted=False).indices
+        chosen = scores.topk(count).indices
         mask = torch.zeros(len(x)).index_fill(0, chosen, 1.0)
         losses.append(nn.functional.binary_cross_entropy_with_logits(scores, mask))
         p = scores.sigmoid()

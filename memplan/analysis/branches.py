@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import nn
 
 from memplan.analysis.calls import Call, Key, Record, Scope
 from memplan.analysis.residuals import ADDITIONS
+
+SUMS: Final = ADDITIONS | {torch.Tensor.add_}
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class _Finder:
     def stream_of(self, number: int) -> int | None:
         """Which argument of a sum is the stream, if the call is a sum of a stream and a change."""
         call = self.calls[number]
-        if call.function not in ADDITIONS or len(call.given) != 2 or call.constants:
+        if call.function not in SUMS or len(call.given) != 2 or call.constants:
             return None
         one, other = call.given
         if one.shape != other.shape or len(one.shape) < 2 or one.name or other.name:

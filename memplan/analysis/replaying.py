@@ -63,7 +63,9 @@ class Replay(Scopes):
             branch = self.totals[key]
             if len(args) != 2 or kwargs:
                 raise _differs(key)
-            return self.total(branch, args[branch.stream], args[1 - branch.stream])
+            total = self.total(branch, args[branch.stream], args[1 - branch.stream])
+            is_in_place = function == torch.Tensor.add_ and args[0].shape == total.shape
+            return args[0].copy_(total) if is_in_place else total
         if key in self.entries:
             branch, entries = self.entries[key]
             leaves, spec = flatten((args, kwargs))
