@@ -51,6 +51,31 @@ def after_calls(model: nn.Module, functions: Mapping[str, After]) -> Iterator[No
 
 
 @contextmanager
+def standing_for(model: nn.Module, names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, parameters and buffers have other ones in their places.
+
+    Args:
+        model: whose tensors.
+        names: FQN of what stands in a place, by FQN of the place.
+    """
+    before = {}
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        module = model.get_submodule(owner)
+        own = vars(module)["_parameters"]
+        own = own if last in own else vars(module)["_buffers"]
+        before[name] = own, last, own[last]
+    for name, other in names.items():
+        own, last, _ = before[name]
+        own[last] = before[other][2] if other in before else model.get_buffer(other)
+    try:
+        yield
+    finally:
+        for own, last, tensor in before.values():
+            own[last] = tensor
+
+
+@contextmanager
 def standing_in(
     module: nn.Module, function: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 ) -> Iterator[None]:

@@ -7,7 +7,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from memplan.torch_internals import (
     indices_of,
@@ -57,7 +63,7 @@ class PassingLoader:
                 shared state is then left as if nothing were drawn for it.
         """
         if self._indices is None:
-            yield from self._taken(is_wanted, start)
+            yield from self._taken(is_wanted, start, order)
             return
         now = torch.random.get_rng_state()
         if order is not None:
@@ -71,14 +77,25 @@ class PassingLoader:
         for number, batch in enumerate(batches):
             yield self._indices.places[number], batch
 
-    def _taken(self, is_wanted: IsWanted, start: int) -> Numbered:
+    def _taken(
+        self, is_wanted: IsWanted, start: int, order: Mapping[str, torch.Tensor] | None
+    ) -> Numbered:
         loader = self.loader
         collate: Callable[[Any], Any] = _as_they_are
-        if isinstance(loader, DataLoader) and not loader.num_workers and not loader.pin_memory:
+        if isinstance(loader, DataLoader) and _makes_batches_as_usual(loader):
             collate = loader.collate_fn
             loader = with_collation(loader, _as_they_are)
-        for place, batch in enumerate(loader):
-            if place >= start and is_wanted(place):
+        now = torch.random.get_rng_state()
+        if order is not None:
+            torch.random.set_rng_state(order[_SHARED])
+            self.set_own_states(order)
+        batches = iter(loader)
+        for _ in zip(range(start), batches, strict=False):
+            pass
+        if order is not None:
+            torch.random.set_rng_state(now)
+        for place, batch in enumerate(batches, start):
+            if is_wanted(place):
                 yield place, collate(batch)
 
     def random_states(self) -> dict[str, torch.Tensor]:
@@ -97,9 +114,11 @@ class PassingLoader:
         if not isinstance(self.loader, DataLoader):
             return {}
         found = {"loader": self.loader.generator}
-        sampler = self.loader.sampler
-        if isinstance(sampler, _RANDOM):
-            found["sampler"] = sampler.generator
+        batches = self.loader.batch_sampler
+        inside = batches.sampler if isinstance(batches, BatchSampler) else None
+        for name, sampler in (("sampler", self.loader.sampler), ("inside", inside)):
+            if isinstance(sampler, _RANDOM):
+                found[name] = sampler.generator
         return {name: one for name, one in found.items() if isinstance(one, torch.Generator)}
 
 
@@ -158,11 +177,21 @@ class Updates:
         self._versions = [version_of(one) for one in self._parameters]
 
     def are_due(self) -> bool:
-        """Whether there are gradients, and no parameter was written since ``note``."""
+        """Whether there are gradients, and no parameter was written since ``note``.
+
+        Gradients that are all zero wait for nothing.
+        """
         pairs = zip(self._parameters, self._versions, strict=True)
-        return any(one.grad is not None for one in self._parameters) and all(
-            version_of(one) == version for one, version in pairs
-        )
+        gradients = [one.grad for one in self._parameters if one.grad is not None]
+        if not gradients or any(version_of(one) != version for one, version in pairs):
+            return False
+        return any(bool(one.any()) for one in gradients)
+
+
+def _makes_batches_as_usual(loader: DataLoader[Any]) -> bool:
+    """Whether batches are made in this process, and come as they are made."""
+    is_plain = type(loader).__iter__ is DataLoader.__iter__
+    return is_plain and not loader.num_workers and not loader.pin_memory
 
 
 def _as_they_are(samples: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memplan.adapting import standing_for
 from memplan.changing import Changed
 from memplan.drift import Drift
 from memplan.errors import MemplanError, NotPlannedYet
@@ -137,7 +138,9 @@ class PlannedModule(nn.Module):
         steps = self._steps.get(signature, ())
         step = next((step for step in steps if step.holds(sample)), None)
         if step is None:
-            step = self._build(self.changed.model, sample)
+            # blocks take turns: what is captured are the tensors of this call
+            with standing_for(self.changed.model, state.choice.tensors):
+                step = self._build(self.changed.model, sample)
             self._steps[signature] = (*steps, step)
             self._forget_oldest()
         self._steps.move_to_end(signature)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from memplan.adapting import Through, going_through, with_loss
 from memplan.analysis import Block, Record, find_blocks, flops_of, select_modules
-from memplan.errors import MemplanError
+from memplan.errors import CaptureError, MemplanError
 from memplan.passes.seen_branches import CHILD, Skipping, no_blocks
 from memplan.passing import Change, Effect, ModelContext, Pass
 from memplan.sample import Sample
@@ -107,8 +107,8 @@ class GatedBlocks(Skipping):
         self.names = tuple(one.name for one in blocks)
         assert context.batch_size is not None
         counted = flops_of(model, context.forward)
-        self.total_flops = counted[""] / context.batch_size
-        self.flops = tuple(counted[name] / context.batch_size for name in self.names)
+        self.total_flops = counted.get("", 0) / context.batch_size
+        self.flops = tuple(counted.get(name, 0) / context.batch_size for name in self.names)
         device = next(model.parameters()).device
         widths = [width_of(one.shape, one.dims[one.stream]) for one in blocks]
         self.gates = nn.ModuleList(
@@ -141,9 +141,11 @@ class GatedBlocks(Skipping):
         assert context.batch_size is not None
         self.num_kept(context.batch_size)
         # what was given at another time may be given again
-        dims = [one.dims for one in before] or [{}] * len(found)
+        nothing: tuple[dict[int, int], frozenset[int]] = {}, frozenset()
+        dims = [(dict(one.dims), one.tensors) for one in before] or [nothing] * len(found)
         self.seen.blocks = tuple(
-            replace(one, dims={**known, **one.dims}) for one, known in zip(found, dims, strict=True)
+            replace(one, dims={**known, **one.dims}, tensors=one.tensors | tensors)
+            for one, (known, tensors) in zip(found, dims, strict=True)
         )
 
     def num_kept(self, batch_size: int) -> int:
@@ -170,13 +172,26 @@ class GatedBlocks(Skipping):
             output = forward()
         if not torch.is_grad_enabled():
             return output
-        if self.training:
+        if model.training:
             borders = torch.stack(scores.borders)
             self.borders.copy_(torch.lerp(self.borders, borders, _MOMENTUM))
-        if not self.settings.cost:
+        if not (self.settings.cost and model.training):
             return output
         cost = self.settings.cost * torch.stack(scores.losses).mean()
-        return with_loss(output, lambda loss: loss + cost.to(loss.dtype))
+        added: list[torch.Tensor] = []
+
+        def with_cost(loss: torch.Tensor) -> torch.Tensor:
+            added.append(loss)
+            return loss + cost.to(loss.dtype)
+
+        result = with_loss(output, with_cost)
+        if len(added) != 1:
+            raise MemplanError(
+                f"the gates have a loss of their own, which is added to the model's, and "
+                f"{type(model).__name__} returns {len(added) or 'no'} scalars (tensors of shape "
+                "[]): memplan.WithLoss(model, loss_fn) adds one, cost=0 leaves the gates' out"
+            )
+        return result
 
 
 class _Scores:
@@ -224,6 +239,7 @@ class _Gated(Through):
     block: Block
 
     def given(self, leaves: list[Any]) -> list[Any]:
+        self.check_arguments(leaves)
         dim = self.block.dims[self.block.stream]
         self.stream = leaves[self.block.stream]
         scores = self.scores.of(self.number, self.stream, dim)
@@ -252,14 +268,32 @@ class _Gated(Through):
 
     def returned(self, leaves: list[Any]) -> list[Any]:
         dim, made = self.block.dims[self.block.stream], leaves[self.block.result]
-        made = made.narrow(dim, 0, len(self.chosen)).to(self.stream.dtype)
+        if made.shape[dim] != self.part.shape[dim]:
+            raise CaptureError(f"{self.block.name!r} returns another batch than it is given")
+        made = made.narrow(dim, 0, len(self.chosen))
+        kind = torch.result_type(self.stream, made)
+        self.stream, self.part, made = (x.to(kind) for x in (self.stream, self.part, made))
         if torch.is_grad_enabled():
             # one, with the gradient of the gate: straight through
             weight = (1 + self.open - self.open.detach()).to(made.dtype)
             shape = [-1 if place == dim else 1 for place in range(made.dim())]
             made = torch.lerp(self.part, made, weight.view(shape))
         leaves[self.block.result] = self.stream.index_copy(dim, self.chosen, made)
+        del self.stream, self.part, self.chosen  # an evaluation would hold those of all blocks
         return leaves
+
+    def check_arguments(self, leaves: list[Any]) -> None:
+        """Refuse tensors of which it is not known whether they are of the batch.
+
+        Raises:
+            CaptureError: if there are any.
+        """
+        places = {place for place, one in enumerate(leaves) if isinstance(one, torch.Tensor)}
+        if not places <= self.block.tensors:
+            raise CaptureError(
+                f"{self.block.name!r} is given a tensor that it was not given when the model was "
+                "planned (a mask?): plan it with a batch that has all of them"
+            )
 
 
 def pool(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -288,5 +322,6 @@ def skipped_flops(planned: PlannedModule) -> float:
     for name, child in planned.named_children():
         if name == CHILD and isinstance(child, GatedBlocks):
             pairs = zip(child.rates.tolist(), child.flops, strict=True)
-            return float(sum((1 - rate) * flops for rate, flops in pairs) / child.total_flops)
+            saved = sum((1 - rate) * flops for rate, flops in pairs)
+            return float(saved / child.total_flops) if child.total_flops else 0.0
     raise MemplanError('the module has no gates; plan it with skip_layers(mode="gated")')

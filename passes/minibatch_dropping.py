@@ -126,7 +126,7 @@ class MinibatchDropping(nn.Module):
                 "with the same decisions"
             )
         self.iteration, self.position = state["iteration"], state["position"]
-        self.order = dict(state["order"])
+        self.order = {name: one.cpu() for name, one in state["order"].items()}
         self.is_resuming = True
 
 
@@ -134,7 +134,8 @@ class Batches:
     """The batches of a loader that are not dropped; made once, and gone through once an epoch.
 
     After a state was loaded, the epoch that was running goes on where it was: in the same order,
-    if the loader draws it from torch's random state or from a generator of its own.
+    if the loader draws it, when the epoch begins, from torch's random state or from a generator of
+    its own. An epoch that is left early is over.
 
     Attributes:
         num_kept: batches given out, in all epochs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,11 +23,17 @@ class Seen:
     Attributes:
         branches: of the forward that was looked at last.
         blocks: of that.
+        own: FQNs of the parameters and buffers of each block.
+        kinds: for each block, the first that computes the same.
+        num_looks: how often blocks were found.
     """
 
     branches: Branches = field(default_factory=lambda: Branches(()))
     blocks: tuple[Block, ...] = ()
-    is_watching: bool = False
+    own: tuple[tuple[str, ...], ...] = ()
+    kinds: tuple[int, ...] = ()
+    num_looks: int = 0
+    watching: int | None = None
     record: Record | None = None
 
     def __deepcopy__(self, memo: object) -> Seen:
@@ -47,7 +54,7 @@ class Skipping(nn.Module):
 
     def around(self, model: nn.Module, forward: Callable[[], Any]) -> Any:
         """A forward, as it is to run; if it is watched, as it is."""
-        if not self.seen.is_watching:
+        if self.seen.watching != threading.get_ident():
             return self.run(model, forward)
         self.seen.record = Record(model)
         return self.seen.record.of(forward)
@@ -86,12 +93,12 @@ class Skipping(nn.Module):
         self.seen.branches = branches
 
     def _watched(self, forward: Callable[[], Any]) -> Record:
-        self.seen.is_watching = True
+        self.seen.watching = threading.get_ident()
         try:
             forward()
+            record = self.seen.record
         finally:
-            self.seen.is_watching = False
-        record, self.seen.record = self.seen.record, None
+            self.seen.watching = self.seen.record = None
         assert record is not None
         return record
 

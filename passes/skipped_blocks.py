@@ -7,12 +7,11 @@ stand in the slots is chosen at each call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import groupby
 from random import Random
 from typing import Any
 
@@ -27,7 +26,6 @@ from memplan.analysis import (
     Replay,
     find_blocks,
     own_tensors,
-    renamed,
     select_modules,
 )
 from memplan.errors import MemplanError
@@ -94,7 +92,6 @@ class SkippedBlocks(Skipping):
     """Chooses the blocks of each step.
 
     Attributes:
-        kinds: for each block, the first that computes the same.
         count: how many a step leaves out.
         kept: FQNs of the blocks in the program of the step.
         skipped: FQNs of the blocks that the last step left out.
@@ -106,7 +103,6 @@ class SkippedBlocks(Skipping):
     def __init__(self, settings: _Settings, names: frozenset[str] | None) -> None:
         super().__init__()
         self.settings, self.names = settings, names
-        self.kinds: tuple[int, ...] = ()
         self.count = 0
         self.kept: frozenset[str] = frozenset()
         self.skipped: tuple[str, ...] = ()
@@ -154,14 +150,16 @@ class SkippedBlocks(Skipping):
         found = tuple(one for one in blocks if one.is_identity)
         if not found or (self.names is not None and len(found) < len(self.names)):
             raise no_blocks(blocked)
-        if self.found and (_names(found), _kinds(found)) != (_names(self.found), self.kinds):
+        # the first of these looks is at the original; other passes may have changed more since
+        if self.seen.num_looks > 1 and _chain(found) != _chain(self.found):
             raise MemplanError(
-                "the blocks of the forward are others than when the model was planned, or compute "
-                "something else: plan it again, memplan.optimize(planned.original, ...)"
+                f"the blocks of the forward ({', '.join(_names(found))}) are others than at first, "
+                "or other ones of them are alike: were some set to evaluation, or changed? Plan "
+                "the model as it is, memplan.optimize(planned.original, ...)"
             )
-        self.seen.blocks = found
-        if not self.kinds:
-            self.kinds = _kinds(found)
+        self.seen.num_looks += 1
+        self.seen.blocks, self.seen.kinds = found, _kinds(found)
+        self.seen.own = tuple(tuple(own_tensors(model, one.name)) for one in found)
 
     def chances(self) -> list[Fraction]:
         """How often each block is kept.
@@ -188,8 +186,7 @@ class SkippedBlocks(Skipping):
                 if one.name not in self.kept:
                     block = model.get_submodule(one.name)
                     stack.enter_context(standing_in(block, one.passed_on))
-            stack.enter_context(_Scaled(model, self._scales()).replaying())
-            return forward()
+            return _Scaled(model, self._scales()).of(forward)
 
     def _scales(self) -> Iterator[tuple[Branch, float | torch.Tensor]]:
         """What the branches of kept blocks are multiplied by."""
@@ -208,39 +205,47 @@ class SkippedBlocks(Skipping):
         if not model.training:
             return Choice()
         number = int(self.drawn)
+        named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        named |= model.named_buffers(remove_duplicate=False)
         if is_call:
             if self._updates is not None and self._updates.are_due():
                 number -= 1
             else:
                 self.drawn += 1
-                self._fill_gradients(model)
+                self._fill_gradients(named)
             self._updates = Updates(model.parameters())
-        groups = self._groups(model)
+        groups = self._groups(named)
         random = Random(f"skip_layers {self.settings.seed} {number}")
         chosen = _drawn(random, groups, self.chances())
-        self.kept, tensors = self._slots(model, groups, chosen)
+        self.kept, tensors = self._slots(groups, chosen)
         names = _names(self.found)
-        self.skipped = tuple(name for place, name in enumerate(names) if place not in chosen)
+        if is_call:
+            self.skipped = tuple(n for place, n in enumerate(names) if place not in chosen)
         unused = {
             own
-            for name in names
+            for name, mine in zip(names, self.seen.own, strict=True)
             if name not in self.kept
-            for own, tensor in own_tensors(model, name).items()
-            if isinstance(tensor, nn.Parameter)
+            for own in mine
+            if isinstance(named[own], nn.Parameter)
         }
         return Choice(tuple(sorted(self.kept)), tensors, frozenset(unused))
 
-    def _groups(self, model: nn.Module) -> list[list[int]]:
+    def _groups(self, named: Mapping[str, torch.Tensor]) -> list[list[int]]:
         """Runs of blocks that compute the same and are trained alike, by their numbers."""
-
-        def is_like(number: int) -> tuple[object, ...]:
-            tensors = own_tensors(model, self.found[number].name).values()
-            return self.kinds[number], *(one.requires_grad for one in tensors)
-
-        return [list(group) for _, group in groupby(range(len(self.found)), is_like)]
+        groups: list[list[int]] = []
+        last: object = None
+        for number, names in enumerate(self.seen.own):
+            trained = tuple(named[name].requires_grad for name in names)
+            like = self.seen.kinds[number], trained
+            if self.found[number].follows and like == last:
+                groups[-1].append(number)
+            else:
+                groups.append([number])
+            last = like
+        return groups
 
     def _slots(
-        self, model: nn.Module, groups: Sequence[Sequence[int]], chosen: frozenset[int]
+        self, groups: Sequence[Sequence[int]], chosen: frozenset[int]
     ) -> tuple[frozenset[str], dict[str, str]]:
         """The blocks in the program, and what stands for each tensor in it.
 
@@ -254,19 +259,18 @@ class SkippedBlocks(Skipping):
             kept += [self.found[number].name for number in group[: len(mine)]]
             for place, number in zip(group, [*mine, *others], strict=True):
                 if place != number:
-                    tensors |= self._renamed(model, place, number)
+                    tensors |= self._renamed(place, number)
         return frozenset(kept), tensors
 
-    def _renamed(self, model: nn.Module, place: int, number: int) -> dict[str, str]:
-        one, other = self.found[place].name, self.found[number].name
-        names = {name: renamed(name, one, other) for name in own_tensors(model, one)}
+    def _renamed(self, place: int, number: int) -> dict[str, str]:
+        names = dict(zip(self.seen.own[place], self.seen.own[number], strict=True))
         if self.settings.linear_decay:
             names[f"{CHILD}.{_scale(place)}"] = f"{CHILD}.{_scale(number)}"
         return names
 
-    def _fill_gradients(self, model: nn.Module) -> None:
+    def _fill_gradients(self, named: Mapping[str, torch.Tensor]) -> None:
         """Where gradients stay between updates, each block has them: there is one program."""
-        tensors = [x for one in self.found for x in own_tensors(model, one.name).values()]
+        tensors = [named[name] for names in self.seen.own for name in names]
         trained = [one for one in tensors if one.requires_grad]
         if any(one.grad is not None for one in trained):
             for one in trained:
@@ -280,6 +284,10 @@ def _scale(number: int) -> str:
 
 def _names(blocks: Sequence[Block]) -> tuple[str, ...]:
     return tuple(one.name for one in blocks)
+
+
+def _chain(blocks: Sequence[Block]) -> tuple[object, ...]:
+    return _names(blocks), _kinds(blocks), tuple(one.follows for one in blocks)
 
 
 def _kinds(blocks: Sequence[Block]) -> tuple[int, ...]:

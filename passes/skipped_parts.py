@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan.analysis import Branch, Key, Record, Replay
+from memplan.analysis import Branch, Expected, Key, Record, Replay
 from memplan.errors import MemplanError
 from memplan.passes.seen_branches import CHILD, Skipping
 from memplan.passing import Change, Effect, ModelContext, Pass
 from memplan.sample import Sample
+
+_BATCH_NORMS = (torch.batch_norm, nn.functional.batch_norm)
 
 
 def skip_parts(rate: float, batch_norm: bool) -> Pass:
@@ -73,8 +75,9 @@ class SkippedParts(Skipping):
         if self.batch_norm or not model.training:
             return
         for branch in self.seen.branches.found:
-            for name in sorted(branch.modules):
-                if isinstance(model.get_submodule(name), nn.modules.batchnorm._BatchNorm):
+            for call in (record.calls[number] for number in sorted(branch.inside)):
+                if call.function in _BATCH_NORMS and "True" in call.constants:
+                    name = call.key[0]
                     raise MemplanError(
                         f"there is batch norm ({name!r}) in the residual branch of "
                         f"{branch.name!r}: its statistics would be of the part of the batch that "
@@ -99,16 +102,16 @@ class SkippedParts(Skipping):
     def run(self, model: nn.Module, forward: Callable[[], Any]) -> Any:
         if not (torch.is_grad_enabled() and model.training):
             return forward()
-        parts = _Parts(model, self)
-        with parts.replaying():
-            return forward()
+        return _Parts(model, self).of(forward)
 
 
 class _Parts(Replay):
     """Takes a part of the batch for each branch, and adds what comes of it to the same samples."""
 
     def __init__(self, model: nn.Module, skipped: SkippedParts) -> None:
-        super().__init__(model, skipped.seen.branches.found)
+        branches = skipped.seen.branches
+        super().__init__(model, branches.found, branches.expected)
+        self.left_out = 0
         self.num_kept = skipped.num_kept
         self.chosen: dict[Key, torch.Tensor] = {}
         self.parts: dict[tuple[Key, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -118,6 +121,7 @@ class _Parts(Replay):
             return x
         if branch.total not in self.chosen:
             count = x.shape[dim]
+            self.left_out = count - self.num_kept(count)
             self.chosen[branch.total] = torch.randperm(count, device=x.device)[
                 : self.num_kept(count)
             ]
@@ -126,8 +130,13 @@ class _Parts(Replay):
             self.parts[key] = x, x.index_select(dim, self.chosen[branch.total])
         return self.parts[key][1]
 
+    def num_left_out(self, expected: Expected) -> int:
+        return self.left_out if expected.branch is not None else 0
+
     def total(self, branch: Branch, stream: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         chosen = self.chosen.pop(branch.total)
         self.parts = {key: pair for key, pair in self.parts.items() if key[0] != branch.total}
         scale = stream.shape[branch.dim] / len(chosen)
-        return torch.index_add(stream, branch.dim, chosen, change.to(stream.dtype), alpha=scale)
+        kind = torch.result_type(stream, change)
+        stream, change = stream.to(kind), change.to(kind)
+        return torch.index_add(stream, branch.dim, chosen, change, alpha=scale)

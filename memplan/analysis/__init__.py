@@ -1,7 +1,7 @@
 """What several passes look for in a graph."""
 
 from memplan.analysis.blocks import Block, find_blocks, own_tensors, renamed
-from memplan.analysis.branches import Branch, Branches, find_branches
+from memplan.analysis.branches import Branch, Branches, Expected, find_branches
 from memplan.analysis.calls import Key, Record, flops_of
 from memplan.analysis.couplings import SUMS, Chain, Coupling, Couplings, find_couplings
 from memplan.analysis.cuts import Cut, balanced, find_cuts
@@ -32,6 +32,7 @@ __all__ = [
     "Coupling",
     "Couplings",
     "Cut",
+    "Expected",
     "Key",
     "Patterns",
     "Record",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,9 @@ from memplan.analysis.calls import Given, ModuleCall, Record, Tensor
 from memplan.analysis.selecting import list_members
 from memplan.torch_internals import TreeSpec, flatten, unflatten
 
+ADAPTERS = ("lora", "adapters")
+"""Children that passes add, in which modules stand under the names of those that they adapt."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -25,6 +28,7 @@ class Block:
         name: its FQN.
         stream: the place of the stream among the leaves of the arguments.
         dims: by place among these leaves, the dimension of the batch of what depends on it.
+        tensors: places of all tensors among them.
         result: the place of the stream among the leaves of what is returned.
         output: these leaves, with None for the stream.
         spec: of what is returned.
@@ -32,11 +36,13 @@ class Block:
         branches: those inside.
         is_identity: whether the block returns the stream itself if nothing is added to it.
         kind: equal for blocks that compute the same with their own parameters.
+        follows: whether it is given what the block before it returns, which nothing else reads.
     """
 
     name: str
     stream: int
     dims: Mapping[int, int]
+    tensors: frozenset[int]
     result: int
     output: tuple[object, ...]
     spec: TreeSpec
@@ -44,6 +50,7 @@ class Block:
     branches: tuple[Branch, ...]
     is_identity: bool
     kind: object
+    follows: bool = False
 
     def passed_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the block returns if it adds nothing."""
@@ -92,8 +99,22 @@ def find_blocks(
         if isinstance(made, str):
             blocked[name] = made
         else:
-            found.append((call, made))
+            follows = bool(found) and _follows(record, found[-1][0], call, made.stream)
+            found.append((call, replace(made, follows=follows)))
     return tuple(one for _, one in found), blocked
+
+
+def _follows(record: Record, before: ModuleCall, call: ModuleCall, stream: int) -> bool:
+    """Whether one block alone reads what another returns."""
+    (end,) = {one.tensor for one in before.results}
+    taken = next(one.tensor for one in call.given if one.place == stream)
+    readers = (
+        number
+        for number, other in enumerate(record.calls)
+        if other.results and any(one.tensor == end for one in other.given)
+    )
+    is_returned = any(one.tensor == end for one in record.returned)
+    return taken == end and not is_returned and all(n in call.calls for n in readers)
 
 
 def _block(
@@ -127,6 +148,7 @@ def _block(
         name=call.scope[0],
         stream=stream.place,
         dims=dims,
+        tensors=frozenset(one.place for one in call.given),
         result=moving[0].place,
         output=call.output,
         spec=call.spec,
@@ -171,19 +193,24 @@ def _is_identity(record: Record, end: Tensor, stream: Tensor, branches: Sequence
 
 
 def own_tensors(model: nn.Module, block: str) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a block, by FQN, and what other children have under its name."""
+    """Parameters and buffers of a block, by FQN, and what adapters have under its name."""
     named = (*model.named_parameters(remove_duplicate=False),)
     buffers = (*model.named_buffers(remove_duplicate=False),)
     return {name: one for name, one in (*named, *buffers) if _is_own(name, block)}
 
 
 def _is_own(name: str, block: str) -> bool:
-    return f".{block}." in f".{name}"
+    return name.startswith(f"{block}.") or any(
+        name.startswith(f"{adapters}.{block}.") for adapters in ADAPTERS
+    )
 
 
 def renamed(name: str, block: str, other: str) -> str:
     """The FQN of what another block has in the place of a tensor."""
-    return f".{name}".replace(f".{block}.", f".{other}.", 1)[1:]
+    for prefix in ("", *(f"{adapters}." for adapters in ADAPTERS)):
+        if name.startswith(f"{prefix}{block}."):
+            return f"{prefix}{other}{name.removeprefix(f'{prefix}{block}')}"
+    return name
 
 
 def _kind(model: nn.Module, record: Record, call: ModuleCall, stream: Given) -> object:
@@ -215,6 +242,8 @@ def _kind(model: nn.Module, record: Record, call: ModuleCall, stream: Given) -> 
 
 def _relative(call: ModuleCall, stream: Given, one: Given) -> object:
     """A tensor in the terms of its block."""
+    if one.is_custom:
+        return call.scope[0], "an autograd function, whose backward is not seen"
     if one.name and _is_own(one.name, call.scope[0]):
         return renamed(one.name, call.scope[0], "")
     if one.tensor == stream.tensor:

@@ -7,7 +7,7 @@ by a second forward with a larger one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -59,16 +59,48 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a call is given, with a batch, and with one that is larger by one.
+
+    Attributes:
+        key: the call.
+        branch: the sum of the branch that it belongs to, if any.
+        given: shapes of tensors, and numbers.
+        larger: the same with the larger batch.
+    """
+
+    key: Key
+    branch: Key | None
+    given: tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]
+    larger: tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]
+
+    def shapes(self, missing: int) -> list[tuple[int, ...]]:
+        """Shapes with a batch from which samples are missing."""
+        pairs = zip(self.given[0], self.larger[0], strict=True)
+        return [
+            tuple(a - (b - a) * missing for a, b in zip(one, other, strict=True))
+            for one, other in pairs
+        ]
+
+    def numbers(self, missing: int) -> tuple[float, ...]:
+        """Numbers with a batch from which samples are missing."""
+        pairs = zip(self.given[1], self.larger[1], strict=True)
+        return tuple(a - (b - a) * missing for a, b in pairs)
+
+
+@dataclass(frozen=True)
 class Branches:
     """What was found in a forward.
 
     Attributes:
         found: in order.
+        expected: of calls inside of branches, and in the modules that make the sums.
         blocked: why sums that look like residual branches are none, by the name of their module.
     """
 
     found: tuple[Branch, ...]
     blocked: Mapping[str, str] = field(default_factory=dict)
+    expected: tuple[Expected, ...] = ()
 
 
 class _Blocked(Exception):
@@ -98,7 +130,7 @@ def find_branches(model: nn.Module, record: Record, larger: Record, batch_size: 
             found.append(finder.branch(number, stream, inside))
         except _Blocked as reason:
             blocked.setdefault(call.key[0], str(reason))
-    return Branches(tuple(found), blocked)
+    return Branches(tuple(found), blocked, tuple(finder.expected(found)))
 
 
 class _Finder:
@@ -196,6 +228,21 @@ class _Finder:
             number=number,
         )
 
+    def expected(self, branches: Sequence[Branch]) -> Iterator[Expected]:
+        """What is given to the calls that a size could leak to."""
+        inside = {number: one.total for one in branches for number in one.inside}
+        totals = {one.number for one in branches}
+        scopes = {self.calls[number].key[:2] for number in totals}
+        for number, call in enumerate(self.calls):
+            other = self.larger.get(call.key)
+            is_near = number in inside or call.key[:2] in scopes
+            if not is_near or number in totals or other is None or not call.results:
+                continue
+            sizes, theirs = _sizes(call), _sizes(other)
+            is_alike = list(map(len, sizes[0])) == list(map(len, theirs[0]))
+            if is_alike and len(sizes[1]) == len(theirs[1]):
+                yield Expected(call.key, inside.get(number), sizes, theirs)
+
     def _with_sides(self, total: Call, inside: frozenset[int]) -> frozenset[int]:
         """With what modules inside compute of the batch from other tensors (cross attention)."""
         own = self._own_scopes(total, inside)
@@ -253,3 +300,7 @@ class _Finder:
         if others or (shape[dim], theirs[dim]) != (self.batch_size, self.batch_size + 1):
             raise _Blocked("the batch is no dimension of its own in what its branch reads")
         return dim
+
+
+def _sizes(call: Call) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+    return tuple(tuple(one.shape) for one in call.given), call.numbers

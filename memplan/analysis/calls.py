@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -38,12 +38,14 @@ class Given:
         tensor: which it is.
         name: its FQN, if it is a parameter or a buffer.
         shape: its shape.
+        is_custom: whether an autograd function of the user's made it, which is no call.
     """
 
     place: int
     tensor: Tensor
     name: str
     shape: torch.Size
+    is_custom: bool
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Call:
         function: what is called.
         given: the tensors among its arguments.
         constants: the other leaves of its arguments, as text.
+        numbers: those of them that are numbers.
         results: the shapes of the tensors that it makes or writes; not of what it was given and
             returns as it is.
     """
@@ -65,6 +68,7 @@ class Call:
     function: Callable[..., Any]
     given: tuple[Given, ...]
     constants: tuple[str, ...]
+    numbers: tuple[float, ...]
     results: tuple[torch.Size, ...]
 
 
@@ -200,15 +204,22 @@ class Record(Scopes):
         constants = tuple(repr(one) for one in leaves if not isinstance(one, torch.Tensor))
         before = {id(one): version_of(one) for one in leaves if isinstance(one, torch.Tensor)}
         result = function(*args, **kwargs)
-        results = [
+        written = [
+            one
+            for one in leaves
+            if isinstance(one, torch.Tensor) and before[id(one)] != version_of(one)
+        ]
+        made = [
             one
             for one in flatten(result)[0]
-            if isinstance(one, torch.Tensor) and before.get(id(one)) != version_of(one)
+            if isinstance(one, torch.Tensor) and id(one) not in before
         ]
+        results = list({id(one): one for one in (*made, *written)}.values())
         for place, tensor in enumerate(results):
             self._known[tensor] = len(self.calls), place
         shapes = tuple(one.shape for one in results)
-        self.calls.append(Call(key, tuple(self.scopes), function, given, constants, shapes))
+        scopes, numbers = tuple(self.scopes), numbers_of(leaves)
+        self.calls.append(Call(key, scopes, function, given, constants, numbers, shapes))
         return result
 
     def of(self, forward: Callable[[], Any]) -> Any:
@@ -244,7 +255,13 @@ class Record(Scopes):
 
     def _given(self, leaves: Sequence[object]) -> tuple[Given, ...]:
         return tuple(
-            Given(place, self._which(leaf), self._names.get(id(leaf), ""), leaf.shape)
+            Given(
+                place,
+                self._which(leaf),
+                self._names.get(id(leaf), ""),
+                leaf.shape,
+                isinstance(leaf.grad_fn, torch.autograd.function.BackwardCFunction),
+            )
             for place, leaf in enumerate(leaves)
             if isinstance(leaf, torch.Tensor)
         )
@@ -254,6 +271,11 @@ class Record(Scopes):
             self._others += 1
             self._known[tensor] = -self._others, 0
         return self._known[tensor]
+
+
+def numbers_of(leaves: Iterable[object]) -> tuple[float, ...]:
+    """Those among the leaves of arguments."""
+    return tuple(one for one in leaves if isinstance(one, int | float))
 
 
 def flops_of(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
