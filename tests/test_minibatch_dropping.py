@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 import memplan
 from memplan.passes import drop_minibatches
@@ -37,6 +44,11 @@ class Stream(IterableDataset):
     def __iter__(self):
         for place in range(len(self.samples)):
             yield self.samples[place]
+
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        yield from range(10)
 
 
 class Net(nn.Module):
@@ -116,9 +128,10 @@ def test_a_subclass_stays_one():
         def __iter__(self):
             return (2 * batch for batch in super().__iter__())
 
-    planned = planned_net()
-    batches = planned.batches(Doubling(torch.arange(10), batch_size=1))
-    assert [int(one) for one in batches] == [2 * number for number in kept(planned, 10)]
+    for data in (torch.arange(10), Numbers()):
+        planned = planned_net()
+        batches = planned.batches(Doubling(data, batch_size=1))
+        assert [int(one) for one in batches] == [2 * number for number in kept(planned, 10)]
 
 
 def test_counts_are_those_of_the_probability():
@@ -207,6 +220,59 @@ def test_a_resumed_run_is_the_uninterrupted_one(place, generator, tmp_path):
         assert torch.equal(one, two)
     assert other.schedule.last_epoch == whole.schedule.last_epoch == 36
     assert torch.equal(torch.random.get_rng_state(), whole.state()[-1])
+
+
+class Shuffled:
+    """A loader that is none of torch's."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        yield from self.loader
+
+
+def sampled(generator):
+    batches = BatchSampler(RandomSampler(range(36), generator=generator), 4, False)
+    return DataLoader(TensorDataset(torch.arange(36)), batch_sampler=batches)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Shuffled(DataLoader(TensorDataset(torch.arange(36)), 4, shuffle=True)),
+        lambda: DataLoader(Numbers(), batch_size=2),
+        lambda: sampled(torch.Generator().manual_seed(3)),
+        lambda: sampled(None),
+    ],
+    ids=["wrapped", "iterable", "a generator inside", "a sampler inside"],
+)
+def test_other_loaders_go_on_as_well(make):
+    def some(planned, batches, count):
+        """Batches, and a number that is drawn while they are trained on."""
+        for one in batches:
+            values = one[0] if isinstance(one, list) else one
+            yield values.tolist(), float(torch.rand(()))
+            count -= 1
+            if not count:
+                return
+
+    torch.manual_seed(1)
+    whole, loader = planned_net(p=0.3), make()
+    torch.manual_seed(2)
+    batches = iter(whole.batches(loader))
+    first = list(some(whole, batches, 2))
+    saved, random = copy.deepcopy(whole.state_dict()), torch.random.get_rng_state()
+    rest = list(some(whole, batches, -1))
+    other = planned_net(p=0.3)
+    torch.manual_seed(99)
+    resumed = other.batches(make())
+    other.load_state_dict(saved)
+    torch.random.set_rng_state(random)
+    assert list(some(other, resumed, -1)) == rest and len(first) == 2 and rest
 
 
 @pytest.mark.parametrize("generator", [False, True])
