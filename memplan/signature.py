@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -41,6 +41,8 @@ class State:
     def chosen(self, choice: Choice) -> State:
         """The tensors under the names that they have in the program of a choice."""
         others = choice.tensors
+        if not others:
+            return replace(self, choice=choice)
         return State(
             {name: self.parameters[others.get(name, name)] for name in self.parameters},
             {name: self.buffers[others.get(name, name)] for name in self.buffers},
