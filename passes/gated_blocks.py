@@ -173,7 +173,7 @@ class GatedBlocks(Skipping):
         if not torch.is_grad_enabled():
             return output
         if model.training:
-            borders = torch.stack(scores.borders)
+            borders = torch.stack(scores.borders).to(self.borders)
             self.borders.copy_(torch.lerp(self.borders, borders, _MOMENTUM))
         if not (self.settings.cost and model.training):
             return output
@@ -216,7 +216,7 @@ class _Scores:
         if self.gated.settings.gate == "recurrent":
             self.state = _lstm(self.gated.cell, features, self.state)
             features = self.gated.last(self.state[0])
-        return features.squeeze(1)
+        return features.squeeze(1).float()
 
 
 def _lstm(
