@@ -14,9 +14,8 @@ from torch.nn import functional
 from memplan.adapting import Through, going_through, with_loss
 from memplan.analysis import Block, Record, find_blocks, flops_of, select_modules
 from memplan.errors import CaptureError, MemplanError
-from memplan.passes.seen_branches import CHILD, Skipping, no_blocks
+from memplan.passes.seen_branches import CHILD, Skipping, around, look, no_blocks
 from memplan.passing import Change, Effect, ModelContext, Pass
-from memplan.sample import Sample
 
 if TYPE_CHECKING:
     from memplan.module import PlannedModule
@@ -55,22 +54,7 @@ def _change(settings: _Settings, model: nn.Module, context: ModelContext) -> Cha
     child = GatedBlocks(settings, names)
     with torch.random.fork_rng():
         child.make_gates(model, context)
-    return Change(modules={CHILD: child}, around=_around, look=_look)
-
-
-def _of(model: nn.Module) -> GatedBlocks:
-    child = model.get_submodule(CHILD)
-    assert isinstance(child, GatedBlocks)
-    return child
-
-
-def _around(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
-    del sample
-    return _of(model).around(model, forward)
-
-
-def _look(model: nn.Module, context: ModelContext) -> None:
-    _of(model).look(model, context)
+    return Change(modules={CHILD: child}, around=around, look=look)
 
 
 class GatedBlocks(Skipping):

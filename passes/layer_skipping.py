@@ -73,7 +73,7 @@ def skip_layers(
         _refuse("rate", rate is not None, mode, "capacity is the share that is not skipped")
     else:
         _refuse("capacity", capacity is not None, mode, "rate is the share that is skipped")
-        rate = _share("rate", _RATES[mode] if rate is None else rate, at_least=0)
+        rate = _share(_RATES[mode] if rate is None else rate)
     _refuse("batch_norm", batch_norm and mode != "subset", mode)
     _refuse("linear_decay", linear_decay and mode != "blocks", mode)
     _refuse("at", bool(as_texts(at)) and mode == "subset", mode)
@@ -95,10 +95,10 @@ def skip_layers(
     return skip_by_gates(float(capacity), as_texts(at), gate, float(cost))
 
 
-def _share(name: str, value: float, *, at_least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not at_least <= value < 1:
-        raise MemplanError(f"{name} is the share that is skipped, 0 <= {name} < 1, got {value!r}")
-    return float(value)
+def _share(rate: float) -> float:
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise MemplanError(f"rate is the share that is skipped, 0 <= rate < 1, got {rate!r}")
+    return float(rate)
 
 
 def _refuse(name: str, is_given: bool, mode: str, reason: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from memplan.analysis import Block, Branches, Record, find_branches
 from memplan.errors import MemplanError
 from memplan.passing import ModelContext
+from memplan.sample import Sample
 
 CHILD = "layer_skipping"
 
@@ -41,7 +43,7 @@ class Seen:
         return replace(self)
 
 
-class Skipping(nn.Module):
+class Skipping(nn.Module, ABC):
     """What is skipped of a model; a subclass says what that is.
 
     Attributes:
@@ -59,9 +61,9 @@ class Skipping(nn.Module):
         self.seen.record = Record(model)
         return self.seen.record.of(forward)
 
+    @abstractmethod
     def run(self, model: nn.Module, forward: Callable[[], Any]) -> Any:
         """A forward of which something is skipped."""
-        raise NotImplementedError
 
     def look(self, model: nn.Module, context: ModelContext) -> None:
         """Look at the changed model's forward before it is captured."""
@@ -101,6 +103,24 @@ class Skipping(nn.Module):
             self.seen.watching = self.seen.record = None
         assert record is not None
         return record
+
+
+def skipping_of(model: nn.Module) -> Skipping:
+    """What is skipped of a changed model."""
+    child = model.get_submodule(CHILD)
+    assert isinstance(child, Skipping)
+    return child
+
+
+def around(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
+    """``Change.around``: a forward of which something is skipped."""
+    del sample
+    return skipping_of(model).around(model, forward)
+
+
+def look(model: nn.Module, context: ModelContext) -> None:
+    """``Change.look``: what can be skipped is found before a capture."""
+    skipping_of(model).look(model, context)
 
 
 def _larger(context: ModelContext) -> Callable[[], Any]:

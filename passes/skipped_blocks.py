@@ -30,9 +30,8 @@ from memplan.analysis import (
 )
 from memplan.errors import MemplanError
 from memplan.loading import Updates
-from memplan.passes.seen_branches import CHILD, Skipping, no_blocks
+from memplan.passes.seen_branches import CHILD, Skipping, around, look, no_blocks, skipping_of
 from memplan.passing import Change, Choice, Effect, ModelContext, Pass
-from memplan.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -62,30 +61,17 @@ def _change(settings: _Settings, model: nn.Module, context: ModelContext) -> Cha
     child.begin(model, context)
     return Change(
         modules={CHILD: child},
-        around=_around,
+        around=around,
         is_for_gradients=True,
-        look=_look,
+        look=look,
         choose=_choose,
     )
 
 
-def _of(model: nn.Module) -> SkippedBlocks:
-    child = model.get_submodule(CHILD)
-    assert isinstance(child, SkippedBlocks)
-    return child
-
-
-def _around(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
-    del sample
-    return _of(model).around(model, forward)
-
-
-def _look(model: nn.Module, context: ModelContext) -> None:
-    _of(model).look(model, context)
-
-
 def _choose(model: nn.Module, is_call: bool) -> Choice:
-    return _of(model).choose(model, is_call)
+    child = skipping_of(model)
+    assert isinstance(child, SkippedBlocks)
+    return child.choose(model, is_call)
 
 
 class SkippedBlocks(Skipping):

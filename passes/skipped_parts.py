@@ -11,9 +11,8 @@ from torch import nn
 
 from memplan.analysis import Branch, Expected, Key, Record, Replay
 from memplan.errors import MemplanError
-from memplan.passes.seen_branches import CHILD, Skipping
+from memplan.passes.seen_branches import CHILD, Skipping, around, look
 from memplan.passing import Change, Effect, ModelContext, Pass
-from memplan.sample import Sample
 
 _BATCH_NORMS = (torch.batch_norm, nn.functional.batch_norm)
 
@@ -32,23 +31,10 @@ def _change(rate: float, batch_norm: bool, model: nn.Module, context: ModelConte
     del model, context
     return Change(
         modules={CHILD: SkippedParts(rate, batch_norm)},
-        around=_around,
+        around=around,
         is_for_gradients=True,
-        look=_look,
+        look=look,
     )
-
-
-def _around(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
-    del sample
-    child = model.get_submodule(CHILD)
-    assert isinstance(child, SkippedParts)
-    return child.around(model, forward)
-
-
-def _look(model: nn.Module, context: ModelContext) -> None:
-    child = model.get_submodule(CHILD)
-    assert isinstance(child, SkippedParts)
-    child.look(model, context)
 
 
 class SkippedParts(Skipping):

@@ -1,6 +1,6 @@
 """What several passes look for in a graph."""
 
-from memplan.analysis.blocks import Block, find_blocks, own_tensors, renamed
+from memplan.analysis.blocks import Block, find_blocks, own_tensors
 from memplan.analysis.branches import Branch, Branches, Expected, find_branches
 from memplan.analysis.calls import Key, Record, flops_of
 from memplan.analysis.couplings import SUMS, Chain, Coupling, Couplings, find_couplings
@@ -59,7 +59,6 @@ __all__ = [
     "operand_memory",
     "own_tensors",
     "parts_of",
-    "renamed",
     "select_modules",
     "select_parameters",
     "targeted_layers",

@@ -43,7 +43,6 @@ class Branch:
         stream: number of its argument that is x; 0 or 1.
         dim: the dimension of the batch.
         entries: by call, arguments that are to be of a part of the batch if f is.
-        modules: FQNs of the modules that f calls.
         inside: numbers of the calls of f.
         number: of the sum, among all calls.
     """
@@ -53,7 +52,6 @@ class Branch:
     stream: int
     dim: int
     entries: Mapping[Key, tuple[Entry, ...]]
-    modules: frozenset[str]
     inside: frozenset[int]
     number: int
 
@@ -223,7 +221,6 @@ class _Finder:
             stream=stream,
             dim=dim,
             entries={key: tuple(found) for key, found in entries.items()},
-            modules=frozenset(self.calls[one].key[0] for one in inside),
             inside=inside,
             number=number,
         )
