@@ -33,9 +33,10 @@ import memplan
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from pages import put
+
 from models.digits import Digits, load_digits, one_batch
 from models.masked import MaskedAutoencoder
-from pages import put
 
 DOCS = Path(__file__).parent.parent / "docs"
 PROBE_STEPS = 300

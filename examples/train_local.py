@@ -31,9 +31,10 @@ import memplan
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from pages import put
+
 from models.blocks import ResNet
 from models.digits import Digits, load_digits, one_batch
-from pages import put
 
 PARTS = (1, 2, 4, 8)
 """What is compared; one part is trained in eager."""

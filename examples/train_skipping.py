@@ -34,11 +34,12 @@ import memplan
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from pages import put
+from train_gpt import load_text
+
 from models.digits import load_digits
 from models.gpt import GPT
 from models.vit import VisionTransformer
-from pages import put
-from train_gpt import load_text
 
 CONTEXT = 32
 """Characters of a text."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 
-import laws
 import pytest
 import torch
-from rows import MODELS
-from small import Net, X
 
 import memplan
 from memplan.profiler.devices import read_cpu
 from memplan.profiler.step import preserved
+
+from support import laws
+from support.rows import MODELS
+from support.small import Net, X
 
 STEPS = 4
 

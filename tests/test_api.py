@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import partial
 
-import laws
 import pytest
 import torch
 from torch import nn
@@ -13,6 +12,8 @@ from torch import nn
 import memplan
 from memplan.passes import checkpoint_activations
 from memplan.program import OpCost
+
+from support import laws
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-import laws
 import pytest
 import torch
-from rows import MODELS
 from test_laws import OTHER_DECOMPOSITION
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import memplan
 from memplan.profiler.devices import process_bytes
+
+from support import laws
+from support.rows import MODELS
 
 # Without it cuBLAS does not repeat itself.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

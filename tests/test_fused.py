@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import gc
 
-import laws
 import pytest
 import torch
-from rows import MODELS
-from small import Net, X
 from torch import nn
 
 import memplan
+
+from support import laws
+from support.rows import MODELS
+from support.small import Net, X
 
 FUSED = memplan.Options(fused=True, on_infeasible="smallest")
 
@@ -33,6 +34,7 @@ def refused(message):
     return pytest.raises(memplan.PlanMismatch, match=message)
 
 
+@pytest.mark.by_default("mlp-100%", "bert-1 B", "resnet-50%", "returns_dict-1 B")
 @pytest.mark.parametrize("budget", ["100%", "50%", "1 B"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_model_with_a_loss_has_eagers_bits_and_the_peak_of_the_split_step(name, budget):
@@ -88,6 +90,7 @@ def test_a_part_is_finished_before_the_next_begins(num_parts):
     assert plan.peak_bytes - plan.resident_bytes <= (1 / num_parts + 0.2) * whole
 
 
+@pytest.mark.by_default("2-None", "4-1 B", "8-50%")
 @pytest.mark.parametrize("budget", [None, "50%", "1 B"])
 @pytest.mark.parametrize("num_parts", [2, 4, 8])
 def test_parts_have_eagers_bits_within_budgets(num_parts, budget):
@@ -137,6 +140,7 @@ def test_statistics_are_written_once_and_evaluation_is_the_models():
         assert torch.equal(planned(*batch), other(*batch))
 
 
+@pytest.mark.by_default("parts")
 @pytest.mark.parametrize("name", ["parts", "mlp"])
 def test_gradients_are_added_into_those_that_are_there(name):
     model, batch = parts_and_batch(2) if name == "parts" else MODELS[name]()

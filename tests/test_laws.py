@@ -9,14 +9,15 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-import laws
 import pytest
 import torch
-from rows import MODELS
 from torch import nn
 
 import memplan
 from memplan.schedule import Schedule
+
+from support import laws
+from support.rows import DEEP, MODELS
 
 ALL = ("100%", "80%", "50%", "35%")
 SMALLEST = "smallest"
@@ -30,7 +31,7 @@ BUDGETS = (
     pytest.param(SMALLEST, marks=pytest.mark.slow),
 )
 
-LOWEST_SHARE = {"gpt2": 0.45}
+LOWEST_SHARE = {"deep gpt2": 0.45}
 """How low a share of what is above resident must be feasible at least."""
 
 OTHER_DECOMPOSITION = {
@@ -65,10 +66,23 @@ class Row:
         return self.made[budget]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+ROWS = {**MODELS, **{f"deep {name}": make for name, make in DEEP.items()}}
+
+
+SLOW = ("llama", "t5", "gru", "returns_dict", "returns_dataclass")
+"""Rows whose like is in the default tests, and the deep ones."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in MODELS and name not in SLOW else pytest.mark.slow)
+        for name in ROWS
+    ],
+)
 def row(request):
     torch.manual_seed(0)
-    return Row(request.param, *MODELS[request.param]())
+    return Row(request.param, *ROWS[request.param]())
 
 
 def assert_exact(row: Row, module: nn.Module) -> None:
@@ -142,6 +156,11 @@ def test_a_saved_plan_runs(row):
     assert_exact(row, applied)
 
 
+def test_searching_twice_gives_the_same_solution(row):
+    laws.assert_searched_again(row.planned("50%"), row.sample)
+
+
+@pytest.mark.by_default("bert", "resnet", "unet", "mlp")
 def test_planning_twice_gives_the_same_plan(row):
     options = memplan.Options(on_infeasible="smallest")
     again = memplan.plan(row.model, row.sample, budget="50%", options=options)

@@ -9,7 +9,6 @@ import pickle
 import random
 import threading
 
-import laws
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,8 @@ from torch import nn
 
 import memplan
 from memplan.torch_internals import allocations, recording
+
+from support import laws
 
 
 class Net(nn.Module):

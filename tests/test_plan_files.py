@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 
-import laws
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import memplan
+
+from support import laws
 
 SCALARS = st.one_of(
     st.none(),

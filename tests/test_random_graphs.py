@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import laws
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -10,6 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 import memplan
+
+from support import laws
 
 SIZE = 12
 
@@ -84,7 +85,7 @@ CALLS = st.tuples(
 
 @example([("batch_norm", 4, 0)] * 4, "100%")
 @example([("batch_norm", 1, 0), ("batch_norm", 0, 0), ("batch_norm", 0, 0)], "70%")
-@settings(max_examples=settings.default.max_examples // 4, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5, deadline=None)
 @given(st.lists(CALLS, min_size=3, max_size=30), st.sampled_from(["100%", "70%", "40%"]))
 def test_random_models_keep_the_laws(calls, budget):
     torch.manual_seed(0)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 
-import laws
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import MODELS
-from small import Net, X
 from torch import nn
 
 import memplan
 from memplan.finished import scale
+
+from support import laws
+from support.rows import MODELS
+from support.small import Net, X
 
 FUSED = memplan.Options(fused=True, on_infeasible="smallest")
 
@@ -85,6 +86,7 @@ def test_gradients_in_float16_take_no_other_scale():
         (loss * 65536).backward()
 
 
+@pytest.mark.by_default("bert", "resnet", "unet", "mobilenet")
 @pytest.mark.parametrize("name", ["bert", "gpt2", "resnet", "unet", "vit", "mobilenet", "convnext"])
 def test_gradients_of_torchs_functions_are_linear(name):
     model, sample = MODELS[name]()

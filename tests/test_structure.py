@@ -9,6 +9,8 @@ from pathlib import Path
 
 import memplan
 
+from support.paths import CHECKOUT
+
 KERNEL = Path(memplan.__file__).parent
 PRIVATE = re.compile(
     r"\btorch(?!\.ops\.)(\.\w+)*\._(?!_)|\._cdata\b|\._version\b|\._(forward|backward)_(pre_)?hooks"
@@ -44,12 +46,11 @@ def test_only_the_command_line_prints():
 
 
 def test_the_readmes_first_snippet_runs_in_a_checkout():
-    checkout = Path(__file__).parent.parent
-    snippet = (checkout / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    snippet = (CHECKOUT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     # There the folder `memplan` comes before an installed package.
     command = [sys.executable, "-W", "error", "-c", snippet + "\nprint(memplan.__file__)"]
-    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     plan, place = result.stdout.splitlines()
     assert plan.startswith("Plan: peak")
-    assert Path(place).parent == checkout / "memplan"
+    assert Path(place).parent == CHECKOUT / "memplan"

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import laws
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import memplan
+
+from support import laws
 
 
 class Model(nn.Module):

@@ -14,7 +14,8 @@ from torch import nn
 import memplan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-import rows
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import rows
 
 Made = tuple[nn.Module, Any]
 _TEXT = {"vocab_size": 128, "use_cache": False}

@@ -27,8 +27,9 @@ from memplan.passes import learn_locally
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from models.blocks import ResNet, Stack
 from pages import put
+
+from models.blocks import ResNet, Stack
 
 MIB = 2**20
 HEADER = """| network | parts | resident MiB | kept MiB | of eager's | free MiB | of eager's | off \

@@ -45,8 +45,9 @@ from memplan.timeline import floor_bytes, simulate
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from layers import FLOAT_BYTES, everything_kept, layers_of, program_of
-from models import published
 from steps import prepared
+
+from models import published
 
 BYTES = 16_000_000_000
 PUBLISHED = {

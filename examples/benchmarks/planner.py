@@ -37,15 +37,17 @@ from memplan.program import Costs, Program
 from memplan.schedule import Recovery
 from memplan.timeline import floor_bytes, seconds
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "core"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import peer_tables
 import peers
 import scaled
 from blocks import BLOCKS
 from curves import curves
-from programs import recompute_all, training_step
 from steps import models, prepared
+
+from support.programs import recompute_all, training_step
 
 SHARES = (0.5, 0.4, 0.3)
 ABOVE_FLOOR = (0.8, 0.6, 0.4, 0.2)

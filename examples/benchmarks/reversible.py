@@ -38,11 +38,12 @@ import reversible_budgets
 import reversible_peers
 import reversible_tables
 from budgets import _interleaved
-from models.reversible import ResNet, RevNet, resized
 from pages import put
 from reversible_peers import Checkpointed
 from reversible_steps import Batch, activation_bytes, errors, images, outcome, right_gradients
 from reversible_tables import INVERTING, Row
+
+from models.reversible import ResNet, RevNet, resized
 
 SOURCE = "examples/benchmarks/results/reversible.json"
 

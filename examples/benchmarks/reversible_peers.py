@@ -26,7 +26,6 @@ from memplan.profiler.step import preserved
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 from budgets import _interleaved
-from models.reversible import residual
 from reversible_steps import (
     Batch,
     Outcome,
@@ -38,6 +37,8 @@ from reversible_steps import (
     slope_error,
 )
 from reversible_tables import Row
+
+from models.reversible import residual
 
 DROPOUT = 0.5
 

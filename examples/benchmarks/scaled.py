@@ -20,11 +20,13 @@ import memplan
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import budgets
-import rows
 from budgets import Checkpointed, Scaled
+
 from models.sequence import MixtureOfExperts, RecurrentClassifier
 from models.vision import Autoencoder, MobileNet, UNet
+from support import rows
 
 _TEXT = {"vocab_size": 2000, "use_cache": False}
 

@@ -27,9 +27,10 @@ from memplan.passes import drop_minibatches, skip_layers
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from local_learning import printed, time_ratio
+from pages import put
+
 from models.blocks import ResNet
 from models.vit import VisionTransformer
-from pages import put
 
 MIB = 2**20
 HEADER = """| model | skipped | kept MiB | of eager's | free MiB | of eager's | half MiB \

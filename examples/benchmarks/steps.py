@@ -14,14 +14,17 @@ from memplan.preparing import Prepared, prepare
 from memplan.request import make_request
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import scaled
-from rows import MODELS as ROWS
+
+from support.rows import DEEP
+from support.rows import MODELS as ROWS
 
 
 def models() -> Mapping[str, Callable[[], Any]]:
     """By name: what makes a module and a batch, and sometimes more."""
-    return {**ROWS, **{f"{name} (large)": make for name, make in scaled.MODELS.items()}}
+    return {**ROWS, **DEEP, **{f"{name} (large)": make for name, make in scaled.MODELS.items()}}
 
 
 def prepared(model: nn.Module, sample: Any, **options: Any) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -115,13 +116,27 @@ class CostCache:
             with tempfile.NamedTemporaryFile(
                 "w", dir=self.path.parent, suffix=".tmp", delete=False
             ) as file:
-                json.dump(data, file)
+                file.write(json.dumps(data))  # faster than json.dump, which writes in small pieces
             Path(file.name).replace(self.path)
         except OSError as error:
             _LOG.warning("measured costs are not kept: %s: %s", self.path, error)
 
 
-def _read(path: Path, machine: str) -> dict[str, OpCost]:
+def _read(path: Path, machine: str) -> Mapping[str, OpCost]:
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        _LOG.warning("ignoring damaged cost cache %s: %s", path, error)
+        return {}
+    return _parsed(path, machine, (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(path: Path, machine: str, state: tuple[int, ...]) -> Mapping[str, OpCost]:
+    """The entries of a file, read once for each ``state`` of it: a plan asks several times."""
+    del state
     try:
         data = json.loads(path.read_text())
         if data["schema_version"] != _SCHEMA or data["machine"] != machine:

@@ -44,14 +44,13 @@ Kind: TypeAlias = type[Run] | type[Prepare] | type[Restore]
 class Call:
     """One run of an op, for captured op ``time``."""
 
-    __slots__ = ("binds", "kind", "op", "over", "position", "time")
+    __slots__ = ("kind", "op", "over", "position", "time")
 
     def __init__(self, kind: Kind, op: int, time: int) -> None:
         self.kind = kind
         self.op = op
         self.time = time
         self.position = -1
-        self.binds: list[int] = []
         self.over: Copy | None = None
 
 
@@ -150,8 +149,7 @@ def keep_everything(problem: Problem) -> Decisions:
 def lower(problem: Problem, decisions: Decisions) -> Lowered:
     """Follow the captured order, restoring what is missing where it is needed."""
     sweep = _Sweep(problem, decisions)
-    for time in range(problem.num_ops):
-        sweep.run(time)
+    sweep.run()
     return _account(problem, sweep.finish(), sweep.copies, sweep.overwriting)
 
 
@@ -172,7 +170,7 @@ class _Sweep:
         self.problem = problem
         self.evicted = decisions.evicted
         self.part = problem.part
-        self.inverted = problem.inverted
+        self.can_always = not problem.inverted and not problem.latest
         self.breaks: dict[int, set[int]] = {}
         for value, time in decisions.breaks:
             self.breaks.setdefault(time, set()).add(value)
@@ -185,26 +183,32 @@ class _Sweep:
         self.prepared: dict[int, Call] = {}
         self.first: dict[int, Copy] = {}
         self.read_after = {v for op in problem.prepared_after for v in problem.operands[op]}
+        self.held = problem.program.held
         self.overwriting: list[tuple[Call, tuple[Copy, ...]]] = []
 
-    def run(self, time: int) -> None:
-        operands = self.problem.operands[time]
-        current, calls = self.current, len(self.calls)
-        for value in (*operands, *self.early[time]) if time in self.early else operands:
-            if not self.is_there(value, time):
-                self.restore(value, time)
-        if len(self.calls) > calls:
-            # a restore may have made what stood there before anew
-            for value in operands:
-                current[value].time = time
-        self.call(Call(Run, time, time))
+    def run(self) -> None:
+        """Run every captured op; a search spends most of its time here."""
+        problem, current, part = self.problem, self.current, self.part
+        for time in range(problem.num_ops):
+            operands, early = problem.operands[time], self.early.get(time)
+            breaks, now, calls = self.breaks.get(time), part[time], len(self.calls)
+            for value in operands if early is None else (*operands, *early):
+                copy = current[value]
+                is_kept = value not in self.evicted or part[copy.time] == now
+                if is_kept and (breaks is None or value not in breaks):
+                    copy.time = time
+                elif not self.is_there(value, time):
+                    self.restore(value, time)
+            if len(self.calls) > calls:
+                # a restore may have made what stood there before anew
+                for value in operands:
+                    current[value].time = time
+            self.call(Call(Run, time, time))
 
     def is_there(self, value: int, time: int) -> bool:
         """Whether the current copy of a value serves a need at ``time``; then it is held so far."""
         copy = self.current[value]
-        if copy.time != time and (
-            value not in self.inverted or self.problem.can_come_back(value, time)
-        ):
+        if copy.time != time and (self.can_always or self.problem.can_come_back(value, time)):
             dropped = self.breaks.get(time)
             if (dropped is not None and value in dropped) or (
                 self.part[copy.time] < self.part[time] and value in self.evicted
@@ -247,10 +251,10 @@ class _Sweep:
             self.overwriting.append((call, copies))
         is_new = call.kind is not Restore
         for value in problem.results[op]:
-            if is_new or value not in problem.program.held:
+            if is_new or value not in self.held:
                 copy = current[value] = Copy(value, call)
                 self.copies.append(copy)
-                if value in self.read_after and is_new:
+                if is_new and value in self.read_after:
                     self.first[value] = copy
 
     def prepare(self, op: int) -> None:
@@ -272,8 +276,8 @@ class _Sweep:
         for call in self.prepared.values():
             beside = after if call.op in self.problem.prepared_after else before
             beside.setdefault(call.time, []).append(call)
-        ordered: list[Call] = []
-        for call in self.calls:
+        ordered: list[Call] = [] if self.prepared else self.calls
+        for call in self.calls if self.prepared else ():
             is_run = call.kind is Run
             if is_run and call.time in before:
                 ordered.extend(before[call.time])
@@ -289,38 +293,38 @@ def _account(
     problem: Problem,
     calls: list[Call],
     copies: list[Copy],
-    overwriting: Iterable[tuple[Call, tuple[Copy, ...]]],
+    overwriting: list[tuple[Call, tuple[Copy, ...]]],
 ) -> Lowered:
-    held = problem.program.held
+    held, sizes = problem.program.held, problem.nbytes
     for call, over in overwriting:
         call.over = next((copy for copy in over if copy.uses[-1] is call), None)
-    delta = np.zeros(len(calls) + 2, dtype=np.int64)
+    delta = [0] * (len(calls) + 2)
     needed: list[Copy] = []
     for copy in copies:
         is_held = copy.value in held and copy.made.kind is Run
         if not copy.uses and not is_held:
             continue
         needed.append(copy)
-        copy.made.binds.append(copy.value)
-        nbytes = problem.nbytes[copy.value]
+        nbytes = sizes[copy.value]
         delta[copy.made.position + 1] += nbytes
         if not is_held:
             delta[copy.uses[-1].position + 1] -= nbytes
     first = first_of_backward(problem, calls)
     delta[first] += problem.tangent_bytes
-    before = np.cumsum(delta[: len(calls)])
-    during = np.fromiter((problem.call_bytes[c.op] for c in calls), np.int64, len(calls))
-    for call in calls:
+    before = np.cumsum(np.array(delta[: len(calls)], dtype=np.int64))
+    during = [problem.call_bytes[call.op] for call in calls]
+    for call, _ in overwriting:
         if call.over is not None:
-            during[call.position] -= problem.nbytes[call.over.value]
-    seconds = sum(problem.op_seconds[call.op] for call in calls)
-    return Lowered(calls, needed, before, before + during, seconds)
+            during[call.position] -= sizes[call.over.value]
+    seconds = sum([problem.op_seconds[call.op] for call in calls])
+    return Lowered(calls, needed, before, before + np.array(during, dtype=np.int64), seconds)
 
 
 def first_of_backward(problem: Problem, calls: list[Call]) -> int:
     """Position of the first call for an op of the backward."""
+    turn = problem.program.turn
     for call in calls:
-        if call.time >= problem.program.turn:
+        if call.time >= turn:
             return call.position
     return len(calls)
 
@@ -328,7 +332,9 @@ def first_of_backward(problem: Problem, calls: list[Call]) -> int:
 def to_schedule(problem: Problem, lowered: Lowered) -> Schedule:
     """Write the calls down as steps, freeing each copy right after its last use."""
     ends: dict[int, list[int]] = {}
+    binds: dict[int, list[int]] = {}
     for copy in lowered.copies:
+        binds.setdefault(copy.made.position, []).append(copy.value)
         if copy.value not in problem.program.held:
             last = copy.uses[-1]
             if last.over is not copy:
@@ -337,6 +343,6 @@ def to_schedule(problem: Problem, lowered: Lowered) -> Schedule:
     for call in lowered.calls:
         steps = segments[call.time >= problem.num_forward]
         over = None if call.over is None else call.over.value
-        steps.append(call.kind(call.op, tuple(sorted(call.binds)), over))
+        steps.append(call.kind(call.op, tuple(sorted(binds.get(call.position, ()))), over))
         steps.extend(Free(value) for value in sorted(ends.get(call.position, ())))
     return Schedule(tuple(segments[0]), tuple(segments[1]))

@@ -31,6 +31,8 @@ class Problem:
         inverted: values whose recovery reads what the forward makes after them, with the captured
             op that makes the last of that. They are not dropped before the backward, nor before
             that op.
+        latest: restore op to the captured op that writes over what it reads, for those of which
+            something is written over: it can run before that one and not after.
         producer: kept value to the captured op directly before or after whose run it is prepared.
         prepared_after: ``prepare`` ops that run after the captured op that they are for, whose
             results they read.
@@ -50,6 +52,7 @@ class Problem:
     nbytes: dict[int, int]
     recovery: dict[int, Recovery]
     inverted: dict[int, int]
+    latest: dict[int, int]
     producer: dict[int, int]
     prepared_after: frozenset[int]
     tangent_bytes: int
@@ -65,6 +68,9 @@ class Problem:
 
     def can_come_back(self, value: int, time: int) -> bool:
         """Whether what a value is made of again is there when a captured op is to run."""
+        recovery = self.recovery.get(value)
+        if recovery is None or time > self.latest.get(recovery.restore.id, time):
+            return False
         made = self.inverted.get(value)
         return made is None or (time > made and self.is_backward(time))
 
@@ -153,6 +159,7 @@ def make_problem(
         nbytes=nbytes,
         recovery=chosen,
         inverted=inverted,
+        latest=_latest(program, recoveries),
         producer=producer,
         prepared_after=frozenset(
             r.prepare.id for r in recoveries if r.prepare is not None and r.prepare.operands
@@ -189,6 +196,18 @@ def make_problems(
         if fast.inverted or not is_inverting:
             families.append((fast,) if fast.recovery == lean.recovery else (fast, lean))
     return tuple(families)
+
+
+def _latest(program: Program, recoveries: Sequence[Recovery]) -> dict[int, int]:
+    """For restores that read what the step writes over, the first op that does."""
+    writers: dict[int, int] = {}
+    for op in reversed(program.ops):
+        writers.update((value, op.id) for value in op.mutates)
+    written = {
+        one.restore.id: [writers[id] for id in one.restore.operands if id in writers]
+        for one in recoveries
+    }
+    return {op: min(ops) for op, ops in written.items() if ops}
 
 
 def _parts(program: Program) -> tuple[int, ...]:

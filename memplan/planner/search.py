@@ -169,8 +169,12 @@ def within(
         return base
     effort = effort_for(problem) if effort is None else effort
     ends: list[State] = []
+    begun: set[Decisions] = set()
     enough = (1 - _STARTS) * effort.left
     for decisions, greed in _attempts(problem, target, limit):
+        if decisions in begun and not effort.is_left:
+            continue  # a repair would end where it begins
+        begun.add(decisions)
         end = _end(problem, decisions, target, effort, greed)
         if end.peak <= target:
             ends.append(end)
@@ -250,7 +254,7 @@ def _reach(
     passed: list[State] = []
     others = [one for one in starts(problem, target) if one != keep_everything(problem)]
     for start in (state.decisions, *others):
-        for is_sharing in (True, False):
+        for is_sharing in (True, False) if effort.is_left else (True,):
             greed = Greed(0.6, is_sharing, most_seconds=_HOPELESS * limit)
             states = [
                 State.of(decisions, lowered)

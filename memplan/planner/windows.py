@@ -88,7 +88,8 @@ class Windows:
             is_there = value in problem.program.held or value in operands
             self.live[window, value] = self.milp.variable(0.0, 1.0 if is_there else 0.0)
             for op in self.restores.get(value, ()):
-                if (window, op) not in self.again:
+                is_over = op in problem.latest and cut >= problem.latest[op]
+                if (window, op) not in self.again and not is_over:
                     self.again[window, op] = self.milp.variable(problem.op_seconds[op])
         offered = problem.may_overwrite.get(cut, ())
         for value in offered:
@@ -111,8 +112,8 @@ class Windows:
         terms = [(self.live[window, value], 1.0)]
         if (window, value) in self.over:
             terms.append((self.over[window, value], -1.0))
-        terms += [(self.again[window, op], 1.0) for op in self.restores.get(value, ())]
-        return terms
+        ops = [op for op in self.restores.get(value, ()) if (window, op) in self.again]
+        return terms + [(self.again[window, op], 1.0) for op in ops]
 
     def _availability(self, window: int) -> None:
         """What is read in a window is there; and what is alive at the next was there."""

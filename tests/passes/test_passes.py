@@ -1,0 +1,80 @@
+"""What belongs to one pass alone; the laws are in test_laws.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import memplan
+from memplan.passes import DEFAULT_PASSES, PASSES
+from memplan.rng import apply_mask
+
+from support import laws
+
+SMALLEST = memplan.Options(on_infeasible="smallest")
+
+
+def test_every_pass_is_named_as_its_factory_and_has_a_card():
+    cards = {card.stem for card in Path(memplan.passes.__file__).parent.glob("*.md")}
+    for name, factory in PASSES.items():
+        made = factory("head") if name == "freeze" else factory()
+        assert made.name == name == factory.__name__
+        assert factory.__module__.rpartition(".")[2] in cards
+    assert all(PASSES[name]().effect is memplan.Effect.EXACT for name in DEFAULT_PASSES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dropouts_backward_has_the_bits_of_torchs(dtype):
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-310, torch.inf, -torch.inf, torch.nan])
+    gradient = torch.cat([special, torch.randn(1001) * 1e30, torch.randn(1001)]).to(dtype)
+    mask = torch.rand(gradient.shape) < 0.7
+    for scale in (1 / 0.9, 1 / 0.3, 2.0, 0.0):
+        torchs = torch.ops.aten.native_dropout_backward(gradient, mask, scale)
+        ours = apply_mask(gradient, mask, scale)
+        same = (torchs == ours) & (torch.signbit(torchs) == torch.signbit(ours))
+        assert (same | (torchs.isnan() & ours.isnan())).all()
+
+
+def test_dropouts_kernel_is_replaced_and_exact():
+    step = memplan.WithLoss(
+        nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.1)), nn.functional.mse_loss
+    )
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        step.to(dtype)
+        sample = (torch.randn(32, 64, dtype=dtype), torch.randn(32, 64, dtype=dtype))
+        planned = memplan.optimize(step, sample, budget="100%")
+        targets = {op.target for op in planned.prepare(memplan.Sample(sample)).captured.program.ops}
+        assert {"memplan.rng.draw_mask", "memplan.rng.apply_mask"} <= targets
+        laws.assert_same_bits(laws.step(step, sample), laws.step(planned, sample))
+
+
+@pytest.mark.by_default(
+    "0.04-dtype0",
+    "0.1-dtype0",
+    "0.15-dtype0",
+    "0.5-dtype0",
+    "0.71-dtype0",
+    "0.97-dtype0",
+    "1.0-dtype0",
+    "0.15-dtype1",
+    "0.71-dtype2",
+    "0.5-dtype3",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.04, 0.1, 0.15, 0.5, 0.71, 0.97, 1.0])
+def test_dropout_has_eagers_bits_whatever_its_probability(p, dtype):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x):
+            x = nn.functional.dropout(self.layer(x), p)
+            return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=p).square().mean()
+
+    model, x = Attends().to(dtype), torch.randn(2, 2, 8, 16, dtype=dtype)
+    planned = memplan.optimize(model, x, budget="1 B", options=SMALLEST)
+    laws.assert_same_bits(laws.step(model, x), laws.step(planned, x))
