@@ -1,4 +1,4 @@
-"""The only package that uses private torch names. Each was checked on torch 2.13.0.
+"""The only package that uses private torch names. Each was checked on torch 2.13 to 2.15.
 
 Everything here has a narrow, typed face, so that a new torch release is met in one place.
 """

@@ -18,12 +18,12 @@ _MOST_NODES = 20_000
 
 
 def backward_keeps_graph() -> bool:
-    """Inside a backward: whether it was called with ``retain_graph=True`` (torch 2.13.0)."""
+    """Inside a backward: whether it was called with ``retain_graph=True`` (torch 2.13-2.15)."""
     return bool(_get_current_graph_task_keep_graph())
 
 
 def received_from_one_node() -> frozenset[int]:
-    """Inside ``loss.backward()``: ids of the leaves that a single edge leads to (torch 2.13.0).
+    """Inside ``loss.backward()``: ids of the leaves that a single edge leads to (torch 2.13-2.15).
 
     Their gradient is what that edge brings; other leaves' is a sum. Empty where that cannot be
     told, and inside ``torch.autograd.grad`` and ``backward(inputs=...)``.
@@ -44,7 +44,7 @@ def received_from_one_node() -> frozenset[int]:
 
 
 def order_of_making(node: Any) -> int:
-    """A number that grows with each node of autograd's graph of this thread (torch 2.13.0)."""
+    """A number that grows with each node of autograd's graph of this thread (torch 2.13-2.15)."""
     return int(node._sequence_nr())
 
 
@@ -74,7 +74,7 @@ def _engine_frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
-    """Whether something is to run when a leaf's gradient arrives (torch 2.13.0)."""
+    """Whether something is to run when a leaf's gradient arrives (torch 2.13-2.15)."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 

@@ -19,7 +19,7 @@ SPAN_PREFIX = "memplan#"
 
 @contextlib.contextmanager
 def recording() -> Iterator[torch.profiler.profile]:
-    """Record the CPU's allocator events inside (torch 2.13.0).
+    """Record the CPU's allocator events inside (torch 2.13-2.15).
 
     Kineto announces each start and stop on stderr unless this variable tells it not to.
     """
@@ -31,7 +31,7 @@ def recording() -> Iterator[torch.profiler.profile]:
 
 
 def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:
-    """All (time in ns, bytes) events of the CPU's allocator; frees are negative (torch 2.13.0)."""
+    """(Time in ns, bytes) of the CPU's allocator; frees are negative (torch 2.13-2.15)."""
     events: list[tuple[int, int]] = []
 
     def walk(node: Any) -> Iterator[Any]:
@@ -71,7 +71,7 @@ def phase(name: str) -> AbstractContextManager[object]:
 
 
 def spans(profile: torch.profiler.profile) -> dict[str, tuple[int, int]]:
-    """Start and end in ns of every ``phase``, by name (torch 2.13.0)."""
+    """Start and end in ns of every ``phase``, by name (torch 2.13-2.15)."""
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     return {
         event.name().removeprefix(SPAN_PREFIX): (event.start_ns(), event.end_ns())

@@ -23,7 +23,7 @@ from memplan.errors import CaptureError
 
 
 class DispatchMode(TorchDispatchMode):
-    """Sees every op, below autograd; a subclass defines ``__torch_dispatch__`` (torch 2.13.0)."""
+    """Sees every op below autograd; subclasses define ``__torch_dispatch__`` (torch 2.13-2.15)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -33,19 +33,19 @@ class DispatchMode(TorchDispatchMode):
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no data, those of a trace included (torch 2.13.0)."""
+    """Whether a tensor has no data, those of a trace included (torch 2.13-2.15)."""
     return isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of no class that changes what operations do (torch 2.13.0)."""
+    """Whether a tensor is of no class that changes what operations do (torch 2.13-2.15)."""
     return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor) or (
         isinstance(tensor, FakeTensor | nn.Parameter) and is_fake(tensor)
     )
 
 
 def making_no_data() -> contextlib.AbstractContextManager[object]:
-    """Inside, tensors that are made have no data (torch 2.13.0).
+    """Inside, tensors that are made have no data (torch 2.13-2.15).
 
     A number that is asked of one is an error: what is made of a wrong one would be of wrong sizes.
     """
@@ -58,13 +58,13 @@ NUMBERS: dict[torch.dtype, bool | int] = {torch.bool: True, torch.int64: 1000, t
 
 
 def fake_mode_of(tensors: Iterable[torch.Tensor]) -> FakeTensorMode:
-    """The mode of tensors that are fake already, or a new one (torch 2.13.0)."""
+    """The mode of tensors that are fake already, or a new one (torch 2.13-2.15)."""
     mode = detect_fake_mode(list(tensors))
     return FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
 
 
 def cpu_stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
-    """For tensors on the meta device, by id: such on the CPU, without data (torch 2.13.0)."""
+    """For tensors on the meta device, by id: such on the CPU, without data (torch 2.13-2.15)."""
     on_meta = [tensor for tensor in tensors if tensor.is_meta]
     return _stand_ins(on_meta, FakeTensorMode(allow_non_fake_inputs=True))
 
@@ -73,7 +73,7 @@ def cpu_stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
 def stand_ins_without_data(
     tensors: Iterable[torch.Tensor], on_cpu: bool
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """For all tensors, by id: such without data; what is made inside has none (torch 2.13.0).
+    """For all tensors, by id: such without data; what is made inside has none (torch 2.13-2.15).
 
     With ``on_cpu``, those on another device are on the CPU.
     """
@@ -110,7 +110,7 @@ def as_if_traced(
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
     """Copies without data of a module's state and of inputs, such as ``trace_joint`` runs on.
 
-    ``watch`` sees every op that is run on them inside (torch 2.13.0).
+    ``watch`` sees every op that is run on them inside (torch 2.13-2.15).
     """
     given = list(inputs)
     named = [
@@ -128,7 +128,7 @@ def as_if_traced(
 
 
 def without_modes() -> contextlib.AbstractContextManager[object]:
-    """Inside, tensors are real again (torch 2.13.0)."""
+    """Inside, tensors are real again (torch 2.13-2.15)."""
     manager: contextlib.AbstractContextManager[object] = _disable_current_modes()
     return manager
 
@@ -136,7 +136,7 @@ def without_modes() -> contextlib.AbstractContextManager[object]:
 def set_origin(modules: Sequence[str], source: str) -> None:
     """What the nodes traced from now on come from: the modules' FQNs, ``file.py:line``.
 
-    They arrive in ``node.meta`` as a trace by torch itself has them (torch 2.13.0).
+    They arrive in ``node.meta`` as a trace by torch itself has them (torch 2.13-2.15).
     """
     meta = fx_traceback.current_meta
     meta["nn_module_stack"] = {name: (name, nn.Module) for name in modules}
@@ -145,7 +145,7 @@ def set_origin(modules: Sequence[str], source: str) -> None:
 
 @contextlib.contextmanager
 def without_checkpointing() -> Iterator[None]:
-    """Inside, ``torch.utils.checkpoint`` calls the function and no more (torch 2.13.0).
+    """Inside, ``torch.utils.checkpoint`` calls the function and no more (torch 2.13-2.15).
 
     Raises:
         CaptureError: inside, for the reentrant variant, which computes other gradients: none where
@@ -178,7 +178,7 @@ def without_checkpointing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_onednn() -> Iterator[None]:
-    """No kernels of oneDNN inside; the public switch also sets flags of other devices (2.13.0)."""
+    """No kernels of oneDNN inside; the public switch sets flags of other devices (2.13-2.15)."""
     was_enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
@@ -189,7 +189,7 @@ def without_onednn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def questions_about_tracing(answer: bool) -> Iterator[set[str]]:
-    """Inside, code outside of torch that asks whether it is traced gets this answer (torch 2.13.0).
+    """Inside, code outside torch that asks whether it is traced hears this (torch 2.13-2.15).
 
     Yields the set of ``file.py:line`` that asked, still growing.
     """
@@ -227,7 +227,7 @@ class _NeverFake(metaclass=_SeemsReal):
 
 @contextlib.contextmanager
 def seeming_real() -> Iterator[None]:
-    """Inside, code outside of torch takes tensors without data for real ones (torch 2.13.0)."""
+    """Inside, code outside of torch takes tensors without data for real ones (torch 2.13-2.15)."""
     original = torch._subclasses.FakeTensor
     torch._subclasses.FakeTensor = _NeverFake  # type: ignore[misc, assignment]
     try:
@@ -238,7 +238,7 @@ def seeming_real() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_log_of_failures() -> Iterator[None]:
-    """Inside, torch does not log what it is about to raise (torch 2.13.0)."""
+    """Inside, torch does not log what it is about to raise (torch 2.13-2.15)."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -250,7 +250,7 @@ def without_log_of_failures() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_idle_moves() -> Iterator[None]:
-    """Inside, moving a module to where it is does nothing (torch 2.13.0).
+    """Inside, moving a module to where it is does nothing (torch 2.13-2.15).
 
     Otherwise it would try to write the tensors that stand in for its parameters.
     """

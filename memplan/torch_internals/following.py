@@ -93,7 +93,7 @@ class Followed:
 
 
 class Following(DispatchMode):
-    """Notes every storage that an op makes inside, and when it is gone (torch 2.13.0).
+    """Notes every storage that an op makes inside, and when it is gone (torch 2.13-2.15).
 
     A number that is asked of a tensor is taken to be that of a step long under way.
     """

@@ -100,7 +100,7 @@ def copy_joint(joint: Joint) -> Joint:
 
 
 def trace_joint(module: nn.Module, args: Sequence[torch.Tensor]) -> Joint:
-    """Trace forward and backward of a module from tensors to a tuple of them (torch 2.13.0).
+    """Trace forward and backward of a module from tensors to a tuple of them (torch 2.13-2.15).
 
     Autograd itself runs while the trace is made, on tensors without data: a backward of the
     user's own, or a part without gradients, is traced as it is.
@@ -136,7 +136,7 @@ def trace_joint(module: nn.Module, args: Sequence[torch.Tensor]) -> Joint:
 def _lift_constants(
     module: fx.GraphModule, fake_mode: FakeTensorMode
 ) -> dict[str, tuple[fx.Node, torch.Tensor]]:
-    """Make placeholders of the tensors that a trace holds as attributes (torch 2.13.0)."""
+    """Make placeholders of the tensors that a trace holds as attributes (torch 2.13-2.15)."""
     graph = module.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     lifted: dict[str, tuple[fx.Node, torch.Tensor]] = {}
@@ -209,7 +209,7 @@ def _joint_output(
 
 
 def is_backward(node: fx.Node) -> bool:
-    """Whether a node of a joint graph was traced while gradients were computed (torch 2.13.0)."""
+    """Whether a joint graph's node was traced while gradients were computed (torch 2.13-2.15)."""
     return node.meta.get("partitioner_tag") == "is_backward"
 
 

@@ -15,13 +15,13 @@ def is_map_style(loader: DataLoader[Any]) -> bool:
 
 
 def indices_of(loader: DataLoader[Any]) -> Iterable[Any]:
-    """What yields the indices of each batch; without batching, of each sample (torch 2.13.0)."""
+    """What yields the indices of each batch; without batching, of each sample (torch 2.13-2.15)."""
     batches: Iterable[Any] = loader._index_sampler
     return batches
 
 
 def with_indices(loader: DataLoader[Any], indices: Iterable[Any]) -> DataLoader[Any]:
-    """A copy of a loader, of its class and with its settings, for other indices (torch 2.13.0).
+    """A copy of a loader, of its class and with its settings, for other indices (torch 2.13-2.15).
 
     The copy has workers of its own.
     """
@@ -33,7 +33,7 @@ def with_indices(loader: DataLoader[Any], indices: Iterable[Any]) -> DataLoader[
 
 
 def with_collation(loader: DataLoader[Any], collate: Callable[[Any], Any]) -> DataLoader[Any]:
-    """A copy of a loader that makes batches of samples in another way (torch 2.13.0)."""
+    """A copy of a loader that makes batches of samples in another way (torch 2.13-2.15)."""
     made = copy.copy(loader)
     made.collate_fn = collate
     made._iterator = None

@@ -16,7 +16,7 @@ from memplan.torch_internals.state import storage_key
 
 
 class Allocations(DispatchMode):
-    """Accounts for every storage that an op makes inside, until it is gone (torch 2.13.0).
+    """Accounts for every storage that an op makes inside, until it is gone (torch 2.13-2.15).
 
     A number that is asked of a tensor is taken to be that of a step long under way.
 
@@ -70,7 +70,7 @@ class Allocations(DispatchMode):
 
 
 def without_data(parameters: Sequence[torch.Tensor]) -> Iterator[nn.Parameter]:
-    """Parameters of the same kind that have no data (torch 2.13.0)."""
+    """Parameters of the same kind that have no data (torch 2.13-2.15)."""
     with fake_mode_of(parameters):
         for parameter in parameters:
             device = "cpu" if parameter.is_meta else parameter.device
@@ -81,7 +81,7 @@ def without_data(parameters: Sequence[torch.Tensor]) -> Iterator[nn.Parameter]:
 
 
 def inner_tensors(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """The tensors that hold a tensor's data: itself, or what it wraps (torch 2.13.0)."""
+    """The tensors that hold a tensor's data: itself, or what it wraps (torch 2.13-2.15)."""
     if not is_traceable_wrapper_subclass(tensor):
         return (tensor,)
     names, _ = tensor.__tensor_flatten__()

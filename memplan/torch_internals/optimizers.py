@@ -12,7 +12,7 @@ _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 def attributes_without_hooks(optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's attributes, with no hooks on its step (torch 2.13.0).
+    """An optimizer's attributes, with no hooks on its step (torch 2.13-2.15).
 
     Schedulers wrap ``step`` of the instance; such a wrapper would step this very optimizer.
     """
@@ -21,7 +21,7 @@ def attributes_without_hooks(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def defined_step(optimizer: Optimizer) -> Callable[[Optimizer], object]:
-    """The step that a class defines, without the hooks of all optimizers (torch 2.13.0)."""
+    """The step that a class defines, without the hooks of all optimizers (torch 2.13-2.15)."""
     found: Callable[[Optimizer], object] = type(optimizer).step
     if getattr(found, "hooked", False):
         found = getattr(found, "__wrapped__", found)

@@ -61,7 +61,7 @@ class Recorded:
 
 
 def note(text: str) -> AbstractContextManager[object]:
-    """A call of this name, for the record (torch 2.13.0)."""
+    """A call of this name, for the record (torch 2.13-2.15)."""
     return cast("AbstractContextManager[object]", _RecordFunctionFast(text))
 
 
@@ -75,7 +75,7 @@ def mark(text: str) -> None:
 
 
 def recorded(profile: torch.profiler.profile, device_type: str) -> Recorded:
-    """What was recorded of one kind of device (torch 2.13.0)."""
+    """What was recorded of one kind of device (torch 2.13-2.15)."""
     events = []
     makers: dict[int, tuple[Enclosing, ...]] = {}
     marks: dict[str, int] = {}
@@ -114,7 +114,7 @@ def _walk(profile: torch.profiler.profile) -> Iterator[tuple[Any, tuple[Enclosin
 
 @cache
 def is_composite(name: str) -> bool:
-    """Whether an op such as "aten::linear" is nothing but calls of other ops (torch 2.13.0)."""
+    """Whether an op such as "aten::linear" is nothing but calls of other ops (torch 2.13-2.15)."""
     namespace, _, short = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace, None), short, None)
     if packet is None:

@@ -10,7 +10,7 @@ from memplan.errors import PlanMismatch
 
 
 class SpentGradient(torch.Tensor):
-    """Has a gradient's shape and no memory; whoever reads or writes it hears why (torch 2.13.0)."""
+    """Has a gradient's shape and no memory; who reads or writes it hears why (torch 2.13-2.15)."""
 
     def __new__(cls, parameter: torch.Tensor) -> SpentGradient:
         made: SpentGradient = torch.Tensor._make_wrapper_subclass(

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-TESTED_TORCH = ("2.13",)
+TESTED_TORCH = ("2.13", "2.14", "2.15")
 """Releases that memplan's tests ran on."""
 
 _KINDS = ("cpu", "cuda")
@@ -23,7 +23,7 @@ OpOverload: TypeAlias = torch._ops.OpOverload
 @functools.cache
 def warn_of_untested_torch() -> None:
     """Say once that this release of torch was not tested."""
-    if not torch.__version__.startswith(TESTED_TORCH):
+    if ".".join(torch.__version__.split(".")[:2]) not in TESTED_TORCH:
         warnings.warn(
             f"memplan was tested with torch {', '.join(TESTED_TORCH)}; this is "
             f"{torch.__version__}. Check with memplan.compare that results are the same.",
@@ -32,12 +32,12 @@ def warn_of_untested_torch() -> None:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Equal for tensors that share memory, fake ones included (torch 2.13.0)."""
+    """Equal for tensors that share memory, fake ones included (torch 2.13-2.15)."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """Counts the writes into a tensor (torch 2.13.0)."""
+    """Counts the writes into a tensor (torch 2.13-2.15)."""
     return int(tensor._version)
 
 
@@ -46,7 +46,7 @@ class OwnHook:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module itself has forward or backward hooks (torch 2.13.0)."""
+    """Whether a module itself has forward or backward hooks (torch 2.13-2.15)."""
     kinds = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -58,7 +58,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def enabled_attention() -> tuple[bool, ...]:
-    """Which kernels scaled_dot_product_attention may choose from (torch 2.13.0)."""
+    """Which kernels scaled_dot_product_attention may choose from (torch 2.13-2.15)."""
     return (
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),
@@ -102,7 +102,7 @@ class Autocast:
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Inside, no op is cast: the casts are part of what was traced (torch 2.13.0)."""
+    """Inside, no op is cast: the casts are part of what was traced (torch 2.13-2.15)."""
     kinds = [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
     for kind in kinds:
         torch.set_autocast_enabled(kind, False)

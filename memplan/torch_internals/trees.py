@@ -47,7 +47,7 @@ pytree.register_pytree_node(
 
 
 def flatten(tree: object) -> tuple[list[Any], TreeSpec]:
-    """Leaves of nested containers, dataclasses included, and their structure (torch 2.13.0)."""
+    """Leaves of nested containers, dataclasses included, and their structure (torch 2.13-2.15)."""
     return pytree.tree_flatten(_as_tree(tree))
 
 
@@ -57,10 +57,10 @@ def unflatten(leaves: Sequence[object], spec: TreeSpec) -> Any:
 
 
 def map_leaves(change: Callable[[object], object], tree: Any) -> Any:
-    """The same containers around changed leaves; dataclasses are leaves here (torch 2.13.0)."""
+    """The same containers around changed leaves; dataclasses are leaves here (torch 2.13-2.15)."""
     return pytree.tree_map(change, tree)
 
 
 def leaves_of(tree: object) -> list[Any]:
-    """Leaves of nested containers; dataclasses are leaves here (torch 2.13.0)."""
+    """Leaves of nested containers; dataclasses are leaves here (torch 2.13-2.15)."""
     return pytree.tree_leaves(tree)

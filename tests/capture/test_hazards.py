@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -302,3 +303,31 @@ def table(size):
 def test_a_table_that_was_made_before():
     table(8)
     assert_right(Model(lambda m, x: (m.l(x) * table(8)).sum()), x())
+
+
+class Features(nn.Module):
+    """A backbone that puts hooks on its layers the first time that it runs."""
+
+    def __init__(self):
+        super().__init__()
+        config = transformers.Dinov2Config(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+            out_features=["stage2"],
+        )
+        self.backbone = transformers.Dinov2Backbone(config)
+
+    def forward(self, images):
+        return self.backbone(images).feature_maps[-1].square().mean()
+
+
+@pytest.mark.xfail(
+    raises=memplan.CaptureError,
+    strict=True,
+    reason="hooks that a module puts on its parts while it runs are refused",
+)
+def test_a_backbone_that_hooks_its_layers_while_it_runs():
+    assert_right(Features(), torch.randn(2, 3, 32, 32))
