@@ -195,7 +195,12 @@ def changing(
         loops = tuple(change.loop for change in changes if change.loop is not None)
         chooses = [change.choose for change in changes if change.choose is not None]
         chosen = chooses[0] if chooses else None
-        yield Changed(changed, modules, before, is_another, frozen, loops, chosen)
+        found = Changed(changed, modules, before, is_another, frozen, loops, chosen)
+        if sample is not None and len(changes) > 1 and isinstance(changed, ChangedModel):
+            # What a pass chose on its own may not be what it chooses beside the others.
+            changed.look(sample)
+            found.choose(is_call=False)
+        yield found
     except BaseException:
         _put_back(named, before, gradients)
         raise

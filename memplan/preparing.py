@@ -77,8 +77,8 @@ def _prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
     pricing = Pricing.of(model, sample, request.options)
     is_cuda = pricing.device is not None and pricing.device.is_cuda
     look = partial(model.look, sample) if isinstance(model, ChangedModel) else None
-    traced = trace(model, sample, request.options.differentiable_outputs, is_cuda, look)
-    traced = pricing.as_run(traced)
+    outputs = request.options.differentiable_outputs
+    traced = pricing.as_run(partial(trace, model, sample, outputs, is_cuda, look))
     if request.optimizer is not None:
         in_backward = request.in_backward is not None
         pricing = pricing.with_optimizer(model, traced, request.optimizer, in_backward=in_backward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -16,7 +16,6 @@ from memplan.capture import (
     read,
     trained_by,
     update_parameter,
-    with_layouts,
 )
 from memplan.costs import CPU, Device, analytic_costs, device_named, measured_costs
 from memplan.errors import CaptureError, MemplanError
@@ -58,13 +57,14 @@ class Pricing:
             )
         return cls(options.costs, has_data, device)
 
-    def as_run(self, traced: Traced) -> Traced:
-        """The trace with the layouts that its kernels were seen to make."""
+    def as_run(self, trace: Callable[..., Traced]) -> Traced:
+        """The trace, with the ``layouts`` that its kernels were seen to make."""
         known: dict[str, Layouts] = {}
+        traced = trace(layouts=known)
         # What an op refuses may be what the trace recorded wrongly of the ops before it.
-        while others := other_layouts(*self._price(read(traced), ())):
+        while others := other_layouts(*self._price(read(traced), ()), known):
             known |= others
-            traced = with_layouts(traced, known)
+            traced = trace(layouts=known)
         return traced
 
     def read(self, traced: Traced) -> Captured:

@@ -7,10 +7,11 @@ from memplan.capture.captured import Captured, Primal, tensors_of
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.fuse import fuse, needs_one, orders
 from memplan.capture.joint import Traced, rewrite, trace
-from memplan.capture.layout import Layouts, other_layouts, with_layouts
+from memplan.capture.layout import other_layouts
 from memplan.capture.origins import running, running_anywhere, users_line, users_place
 from memplan.capture.reader import read
 from memplan.capture.rehearsal import run_without_data
+from memplan.capture.relaid import Layouts
 from memplan.capture.surroundings import unchanged_randomness, without_data_of
 from memplan.capture.updates import trained_by, update_in_backward, update_parameter
 
@@ -46,6 +47,5 @@ __all__ = [
     "update_parameter",
     "users_line",
     "users_place",
-    "with_layouts",
     "without_data_of",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import FunctionType
 
 import torch
@@ -14,9 +14,14 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 def signature(node: fx.Node) -> str:
     """Target, shapes, strides, dtypes and scalars: ops with equal signatures cost the same."""
-    parts = [_argument(argument) for argument in node.args]
-    parts += [f"{name}={_argument(argument)}" for name, argument in node.kwargs.items()]
-    return f"{target_name(node)}({', '.join(parts)})"
+    return call_signature(target_name(node), node.args, node.kwargs)
+
+
+def call_signature(target: str, args: Iterable[object], kwargs: Mapping[str, object]) -> str:
+    """The signature of a call with nodes, or with tensors."""
+    parts = [_argument(argument) for argument in args]
+    parts += [f"{name}={_argument(argument)}" for name, argument in kwargs.items()]
+    return f"{target}({', '.join(parts)})"
 
 
 def target_name(node: fx.Node) -> str:
@@ -30,6 +35,8 @@ def target_name(node: fx.Node) -> str:
 def _argument(argument: object) -> str:
     if isinstance(argument, fx.Node):
         return tensor_text(argument.meta["val"])
+    if isinstance(argument, torch.Tensor):
+        return tensor_text(argument)
     if isinstance(argument, list | tuple):
         return f"[{', '.join(_argument(item) for item in argument)}]"
     return repr(argument)

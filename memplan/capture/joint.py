@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +19,14 @@ from memplan.capture.flat import Differentiable, Flat, Output
 from memplan.capture.origins import origins
 from memplan.capture.recurrent import OneLayerAtATime, without_flat_weights
 from memplan.capture.refusals import refuse_after, refuse_before, refused_inside
+from memplan.capture.relaid import Layouts, relaying, remember_calls
 from memplan.capture.surroundings import unchanged_randomness, without_meta
 from memplan.errors import CaptureError, MemplanError
 from memplan.sample import Sample
 from memplan.torch_internals import (
     Joint,
     JointInput,
+    Relay,
     UnsupportedJointError,
     copy_joint,
     is_backward,
@@ -82,11 +84,14 @@ def trace(
     differentiable: Differentiable = None,
     is_for_cuda: bool = False,
     look: Callable[[], object] | None = None,
+    *,
+    layouts: Mapping[str, Layouts] | None = None,
 ) -> Traced:
     """Trace one training step of a module, in its present mode, for this sample.
 
     With ``is_for_cuda``, attention and autocast are traced as a CUDA device would run them. Before
     each attempt ``look`` is called; code that asks whether it is traced hears what it hears in it.
+    Results are laid out as ``layouts`` says, by the call, and else as torch predicts.
 
     All random states, and the modules' attributes, are left as they were found.
 
@@ -111,7 +116,8 @@ def trace(
     ):
         flat = Flat(module, given, differentiable)
         with without_autocast():  # which the backward is not under
-            joint, asked = _trace(flat, given, look or (lambda: None))
+            joint, asked = _trace(flat, given, look or (lambda: None), relaying(layouts or {}))
+    remember_calls(joint.graph)
     refuse_after(joint)
     dropout_as_eager(joint.graph)
     assert flat.seen is not None
@@ -128,7 +134,9 @@ def trace(
     )
 
 
-def _trace(flat: Flat, sample: Sample, look: Callable[[], object]) -> tuple[Joint, set[str]]:
+def _trace(
+    flat: Flat, sample: Sample, look: Callable[[], object], relay: Relay
+) -> tuple[Joint, set[str]]:
     """Trace what eager runs; where that cannot be, what the model does when it is traced.
 
     Returns the joint graph, and the lines that asked whether they are traced and heard yes.
@@ -137,7 +145,7 @@ def _trace(flat: Flat, sample: Sample, look: Callable[[], object]) -> tuple[Join
         with questions_about_tracing(answer=False) as asked:
             look()
             with refused_inside(flat.wrapped):
-                return _trace_decided(flat, sample.tensors()), set()
+                return _trace_decided(flat, sample.tensors(), relay), set()
     except Exception:
         if not asked:
             raise
@@ -145,21 +153,21 @@ def _trace(flat: Flat, sample: Sample, look: Callable[[], object]) -> tuple[Join
         with contextlib.suppress(Exception), questions_about_tracing(answer=True) as asked:
             look()
             with refused_inside(flat.wrapped):
-                return _trace_decided(flat, sample.tensors()), asked
+                return _trace_decided(flat, sample.tensors(), relay), asked
         raise
 
 
-def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor]) -> Joint:
+def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor], relay: Relay) -> Joint:
     """Trace as it is; if values of tensors are asked for, find them first and trace again."""
     try:
         with origins(flat.wrapped):
-            joint = trace_joint(flat, tensors)
+            joint = trace_joint(flat, tensors, relay)
     except Exception as error:
         if not is_data_dependent(error):
             raise
         flat.decisions = decide(flat, tensors)
         with origins(flat.wrapped):
-            joint = trace_joint(flat, tensors)
+            joint = trace_joint(flat, tensors, relay)
     return joint
 
 

@@ -20,6 +20,7 @@ from memplan.torch_internals.events import (
 )
 from memplan.torch_internals.fake import (
     DispatchMode,
+    Relay,
     as_if_traced,
     cpu_stand_ins,
     fake_mode_of,
@@ -107,6 +108,7 @@ __all__ = [
     "OpOverload",
     "OwnHook",
     "Recorded",
+    "Relay",
     "SpentGradient",
     "TensorSpec",
     "TreeSpec",

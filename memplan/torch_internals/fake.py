@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from memplan.errors import CaptureError
+from memplan.torch_internals.state import OpOverload
 
 
 class DispatchMode(TorchDispatchMode):
@@ -57,10 +58,48 @@ NUMBERS: dict[torch.dtype, bool | int] = {torch.bool: True, torch.int64: 1000, t
 """What a tensor without data is taken to hold; 1000.0 where it is a float."""
 
 
-def fake_mode_of(tensors: Iterable[torch.Tensor]) -> FakeTensorMode:
+Relay = Callable[
+    [OpOverload, Sequence[torch.Tensor], Sequence[Any], Mapping[str, Any]],
+    Sequence[torch.Tensor | None],
+]
+"""Given a call on tensors without data, its results and its arguments: for each result, one laid
+out as the kernel lays it out, or None; nothing where all are as torch predicts."""
+
+
+class RelayingMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Tensors without data, laid out as kernels were seen to lay them out (torch 2.13-2.15)."""
+
+    def __init__(self, relay: Relay) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.relay = relay
+
+    def dispatch(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What a call returns."""
+        result: Any = super().dispatch(func, types, args, kwargs or {})
+        items = result if isinstance(result, tuple | list) else (result,)
+        places = [n for n, item in enumerate(items) if isinstance(item, torch.Tensor)]
+        with self:
+            others = self.relay(func, [items[n] for n in places], args, kwargs or {})
+        relaid = {n: other for n, other in zip(places, others, strict=False) if other is not None}
+        if not relaid:
+            return result
+        if items is not result:
+            return relaid[0]
+        return type(result)(relaid.get(n, item) for n, item in enumerate(items))
+
+
+def fake_mode_of(tensors: Iterable[torch.Tensor], relay: Relay | None = None) -> FakeTensorMode:
     """The mode of tensors that are fake already, or a new one (torch 2.13-2.15)."""
     mode = detect_fake_mode(list(tensors))
-    return FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
+    if mode is not None:
+        return mode
+    return FakeTensorMode(allow_non_fake_inputs=True) if relay is None else RelayingMode(relay)
 
 
 def cpu_stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -23,7 +23,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.graph import _BoxedCodeGen
 
-from memplan.torch_internals.fake import fake_mode_of
+from memplan.torch_internals.fake import Relay, fake_mode_of
 
 PrimalKind = Literal["parameter", "buffer", "input", "constant", "gradient"]
 OutputKind = Literal["output", "mutation", "gradient", "accumulated"]
@@ -99,11 +99,18 @@ def copy_joint(joint: Joint) -> Joint:
     )
 
 
-def trace_joint(module: nn.Module, args: Sequence[torch.Tensor]) -> Joint:
+def trace_joint(
+    module: nn.Module, args: Sequence[torch.Tensor], relay: Relay | None = None
+) -> Joint:
     """Trace forward and backward of a module from tensors to a tuple of them (torch 2.13-2.15).
 
     Autograd itself runs while the trace is made, on tensors without data: a backward of the
     user's own, or a part without gradients, is traced as it is.
+
+    Args:
+        module: from tensors to a tuple of them.
+        args: the tensors.
+        relay: of results that kernels lay out otherwise than torch predicts.
 
     Raises:
         UnsupportedJointError: if the step changes metadata of its inputs, has tensor subclasses,
@@ -111,7 +118,7 @@ def trace_joint(module: nn.Module, args: Sequence[torch.Tensor]) -> Joint:
     """
     # The mode is handed over by the inputs: with a TracingContext, random ops whose results are
     # not used would be dropped.
-    fake_mode = fake_mode_of((*module.parameters(), *module.buffers(), *args))
+    fake_mode = fake_mode_of((*module.parameters(), *module.buffers(), *args), relay)
     fakes = tuple(fake_mode.from_tensor(tensor, static_shapes=True) for tensor in args)
     with contextlib.ExitStack() as stack, fx_traceback.preserve_node_meta():
         joint = aot_export_joint_with_descriptors(stack, module, fakes)

@@ -37,10 +37,20 @@ def assert_laws(model, sample, is_exact=True):
     assert memplan.optimize(model, sample, budget="100%").plan.num_restores == 0
 
 
+def skip_if_eager_cannot(model, sample):
+    try:
+        laws.step(model, sample)
+    except RuntimeError as error:
+        if "could not create a primitive descriptor" not in str(error):
+            raise
+        pytest.skip(f"oneDNN does not run the untouched module on this CPU: {error}")
+
+
 @pytest.mark.parametrize("name", rows())
 def test_all_laws_hold_under_bfloat16(name):
     model, sample = MODELS[name]()
     with torch.autocast("cpu", torch.bfloat16):
+        skip_if_eager_cannot(model, sample)
         assert_laws(model, sample, is_exact=name not in RECURRENT)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import memplan
-from memplan.passes import skip_layers, skipped_flops
+from memplan.passes import learn_locally, skip_layers, skipped_flops
 from memplan.passes.skipped_blocks import _drawn
 
 from support import laws
@@ -763,3 +763,16 @@ def test_gates_refuse_what_they_cannot_do():
     with refused("returns no scalars"):
         optimized(model.model, (x,), mode="gated")
     assert optimized(model.model, (x,), mode="gated", cost=0).plan
+
+
+def test_the_plan_of_the_sample_is_that_of_the_first_call_beside_another_pass():
+    model, batch = net_and_batch()
+    passes = [
+        skip_layers("blocks", 0.5),
+        learn_locally(2),
+    ]  # which blocks are alike depends on both
+    planned = memplan.optimize(model, batch, passes=passes, options=SMALLEST)
+    seen = planned.plan
+    assert memplan.plan(model, batch, passes=passes, options=SMALLEST) == seen
+    planned(*batch).backward()
+    assert planned.plans == (seen,)
