@@ -40,13 +40,14 @@ def peak_line(trace: MemoryTrace) -> str:
 
 
 def short_source(source: str) -> str:
-    """``file.py:line`` with the path from here, or its last folder."""
-    path, _, line = source.rpartition(":")
-    if not path:
+    """``file.py:line`` with the path from here; or, of installed files too, its last folder."""
+    name, _, line = source.rpartition(":")
+    if not name:
         return source
-    if Path(path).is_relative_to(Path.cwd()):
-        return f"{Path(path).relative_to(Path.cwd())}:{line}"
-    return f"{'/'.join(Path(path).parts[-2:])}:{line}"
+    path = Path(name)
+    if path.is_relative_to(Path.cwd()) and "site-packages" not in path.parts:
+        return f"{path.relative_to(Path.cwd())}:{line}"
+    return f"{'/'.join(path.parts[-2:])}:{line}"
 
 
 def categories_sheet(trace: MemoryTrace, seconds: Mapping[str, float]) -> Sheet:

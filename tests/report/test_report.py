@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from memplan.cli.profile import profile
 from memplan.cli.report import report
 from memplan.report.documents import profile_document, trace_document
 from memplan.report.html import html_report
+from memplan.report.profiles import short_source
 from memplan.report.reading import read_document
 from memplan.trace import SAVED
 
@@ -210,3 +212,15 @@ def test_a_measured_step_becomes_a_page(tmp_path):
     assert json.loads(page.scripts["memplan"]) == document
     assert f"{document['peak_bytes']:,d} B" in page.text
     assert "svg" in page.tags and "aten::" in page.text
+
+
+@pytest.mark.parametrize(
+    ("inside", "shown"),
+    [
+        ("models/gpt.py", "models/gpt.py:3"),
+        (".venv/lib/python3.11/site-packages/transformers/loss/utils.py", "loss/utils.py:3"),
+    ],
+)
+def test_files_are_shown_from_here_but_for_installed_ones(inside, shown):
+    assert short_source(f"{Path.cwd() / inside}:3") == shown
+    assert short_source("/elsewhere/models/gpt.py:3") == "models/gpt.py:3"
