@@ -66,26 +66,22 @@ Relay = Callable[
 out as the kernel lays it out, or None; nothing where all are as torch predicts."""
 
 
-class RelayingMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Tensors without data, laid out as kernels were seen to lay them out (torch 2.13-2.15)."""
-
-    def __init__(self, relay: Relay) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-        self.relay = relay
+def _relaying_mode(relay: Relay) -> FakeTensorMode:
+    """A mode whose results are laid out as kernels were seen to lay them out (torch 2.13-2.15)."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    predicted = mode.dispatch
 
     def dispatch(
-        self,
         func: OpOverload,
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """What a call returns."""
-        result: Any = super().dispatch(func, types, args, kwargs or {})
+        result: Any = predicted(func, types, args, kwargs or {})
         items = result if isinstance(result, tuple | list) else (result,)
         places = [n for n, item in enumerate(items) if isinstance(item, torch.Tensor)]
-        with self:
-            others = self.relay(func, [items[n] for n in places], args, kwargs or {})
+        with mode:
+            others = relay(func, [items[n] for n in places], args, kwargs or {})
         relaid = {n: other for n, other in zip(places, others, strict=False) if other is not None}
         if not relaid:
             return result
@@ -93,13 +89,17 @@ class RelayingMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             return relaid[0]
         return type(result)(relaid.get(n, item) for n, item in enumerate(items))
 
+    # No class of its own: higher-order ops go by the mode's class.
+    mode.dispatch = dispatch  # type: ignore[method-assign]
+    return mode
+
 
 def fake_mode_of(tensors: Iterable[torch.Tensor], relay: Relay | None = None) -> FakeTensorMode:
     """The mode of tensors that are fake already, or a new one (torch 2.13-2.15)."""
     mode = detect_fake_mode(list(tensors))
     if mode is not None:
         return mode
-    return FakeTensorMode(allow_non_fake_inputs=True) if relay is None else RelayingMode(relay)
+    return FakeTensorMode(allow_non_fake_inputs=True) if relay is None else _relaying_mode(relay)
 
 
 def cpu_stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
