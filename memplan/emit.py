@@ -41,7 +41,9 @@ class Emitted:
         num_saved: how many are saved for ``backward``.
         tangents: positions, among the module's outputs, whose incoming gradients are passed on.
         gradient_primals: positions of the primals that the gradients are for, in order.
-        gradient_sources: for each of them, the outputs whose incoming gradients it depends on.
+        gradient_sources: for each of them, the outputs whose incoming gradients are handed on to
+            it, whether it depends on them or not.
+        ignored_sources: those of them on whose incoming gradient it does not depend.
         accumulated: positions of the primals whose gradients are added into what is there.
         updated: positions of the primals that are updated in the backward.
         overwritten: positions, among the saved tensors, of those that the backward writes over.
@@ -59,6 +61,7 @@ class Emitted:
     tangents: tuple[int, ...]
     gradient_primals: tuple[int, ...]
     gradient_sources: tuple[frozenset[int], ...]
+    ignored_sources: tuple[frozenset[int], ...]
     accumulated: tuple[int, ...]
     updated: tuple[int, ...]
     overwritten: tuple[int, ...]
@@ -99,6 +102,8 @@ def emit(
     accumulated = backward.take_existing_gradients()
     backward.run(schedule.backward)
     backward.graph.output([backward.resolve(node) for _, node in captured.gradients])
+    sources = tuple(_sources(captured, position) for position, _ in captured.gradients)
+    used = [reached.get(node, frozenset()) for _, node in captured.gradients]
     return Emitted(
         forward=boxed(forward.graph),
         backward=boxed(backward.graph),
@@ -109,7 +114,8 @@ def emit(
         num_saved=len(saved),
         tangents=tuple(position for position, _ in captured.tangents),
         gradient_primals=tuple(position for position, _ in captured.gradients),
-        gradient_sources=tuple(reached.get(node, frozenset()) for _, node in captured.gradients),
+        gradient_sources=sources,
+        ignored_sources=tuple(all - used for all, used in zip(sources, used, strict=True)),
         accumulated=accumulated,
         updated=_updated(captured),
         overwritten=_overwritten(saved, schedule.backward),
@@ -170,6 +176,15 @@ def _reached(captured: Captured) -> dict[fx.Node, frozenset[int]]:
         if node.op == "call_function":
             reached[node] = none.union(*(reached.get(n, none) for n in node.all_input_nodes))
     return reached
+
+
+def _sources(captured: Captured, position: int) -> frozenset[int]:
+    """The outputs from which autograd's graph leads to a primal."""
+    primal = captured.primals[position]
+    key = primal.index if primal.kind == "input" else primal.name
+    return frozenset(
+        output for output, reached in captured.output.leads_to.items() if key in reached
+    )
 
 
 def _updated(captured: Captured) -> tuple[int, ...]:

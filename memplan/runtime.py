@@ -188,6 +188,23 @@ class PlannedStep:
         }
         return [made.get(position) for position in emitted.differentiable]
 
+    def check_sources(self, incoming: Sequence[torch.Tensor | None]) -> None:
+        """Check that what arrives determines the gradients.
+
+        Raises:
+            PlanMismatch: if a gradient may have a part that belongs to an output at which none
+                arrives, whatever would arrive there.
+        """
+        arrived = self._arrived(incoming)
+        pairs = zip(self.emitted.gradient_sources, self.emitted.ignored_sources, strict=True)
+        if any(sources & arrived and not ignored <= arrived for sources, ignored in pairs):
+            raise PlanMismatch(
+                "the backward comes from some of the module's outputs alone, and a gradient has a "
+                "part that does not depend on what arrives at the others (a backward that ignores "
+                "its argument). Backpropagate from all outputs together, or name those that are: "
+                "Options(differentiable_outputs=...)"
+            )
+
     def start_updates(
         self,
         parameters: Sequence[torch.Tensor],
@@ -305,6 +322,7 @@ class _PlannedFunction(torch.autograd.Function):
                 "trying to backward through a planned step a second time; what it saved is freed. "
                 "Call backward(retain_graph=True) the first time."
             )
+        step.check_sources(gradients)
         tangents = step.incoming(gradients)
         step.start_updates(ctx.updated, tangents, gradients)
         kept = list(ctx.kept)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from memplan.capture.assigned_data import AssignedData
 from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.casts import CastOnce
 from memplan.capture.decisions import Decision, Replay
+from memplan.capture.refusals import refused_seeds
 from memplan.errors import CaptureError
 from memplan.sample import Sample
-from memplan.torch_internals import Autocast, TreeSpec, flatten, unflatten
+from memplan.torch_internals import Autocast, TreeSpec, flatten, leads_to, unflatten
 
 Differentiable = Literal["all"] | tuple[int, ...] | None
 """Outputs that gradients arrive at: all, some by position among the output's leaves, or None:
@@ -46,6 +48,8 @@ class Output:
         leaves: its leaves, in order.
         requires_grad: for each tensor among them, whether it does in the untouched module.
         differentiable: positions of the tensors that gradients may arrive at.
+        leads_to: for each of them, what a gradient that arrives there is handed on to: names of
+            parameters, and positions of inputs.
         is_loss: whether ``differentiable`` was narrowed to the only scalar.
     """
 
@@ -53,6 +57,7 @@ class Output:
     leaves: tuple[OutputLeaf, ...]
     requires_grad: tuple[bool, ...]
     differentiable: frozenset[int]
+    leads_to: Mapping[int, frozenset[str | int]]
     is_loss: bool
 
 
@@ -105,7 +110,9 @@ class Flat(nn.Module):
             unchanged_attributes(self.wrapped) as changed,
             _tied(self.ties),
             _buffers_written_in_place(self.wrapped),
+            refused_seeds(),
             replay,
+            AssignedData(self.named_buffers()),
         ):
             outputs, spec = flatten(self.wrapped(*args, **kwargs))
         self.changed |= changed
@@ -121,12 +128,24 @@ class Flat(nn.Module):
                 raise CaptureError(_unknown_output(self.wrapped, leaf))
         wanted, is_loss = _choose_differentiable(kept, described, self.asked)
         required = tuple(tensor.requires_grad for tensor in kept)
-        self.seen = Output(spec, tuple(described), required, wanted, is_loss)
+        leads = {position: self._led_to(kept[position], tensors) for position in wanted}
+        self.seen = Output(spec, tuple(described), required, wanted, leads, is_loss)
         own = {id(tensor) for tensor in (*tensors, *self.parameters(), *self.buffers())}
         return tuple(
             tensor if position in wanted or id(tensor) in own else tensor.detach()
             for position, tensor in enumerate(kept)
         )
+
+    def _led_to(
+        self, output: torch.Tensor, tensors: Sequence[torch.Tensor]
+    ) -> frozenset[str | int]:
+        """Parameters by name, and inputs by position, that autograd's graph leads to."""
+        named: dict[str | int, torch.Tensor] = {
+            own_name(name): parameter for name, parameter in self.named_parameters()
+        }
+        named |= dict(enumerate(tensors))
+        found = leads_to(output, named.values())
+        return frozenset(name for name, tensor in named.items() if id(tensor) in found)
 
     def _leaves(self, tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """What stands for leaves of autograd that need a gradient."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,16 @@ import torch
 from torch import nn
 
 from memplan.errors import CaptureError
+from memplan.rng import random_states
 from memplan.sample import Sample
-from memplan.torch_internals import Joint, has_hooks, is_plain_tensor, is_under_autocast
+from memplan.torch_internals import (
+    Joint,
+    has_hooks,
+    is_plain_tensor,
+    is_under_autocast,
+    watched_generator,
+    without_modes,
+)
 
 
 def refuse_before(module: nn.Module, sample: Sample) -> None:
@@ -84,29 +95,20 @@ def refused_inside(module: nn.Module) -> Iterator[None]:
         CaptureError: for seeds and states set in the forward, hooks on saved tensors, and numbers
             drawn from generators that the module has.
     """
-    seeding, hooking = "sets torch's random seed or state", "puts hooks on saved tensors"
-    refused: list[tuple[Any, str, str]] = [
-        (torch, "manual_seed", seeding),
-        (torch, "set_rng_state", seeding),
-        (torch.random, "manual_seed", seeding),
-        (torch.random, "set_rng_state", seeding),
-        (torch.random, "fork_rng", seeding),
-        (torch.autograd.graph.saved_tensors_hooks, "__enter__", hooking),
-    ]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in refused]
     generators = [
         (value, _state(value))
         for child in module.modules()
         for value in child.__dict__.values()
         if isinstance(value, random.Random | np.random.Generator | np.random.RandomState)
     ]
-    for owner, name, what in refused:
-        setattr(owner, name, _refusing(what, getattr(owner, name)))
+    hooks: Any = torch.autograd.graph.saved_tensors_hooks
+    original = hooks.__enter__
+    hooks.__enter__ = _refusing("the forward puts hooks on saved tensors", original)
     try:
-        yield
+        with watched_generator(partial(_refusing, _SEEDING)):
+            yield
     finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
+        hooks.__enter__ = original
     if any(_state(generator) != state for generator, state in generators):
         raise CaptureError(
             "the forward draws numbers from a generator of numpy's or Python's; captured, they "
@@ -114,13 +116,44 @@ def refused_inside(module: nn.Module) -> Iterator[None]:
         )
 
 
+_SEEDING = "the forward sets torch's random seed or state"
+_BETWEEN = ("torch.random", "torch._compile", "torch._dynamo", "contextlib", __name__)
+"""Modules whose functions stand between those of ``torch.random`` and who calls them."""
+
+
+@contextlib.contextmanager
+def refused_seeds() -> Iterator[None]:
+    """Refuse what leaves another random state behind: on tensors without data, no op does.
+
+    Raises:
+        CaptureError: if it does.
+    """
+    with without_modes():
+        before = random_states()
+    yield
+    with without_modes():
+        is_same = all(map(torch.equal, before, random_states()))
+    if not is_same:
+        raise CaptureError(f"{_SEEDING}, which a planned step would not do")
+
+
 def _refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """The original for torch's own code, which traces with it; a refusal for anyone else."""
+    """The original for code of torch's, and here, that traces; a refusal for anyone else.
+
+    Other threads go on as before.
+    """
+    tracing = threading.get_ident()
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+        if threading.get_ident() != tracing:
             return original(*args, **kwargs)
-        raise CaptureError(f"the forward {what}, which a planned step would not do")
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+            frame = frame.f_back
+        name = "" if frame is None else frame.f_globals.get("__name__", "")
+        if name.startswith(("torch.", "memplan.")):
+            return original(*args, **kwargs)
+        raise CaptureError(f"{what}, which a planned step would not do")
 
     return refuse
 

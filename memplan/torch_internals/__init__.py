@@ -7,8 +7,14 @@ from memplan.torch_internals.backward import (
     backward_keeps_graph,
     exchanges_gradients,
     has_gradient_hooks,
+    leads_to,
     order_of_making,
     received_from_one_node,
+)
+from memplan.torch_internals.decompositions import (
+    TRACED_IN_PYTHON,
+    by_compiled_kernels,
+    python_kernels,
 )
 from memplan.torch_internals.events import (
     SPAN_PREFIX,
@@ -44,6 +50,7 @@ from memplan.torch_internals.following import (
     TensorSpec,
     with_kernels,
 )
+from memplan.torch_internals.generator import watched_generator
 from memplan.torch_internals.joint import (
     Joint,
     JointInput,
@@ -94,6 +101,7 @@ from memplan.torch_internals.trees import TreeSpec, flatten, leaves_of, map_leav
 
 __all__ = [
     "SPAN_PREFIX",
+    "TRACED_IN_PYTHON",
     "Allocations",
     "AllocatorEvent",
     "Autocast",
@@ -118,6 +126,7 @@ __all__ = [
     "attributes_without_hooks",
     "backward_keeps_graph",
     "boxed",
+    "by_compiled_kernels",
     "copy_joint",
     "cpu_stand_ins",
     "defined_step",
@@ -135,6 +144,7 @@ __all__ = [
     "is_map_style",
     "is_plain_tensor",
     "is_under_autocast",
+    "leads_to",
     "leaves_of",
     "making_no_data",
     "map_leaves",
@@ -143,6 +153,7 @@ __all__ = [
     "order_of_making",
     "peak_requested_bytes",
     "phase",
+    "python_kernels",
     "questions_about_tracing",
     "received_from_one_node",
     "recorded",
@@ -158,6 +169,7 @@ __all__ = [
     "unflatten",
     "version_of",
     "warn_of_untested_torch",
+    "watched_generator",
     "with_collation",
     "with_indices",
     "with_kernels",

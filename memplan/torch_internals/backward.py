@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -41,6 +41,30 @@ def received_from_one_node() -> frozenset[int]:
             return frozenset()
     leaves = (node for node, count in edges.items() if count == 1 and node.name() == _LEAF)
     return frozenset(id(node.variable) for node in leaves)
+
+
+def leads_to(output: torch.Tensor, ends: Collection[torch.Tensor]) -> frozenset[int]:
+    """Ids of those tensors that autograd's graph leads to from an output (torch 2.13-2.15).
+
+    Their gradient is not None in eager, unless a function on the way says so; it may be zero, or
+    independent of what arrives at the output.
+    """
+    inner = {tensor.grad_fn: id(tensor) for tensor in ends if tensor.grad_fn is not None}
+    found = {id(tensor) for tensor in ends if tensor is output and tensor.requires_grad}
+    stack = [output.grad_fn]
+    seen = set(stack)
+    while stack:
+        node: Any = stack.pop()
+        if node is None:
+            continue
+        if node in inner:
+            found.add(inner[node])
+        if node.name() == _LEAF:
+            found.add(id(node.variable))
+        new = {after for after, _ in node.next_functions} - seen
+        seen |= new
+        stack += new
+    return frozenset(found)
 
 
 def order_of_making(node: Any) -> int:

@@ -20,7 +20,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from memplan.errors import CaptureError
-from memplan.torch_internals.state import OpOverload
+from memplan.torch_internals.state import OpOverload, version_of
 
 
 class DispatchMode(TorchDispatchMode):
@@ -183,17 +183,26 @@ def set_origin(modules: Sequence[str], source: str) -> None:
 
 
 @contextlib.contextmanager
-def without_checkpointing() -> Iterator[None]:
+def without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Inside, ``torch.utils.checkpoint`` calls the function and no more (torch 2.13-2.15).
 
     Raises:
         CaptureError: inside, for the reentrant variant, which computes other gradients: none where
-            no input needs one, and sums in another order.
+            no input needs one, and sums in another order; and for functions that write buffers of
+            the module, which they would do again in the backward.
     """
 
     def only_call(*args: object, **kwargs: object) -> Iterator[None]:
         del args, kwargs
+        before = {name: version_of(buffer) for name, buffer in module.named_buffers()}
         yield
+        for name, buffer in module.named_buffers():
+            if version_of(buffer) != before[name]:
+                raise CaptureError(
+                    f"buffer {name!r} is written inside of torch.utils.checkpoint, which writes it "
+                    "again in the backward: statistics of batch norm are updated twice. memplan "
+                    "takes the place of checkpointing: take it out, and they are updated once."
+                )
 
     def refuse(*args: object) -> Any:
         del args

@@ -1,0 +1,295 @@
+"""What other people's modules do: the bits are eager's, or the reason why not is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import manual_seed as seed_by_another_name
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import memplan
+from memplan.torch_internals import TRACED_IN_PYTHON, python_kernels
+
+from support import laws
+
+SMALLEST = memplan.Options(on_infeasible="smallest")
+
+
+class Model(nn.Module):
+    """Two linear layers and a buffer, and a loss that a function makes of their outputs."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.one, self.other = nn.Linear(5, 6), nn.Linear(5, 6)
+        self.register_buffer("scale", torch.linspace(-1, 2, 6))
+        self.loss = loss
+
+    def forward(self, x):
+        return self.loss(self, self.one(x), self.other(x))
+
+
+def assert_eager_bits(model, sample):
+    for budget in ("100%", "1 B"):
+        planned = memplan.optimize(model, sample, budget=budget, options=SMALLEST)
+        assert planned.plan.effects == (memplan.Effect.EXACT,)
+        for seed in (1, 2):
+            theirs, mine = laws.step(model, sample, seed), laws.step(planned, sample, seed)
+            laws.assert_same_bits(mine, theirs)
+        laws.assert_within_budget(planned, sample)
+
+
+COMPILED = {
+    "_upsample_bicubic2d_aa",
+    "_upsample_bilinear2d_aa",
+    "_upsample_lanczos2d_aa",
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d",
+    "broadcast_tensors",
+    "empty",
+    "hardshrink",
+    "istft",
+    "matmul",
+    "multi_margin_loss",
+    "multilabel_margin_loss_forward",
+    "one_hot",
+    "pad_sequence",
+    "softshrink",
+    "stft",
+    "tensor_split",
+    "unsafe_chunk",
+    "upsample_bicubic2d",
+    "upsample_bilinear2d",
+    "upsample_linear1d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_trilinear3d",
+}
+"""Ops with a kernel in Python whose compiled kernels gave eager's bits in a trace."""
+
+
+def test_every_kernel_in_python_is_known():
+    """One that is new in a release of torch is to be looked at."""
+    names = {op._schema.name.removeprefix("aten::") for op in python_kernels()}
+    assert names <= COMPILED | TRACED_IN_PYTHON.keys()
+    assert not COMPILED & TRACED_IN_PYTHON.keys()
+
+
+class Resized(nn.Module):
+    """A convolution, a resizing, a convolution."""
+
+    def __init__(self, dims, **resizing):
+        super().__init__()
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.before, self.after = convolution(2, 4, 3, padding=1), convolution(4, 2, 3, padding=1)
+        self.resizing = resizing
+
+    def forward(self, x):
+        return self.after(
+            nn.functional.interpolate(self.before(x), scale_factor=2, **self.resizing)
+        ).sum()
+
+
+RESIZED = {
+    "nearest": (2, {"mode": "nearest"}),
+    "nearest-exact": (3, {"mode": "nearest-exact"}),
+    "linear": (1, {"mode": "linear"}),
+    "bilinear": (2, {"mode": "bilinear"}),
+    "bilinear, corners": (2, {"mode": "bilinear", "align_corners": True}),
+    "bilinear, smooth": (2, {"mode": "bilinear", "antialias": True}),
+    "bicubic": (2, {"mode": "bicubic"}),
+    "trilinear": (3, {"mode": "trilinear"}),
+}
+
+
+@pytest.mark.by_default("linear", "bilinear", "bicubic")
+@pytest.mark.parametrize("name", RESIZED)
+def test_resizing_by_the_kernels_that_eager_runs(name):
+    dims, resizing = RESIZED[name]
+    model, x = Resized(dims, **resizing), torch.randn(2, 2, *[7] * dims)
+    assert_eager_bits(model, x)
+    planned = memplan.optimize(model, x, budget="100%")
+    assert planned.plan.num_ops < 15
+
+
+LABELS = torch.arange(7) % 6
+LOSSES = {
+    "multi_margin": lambda m, a, b: nn.functional.multi_margin_loss(a, LABELS),
+    "multilabel_margin": lambda m, a, b: nn.functional.multilabel_margin_loss(
+        a, LABELS[:, None].repeat(1, 6)
+    ),
+    "shrunk": lambda m, a, b: (
+        (nn.functional.softshrink(a) + nn.functional.hardshrink(b)).square().sum()
+    ),
+    "spectrum": lambda m, a, b: (
+        torch.stft(a, 4, window=torch.hann_window(4), return_complex=True).abs().sum()
+    ),
+    "padded": lambda m, a, b: nn.utils.rnn.pad_sequence([a[:3], b]).square().sum(),
+    "product": lambda m, a, b: torch.matmul(a.view(7, 2, 3), b.view(7, 3, 2)).square().sum(),
+}
+
+
+@pytest.mark.by_default("multi_margin", "multilabel_margin", "padded")
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_by_the_kernels_that_eager_runs(name):
+    torch.manual_seed(0)
+    assert_eager_bits(Model(LOSSES[name]), torch.randn(7, 5))
+
+
+class Ignores(torch.autograd.Function):
+    """A sum whose gradient is that of a square, whatever arrives."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        del gradient
+        return 2 * ctx.saved_tensors[0]
+
+
+INDEPENDENT = {
+    "all": lambda m, a, b: Ignores.apply(a),
+    "beside another": lambda m, a, b: Ignores.apply(a.tanh()) + b.exp().sum(),
+    "copysign": lambda m, a, b: torch.copysign(a, b).square().sum(),
+    "round": lambda m, a, b: (a.round() + b).sum(),
+    "sign": lambda m, a, b: (a.sign() * b.floor()).sum(),
+    "detached": lambda m, a, b: a.sum() + b.detach().sum(),
+    "unused": lambda m, a, b: a.sum(),
+}
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_gradients_that_do_not_depend_on_what_arrives(name):
+    assert_eager_bits(Model(INDEPENDENT[name]), torch.randn(7, 5))
+
+
+def test_an_input_whose_gradient_does_not_depend_on_what_arrives():
+    x = torch.randn(7, 5)
+    model = Model(lambda m, a, b: Ignores.apply(a))
+    given, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    model(given).backward()
+    memplan.optimize(model, other)(other).backward()
+    assert torch.equal(given.grad, other.grad)
+
+
+def test_a_part_that_another_output_brings_whatever_arrives_there():
+    model = Model(lambda m, a, b: (Ignores.apply(a), a.sum() + b.sum()))
+    x, options = torch.randn(7, 5), memplan.Options(differentiable_outputs="all")
+    planned = memplan.optimize(model, x, options=options)
+    with pytest.raises(memplan.PlanMismatch, match="does not depend on what arrives"):
+        planned(x)[1].backward()
+    for module in (model, planned):
+        model.zero_grad()
+        sum(module(x)).backward()
+        if module is model:
+            expected = [p.grad.clone() for p in model.parameters()]
+    assert all(map(torch.equal, expected, (p.grad for p in model.parameters())))
+
+
+def assigns_first(m, a, b):
+    m.scale.data = m.scale * 0.5 + a.detach().mean(0)
+    return (a * m.scale).sum() + b.sum()
+
+
+def assigns_without_gradients(m, a, b):
+    with torch.no_grad():
+        m.scale.data = m.scale.mul(0.5)
+    return (a * m.scale).sum() + b.sum()
+
+
+@pytest.mark.parametrize("loss", [assigns_first, assigns_without_gradients])
+def test_data_of_a_buffer(loss):
+    assert_eager_bits(Model(loss), torch.randn(7, 5))
+
+
+def assigns_last(m, a, b):
+    loss = (a * m.scale).sum() + b.sum()
+    m.scale.data = m.scale * 0.5
+    return loss
+
+
+def assigns_an_activation(m, a, b):
+    a.data = a.detach().round()
+    return (a * a).sum() + b.sum()
+
+
+def assigns_a_parameter(m, a, b):
+    m.one.weight.data = m.one.weight * 0.5
+    return a.sum() + b.sum()
+
+
+def assigns_another_shape(m, a, b):
+    m.scale.data = torch.ones(3)
+    return a.sum() + b.sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (assigns_last, "buffer 'scale' after it has computed with it"),
+        (assigns_an_activation, r"assigns to .data of a tensor .torch.float32, \(7, 6\)"),
+        (assigns_a_parameter, "assigns to .data of a tensor"),
+        (assigns_another_shape, r"what is torch.float32, \(3,\)"),
+    ],
+)
+def test_data_of_others(loss, why):
+    model = Model(loss)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(memplan.CaptureError, match=why):
+        memplan.optimize(model, torch.randn(7, 5))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def seeds_by_name(m, a, b):
+    seed_by_another_name(3)
+    return nn.functional.dropout(a + b).sum()
+
+
+def seeds_the_generator(m, a, b):
+    torch.default_generator.manual_seed(3)
+    return nn.functional.dropout(a + b).sum()
+
+
+def sets_a_state(m, a, b):
+    state = torch.Generator().manual_seed(3).get_state()
+    torch.default_generator.set_state(state)
+    return nn.functional.dropout(a + b).sum()
+
+
+def seeds_anew(m, a, b):
+    torch.seed()
+    return nn.functional.dropout(a + b).sum()
+
+
+@pytest.mark.parametrize("loss", [seeds_by_name, seeds_the_generator, sets_a_state, seeds_anew])
+def test_seeds_under_any_name(loss):
+    with pytest.raises(memplan.CaptureError, match="sets torch's random seed or state"):
+        memplan.optimize(Model(loss), torch.randn(7, 5))
+
+
+class Checkpointed(nn.Module):
+    """A layer and a norm under torch's checkpoint."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.layer, self.norm, self.last = nn.Linear(5, 6), norm, nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(checkpoint(self.inner, x, use_reentrant=False)).square().sum()
+
+    def inner(self, x):
+        return self.norm(self.layer(x)).relu()
+
+
+def test_buffers_that_checkpointing_writes_twice():
+    with pytest.raises(
+        memplan.CaptureError, match=r"'norm\.num_batches_tracked' is written inside"
+    ):
+        memplan.optimize(Checkpointed(nn.BatchNorm1d(6)), torch.randn(7, 5))
+    assert_eager_bits(Checkpointed(nn.BatchNorm1d(6).eval()), torch.randn(7, 5))
+    assert_eager_bits(Checkpointed(nn.LayerNorm(6)), torch.randn(7, 5))
