@@ -18,6 +18,7 @@ TRACED_IN_PYTHON: Mapping[str, str] = {
     "dropout": "its compiled composite is several ops; ``dropout_as_eager`` gives it eager's bits",
     "native_batch_norm": "the compiled one writes running statistics that its schema hides",
     "cudnn_batch_norm": "the compiled one writes running statistics that its schema hides",
+    "miopen_batch_norm": "the compiled one writes running statistics that its schema hides",
     "lstm": "the compiled one hands its backward what cannot be made again",
     "gru": "the compiled one hands its backward what cannot be made again",
     "rnn_tanh": "the compiled one hands its backward what cannot be made again",

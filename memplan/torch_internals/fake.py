@@ -212,16 +212,20 @@ def without_checkpointing(module: nn.Module) -> Iterator[None]:
         )
 
     reentrant: Any = torch.utils.checkpoint.CheckpointFunction
-    originals = reentrant.apply, torch.utils.checkpoint._checkpoint_without_reentrant_generator
-    torch.utils.checkpoint._checkpoint_without_reentrant_generator = only_call
+    original, others = reentrant.apply, vars(torch.utils.checkpoint)
+    # From 2.14 on one calls the other, and torch.utils.checkpoint.checkpoint the second.
+    names = (
+        "_checkpoint_without_reentrant_generator",
+        "_checkpoint_without_reentrant_generator_impl",
+    )
+    generators = {name: others[name] for name in names if name in others}
+    others.update(dict.fromkeys(generators, only_call))
     reentrant.apply = refuse
     try:
         yield
     finally:
-        (
-            reentrant.apply,
-            torch.utils.checkpoint._checkpoint_without_reentrant_generator,
-        ) = originals
+        reentrant.apply = original
+        others.update(generators)
 
 
 @contextlib.contextmanager
