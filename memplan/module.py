@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 from memplan.adapting import standing_for
 from memplan.changing import Changed
 from memplan.drift import Drift
-from memplan.errors import MemplanError, NotPlannedYet
+from memplan.errors import MemplanError, NotPlannedYet, PlanMismatch
 from memplan.finished import Finished
 from memplan.passing import Schedule
 from memplan.plan import Plan
 from memplan.runtime import PlannedStep
 from memplan.sample import Sample
 from memplan.signature import State, signature_of
+from memplan.torch_internals import enclosing_transform
 from memplan.trace import MemoryTrace
 
 Build = Callable[[nn.Module, Sample], PlannedStep]
@@ -191,6 +192,11 @@ class PlannedModule(nn.Module):
         """What the original returns for these inputs."""
         if not torch.is_grad_enabled():
             return self.changed.model(*args, **kwargs)
+        if transform := enclosing_transform():
+            raise PlanMismatch(
+                f"a planned module is called inside of {transform}, which would lose what it "
+                "computes. Call the untouched module there: planned.original."
+            )
         sample = Sample(args, kwargs)
         with self._lock:
             state = State.of(self.changed.model)

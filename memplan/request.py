@@ -66,12 +66,30 @@ class Request:
         return replace(self, passes=tuple(replace(one, change=None) for one in self.passes))
 
 
+_SHARING = frozenset({"DataParallel", "FullyShardedDataParallel", "FSDPModule"})
+"""Wrappers that split or copy a module over devices."""
+
+
 def require_module(model: object) -> None:
     """Refuse what is not a module, and what is planned already."""
     if isinstance(model, PlannedModule):
         raise MemplanError("the model is planned already; plan its original: planned.original")
     if not isinstance(model, nn.Module):
         raise MemplanError(f"the model must be an nn.Module, got {type(model).__name__}")
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "DistributedDataParallel" in kinds:
+        raise MemplanError(
+            "the model is a DistributedDataParallel, whose exchange of gradients a plan would "
+            "leave out. Plan the module first, and wrap the result: "
+            "DistributedDataParallel(memplan.optimize(module, ...)), or "
+            "accelerator.prepare(memplan.optimize(module, ...))."
+        )
+    if sharing := kinds & _SHARING:
+        raise MemplanError(
+            f"the model is a {sharing.pop()}, whose parameters are split or copied over devices; "
+            "a plan would leave that out. Plan a module as it is, for one device or inside of "
+            "DistributedDataParallel."
+        )
 
 
 def make_request(

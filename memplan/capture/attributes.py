@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +36,15 @@ class _Held:
         return len(now) != len(before) or not all(map(_same, now, before))
 
     def restore(self) -> None:
+        """Put back what changed; a container that did not may be one that cannot be written."""
+        if not self.has_changed():
+            return
         if isinstance(self.container, list):
             self.container[:] = self.members
+        elif isinstance(self.container, dict) and [*self.container] == [*self.members]:
+            for key, member in self.members.items():
+                if not _same(self.container[key], member):
+                    self.container[key] = member
         else:
             self.container.clear()
             self.container.update(self.members)
@@ -110,13 +116,20 @@ def modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _containers(attribute: str, value: Any, depth: int) -> Iterator[_Held]:
     if depth and isinstance(value, dict | list | set):
-        yield _Held(attribute, value, copy.copy(value))
+        yield _Held(attribute, value, _members(value))
         if isinstance(value, dict):
             for name, member in value.items():
                 yield from _containers(attribute or str(name), member, depth - 1)
         elif isinstance(value, list):
             for member in value:
                 yield from _containers(attribute, member, depth - 1)
+
+
+def _members(container: dict[Any, Any] | list[Any] | set[Any]) -> Any:
+    """What it holds, as a plain container: one of the user's own may refuse to be copied."""
+    if isinstance(container, dict):
+        return dict(container)
+    return list(container) if isinstance(container, list) else set(container)
 
 
 def _differing(held: _Held) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -245,10 +246,17 @@ def _is_cast_again(given: JointInput) -> bool:
 def rewrite(traced: Traced, rewrites: Iterable[Callable[[fx.Graph], None]]) -> Traced:
     """Apply rewrites, in order, to a copy of the joint graph."""
     joint = copy_joint(traced.joint)
+    end = joint.graph.output_node()
+    # What the step returns goes through the graph, where nodes that are replaced are, too.
+    values: list[Any] = [output.value for output in joint.outputs]
+    end.args = (values,)
     for one in rewrites:
         one(joint.graph)
     joint.graph.lint()
-    return replace(traced, joint=joint)
+    assert isinstance(end.args[0], list)
+    pairs = zip(joint.outputs, end.args[0], strict=True)
+    outputs = tuple(replace(output, value=value) for output, value in pairs)
+    return replace(traced, joint=replace(joint, outputs=outputs))
 
 
 def _forget_running_statistics(joint: Joint) -> Joint:

@@ -41,6 +41,14 @@ def version_of(tensor: torch.Tensor) -> int:
     return int(tensor._version)
 
 
+def enclosing_transform() -> str:
+    """What differentiates or maps functions here, autograd apart; "" if nothing (2.13-2.15)."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func (grad, vmap, jvp, ...)"
+    is_dual = torch.autograd.forward_ad._current_level >= 0
+    return "forward-mode differentiation" if is_dual else ""
+
+
 class OwnHook:
     """A hook of memplan's own: no part of the user's model."""
 

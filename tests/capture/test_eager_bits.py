@@ -294,3 +294,98 @@ def test_buffers_that_checkpointing_writes_twice():
         memplan.optimize(Checkpointed(nn.BatchNorm1d(6)), torch.randn(7, 5))
     assert_eager_bits(Checkpointed(nn.BatchNorm1d(6).eval()), torch.randn(7, 5))
     assert_eager_bits(Checkpointed(nn.LayerNorm(6)), torch.randn(7, 5))
+
+
+ENDS = {
+    "dropout": nn.Dropout(0.3),
+    "dropout in place": nn.Dropout(0.3, inplace=True),
+    "relu": nn.ReLU(),
+    "norm": nn.BatchNorm1d(6),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_output_that_a_pass_rewrites(end):
+    model, x = nn.Sequential(nn.Linear(5, 6), ENDS[end]), torch.randn(7, 5)
+    summed = memplan.WithLoss(model, lambda output, target: (output * target).sum())
+    assert_eager_bits(summed, (x, torch.randn(7, 6)))
+    planned = memplan.optimize(model, x)
+    results = []
+    for module in (model, planned):
+        torch.manual_seed(1)
+        output = module(x)
+        model.zero_grad()
+        output.square().sum().backward()
+        results.append([output.detach().clone(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *results))
+
+
+class Frozen(dict):
+    """A configuration that is read alone."""
+
+    def refuse(self, *args):
+        raise TypeError("frozen")
+
+    __setitem__ = __delitem__ = update = clear = pop = setdefault = __reduce_ex__ = refuse
+
+    def __deepcopy__(self, memo):
+        return Frozen(self)
+
+
+def test_a_configuration_that_cannot_be_written():
+    model = Model(lambda m, a, b: (a * m.settings["factor"] + b).sum())
+    model.settings, model.plain = Frozen(factor=2.0), {"factor": 2.0}
+    assert_eager_bits(model, torch.randn(7, 5))
+    assert model.settings == {"factor": 2.0}
+    failing = Model(lambda m, a, b: a.sum() if a.sum() > 0 else b.sum())
+    failing.settings, failing.plain = Frozen(factor=2.0), model.plain
+    with pytest.raises(memplan.CaptureError):
+        memplan.optimize(failing, torch.randn(7, 5))
+    assert failing.settings == failing.plain == {"factor": 2.0}
+
+
+def changes_settings(m, a, b):
+    m.settings["factor"] += 1
+    m.settings.setdefault("steps", []).append(1)
+    return (a * m.settings["factor"] + b).sum()
+
+
+def test_a_configuration_that_the_forward_writes_is_as_before():
+    model = Model(changes_settings)
+    model.settings = {"first": None, "factor": 2.0}
+    planned = memplan.optimize(model, torch.randn(7, 5))
+    assert list(model.settings.items()) == [("first", None), ("factor", 2.0)]
+    assert "changes attributes" in planned.plan.notes[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own making
+def test_transforms_of_functions_are_refused():
+    model, x = Model(lambda m, a, b: (a * b).sum()), torch.randn(7, 5)
+    planned = memplan.optimize(model, x)
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(state):
+        return torch.func.functional_call(planned, state, (x,))
+
+    with pytest.raises(memplan.PlanMismatch, match=r"transform of torch\.func.*planned\.original"):
+        torch.func.grad(loss)(state)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(memplan.PlanMismatch, match="forward-mode differentiation"),
+    ):
+        planned(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def test_wrappers_for_several_devices_are_refused(tmp_path):
+    inner = Model(lambda m, a, b: (a * b).sum())
+    with pytest.raises(memplan.MemplanError, match="is a DataParallel, whose parameters are split"):
+        memplan.optimize(nn.DataParallel(inner), torch.randn(7, 5))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(inner)
+        with pytest.raises(memplan.MemplanError, match=r"DataParallel\(memplan\.optimize\(module"):
+            memplan.optimize(wrapped, torch.randn(7, 5))
+    finally:
+        torch.distributed.destroy_process_group()
