@@ -6,6 +6,8 @@ memory of anything else may have been saved for the backward, which then reads i
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +25,11 @@ class AssignedData(TorchFunctionMode):
 
     def __init__(self, buffers: Iterable[tuple[str, torch.Tensor]]) -> None:
         super().__init__()
-        self._names = {storage_key(buffer): name for name, buffer in buffers}
+        named = list(buffers)
+        self._names = {id(buffer): name for name, buffer in named}
+        self._keys = Counter(storage_key(buffer) for _, buffer in named)
         self._read: set[int] = set()
+        self._views: list[tuple[int, weakref.ref[torch.Tensor]]] = []
 
     def __torch_function__(
         self,
@@ -38,10 +43,17 @@ class AssignedData(TorchFunctionMode):
         if func == _ASSIGN:
             return self._assign(*args)
         result = func(*args, **(kwargs or {}))
-        if self._names and any(one.requires_grad for one in _strided(result)):
-            keys = {storage_key(one) for one in _strided((args, kwargs))}
-            self._read |= keys & self._names.keys()
+        if self._keys:
+            self._note(_strided((args, kwargs)), _strided(result))
         return result
+
+    def _note(self, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> None:
+        """Note which buffers were computed with, and views of them."""
+        if any(one.requires_grad for one in made):
+            self._read |= {storage_key(one) for one in given} & self._keys.keys()
+        for one in made:
+            if (key := storage_key(one)) in self._keys and id(one) not in self._names:
+                self._views.append((key, weakref.ref(one)))
 
     def _assign(self, tensor: torch.Tensor, data: torch.Tensor) -> None:
         """Write a buffer.
@@ -49,7 +61,7 @@ class AssignedData(TorchFunctionMode):
         Raises:
             CaptureError: for any other tensor, and where eager's backward might read either.
         """
-        name = self._names.get(storage_key(tensor), "").partition(".")[2]
+        name, key = self._names.get(id(tensor), "").partition(".")[2], storage_key(tensor)
         if not name or (tensor.shape, tensor.dtype) != (data.shape, data.dtype):
             raise CaptureError(
                 f"the forward assigns to .data of a tensor ({tensor.dtype}, {tuple(tensor.shape)}) "
@@ -57,11 +69,13 @@ class AssignedData(TorchFunctionMode):
                 "in their own shape and dtype; make a new tensor, x = ..., or write "
                 "x.data.copy_(...)."
             )
-        if storage_key(tensor) in self._read:
+        has_views = any(own == key and view() is not None for own, view in self._views)
+        if key in self._read or has_views or self._keys[key] > 1:
             raise CaptureError(
-                f"the forward assigns to .data of buffer {name!r} after it has computed with it; "
-                "whether the backward then reads the old or the new data depends on torch's "
-                f"kernels. Assign the buffer itself, self.{name} = ..., or assign it first."
+                f"the forward assigns to .data of buffer {name!r} after it has computed with it, "
+                "or while another tensor has its memory; what the backward and the other then "
+                f"read depends on torch's kernels. Assign the buffer itself, self.{name} = ..., or "
+                "assign it first."
             )
         tensor.data.copy_(data)  # no write that autograd sees
 

@@ -119,7 +119,9 @@ def trace(
     ):
         flat = Flat(module, given, differentiable)
         with without_autocast():  # which the backward is not under
-            joint, asked = _trace(flat, given, look or (lambda: None), relaying(layouts or {}))
+            joint, asked = _trace(
+                flat, given, look or (lambda: None), relaying(layouts) if layouts else None
+            )
     remember_calls(joint.graph)
     refuse_after(joint)
     dropout_as_eager(joint.graph)
@@ -138,7 +140,7 @@ def trace(
 
 
 def _trace(
-    flat: Flat, sample: Sample, look: Callable[[], object], relay: Relay
+    flat: Flat, sample: Sample, look: Callable[[], object], relay: Relay | None
 ) -> tuple[Joint, set[str]]:
     """Trace what eager runs; where that cannot be, what the model does when it is traced.
 
@@ -160,7 +162,7 @@ def _trace(
         raise
 
 
-def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor], relay: Relay) -> Joint:
+def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor], relay: Relay | None) -> Joint:
     """Trace as it is; if values of tensors are asked for, find them first and trace again."""
     try:
         with origins(flat.wrapped):

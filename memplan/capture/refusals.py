@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from memplan.rng import random_states
 from memplan.sample import Sample
 from memplan.torch_internals import (
     Joint,
+    caller_of_random_functions,
     has_hooks,
     is_plain_tensor,
     is_under_autocast,
@@ -117,8 +116,6 @@ def refused_inside(module: nn.Module) -> Iterator[None]:
 
 
 _SEEDING = "the forward sets torch's random seed or state"
-_BETWEEN = ("torch.random", "torch._compile", "torch._dynamo", "contextlib", __name__)
-"""Modules whose functions stand between those of ``torch.random`` and who calls them."""
 
 
 @contextlib.contextmanager
@@ -147,11 +144,7 @@ def _refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != tracing:
             return original(*args, **kwargs)
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
-            frame = frame.f_back
-        name = "" if frame is None else frame.f_globals.get("__name__", "")
-        if name.startswith(("torch.", "memplan.")):
+        if caller_of_random_functions().startswith(("torch.", "memplan.")):
             return original(*args, **kwargs)
         raise CaptureError(f"{what}, which a planned step would not do")
 

@@ -50,7 +50,7 @@ from memplan.torch_internals.following import (
     TensorSpec,
     with_kernels,
 )
-from memplan.torch_internals.generator import watched_generator
+from memplan.torch_internals.generator import caller_of_random_functions, watched_generator
 from memplan.torch_internals.joint import (
     Joint,
     JointInput,
@@ -128,6 +128,7 @@ __all__ = [
     "backward_keeps_graph",
     "boxed",
     "by_compiled_kernels",
+    "caller_of_random_functions",
     "copy_joint",
     "cpu_stand_ins",
     "defined_step",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +26,15 @@ def watched_generator(watch: Callable[[Callable[..., Any]], Callable[..., Any]])
         yield
     finally:
         random.default_generator = original
+
+
+def caller_of_random_functions() -> str:
+    """The module whose code called them, from inside of ``watch``; "" if none (torch 2.13-2.15)."""
+    between = ("torch.random", "torch._compile", "torch._dynamo", "contextlib")
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(between):
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
 class _Watched:

@@ -203,7 +203,12 @@ def assigns_without_gradients(m, a, b):
     return (a * m.scale).sum() + b.sum()
 
 
-@pytest.mark.parametrize("loss", [assigns_first, assigns_without_gradients])
+def assigns_what_it_reads(m, a, b):
+    m.scale.data = m.scale.data.mul(0.5)
+    return (a * m.scale).sum() + b.sum()
+
+
+@pytest.mark.parametrize("loss", [assigns_first, assigns_without_gradients, assigns_what_it_reads])
 def test_data_of_a_buffer(loss):
     assert_eager_bits(Model(loss), torch.randn(7, 5))
 
@@ -229,9 +234,24 @@ def assigns_another_shape(m, a, b):
     return a.sum() + b.sum()
 
 
+def assigns_a_view(m, a, b):
+    view = m.scale.view(2, 3)
+    view.data = view * 2  # which leaves the buffer alone
+    return (a * m.scale).sum() + b.sum()
+
+
+def assigns_beside_a_view(m, a, b):
+    with torch.no_grad():
+        view = m.scale.view(6)
+        m.scale.data = m.scale * 2
+    return (a * view).sum() + b.sum()
+
+
 @pytest.mark.parametrize(
     ("loss", "why"),
     [
+        (assigns_a_view, "assigns to .data of a tensor"),
+        (assigns_beside_a_view, "while another tensor has its memory"),
         (assigns_last, "buffer 'scale' after it has computed with it"),
         (assigns_an_activation, r"assigns to .data of a tensor .torch.float32, \(7, 6\)"),
         (assigns_a_parameter, "assigns to .data of a tensor"),
