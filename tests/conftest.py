@@ -20,7 +20,7 @@ from hypothesis import settings
 
 from memplan.planner import search
 
-settings.register_profile("short", max_examples=60)
+settings.register_profile("short", max_examples=40)
 settings.register_profile("full", max_examples=2000)
 settings.load_profile("short")
 

@@ -45,6 +45,10 @@ def bytes_asked(budget: str) -> str:
     return "1 B" if budget == SMALLEST else budget
 
 
+COPIED = ("bert", "resnet", "unet", "mlp", "gpt2", "frozen", "returns_tuple")
+"""Rows that are saved and copied by default."""
+
+
 @dataclass
 class Row:
     """A model, its batch, and its planned modules by budget."""
@@ -149,6 +153,7 @@ def test_a_plan_survives_json(row, budget):
     assert Schedule.from_json(plan.schedule.to_json()) == plan.schedule
 
 
+@pytest.mark.by_default(*COPIED)
 def test_a_saved_plan_runs(row):
     saved = memplan.Plan.from_json(row.planned("50%").plan.to_json())
     applied = memplan.optimize(row.model, row.sample, plan=saved)
@@ -167,6 +172,7 @@ def test_planning_twice_gives_the_same_plan(row):
     assert again == row.planned("50%").plan
 
 
+@pytest.mark.by_default(*COPIED)
 def test_names_evaluation_and_copies_are_the_originals(row):
     model, one = row.model, row.planned("50%")
     assert list(one.state_dict()) == list(model.state_dict())

@@ -228,6 +228,17 @@ MAIN_ROWS = (
 ORDERED = ("packed masks", "freeze, biases", "subset, lora", "batches, lora")
 """Pairs that are tried in the other order by default."""
 
+ALONE = (
+    "checkpoints",
+    "freeze, biases",
+    "two streams, inverted",
+    "parts, lora",
+    "batches, lora",
+    "blocks",
+    "gates",
+)
+"""Rows that are saved and copied by default."""
+
 FAILED = ("checkpoints", "freeze, biases", "two streams, inverted", "blocks", "gates")
 """Rows in which a step fails by default."""
 
@@ -322,6 +333,7 @@ def test_predicted_slowdown_does_not_grow_with_the_budget(name):
     assert slowdowns == sorted(slowdowns)
 
 
+@pytest.mark.by_default(*(f"{name}-{ROWS[name].budgets[0]}" for name in ALONE))
 @pytest.mark.parametrize(("name", "budget"), ONCE)
 def test_a_plan_survives_json_and_runs(name, budget):
     # of its own: with choices that make several programs, a plan is for one of them
@@ -334,6 +346,7 @@ def test_a_plan_survives_json_and_runs(name, budget):
     laws.assert_same_bits(laws.step(module, sample), laws.step(other, sample))
 
 
+@pytest.mark.by_default(*(f"{name}-{ROWS[name].budgets[0]}" for name in ALONE))
 @pytest.mark.parametrize(("name", "budget"), ONCE)
 def test_names_evaluation_and_copies(name, budget):
     module, (model, sample) = planned(name, budget), made(name)

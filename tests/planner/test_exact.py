@@ -38,7 +38,7 @@ def once(lowered) -> bool:
     return len(set(restored)) == len(restored)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(programs(max_forward=5))
 def test_the_optimum_is_legal_and_no_choice_of_what_to_keep_beats_it(made):
     program, costs = made
