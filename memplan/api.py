@@ -7,11 +7,13 @@ PlannedModule -> measure.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable
 from functools import partial
 
 from torch import nn
 
+from memplan import verifying
 from memplan.changing import changing
 from memplan.choosing import best, choose, exact_schedule
 from memplan.collector import paused_collector
@@ -184,8 +186,20 @@ def _emitted(prepared: Prepared, chosen: Plan, request: Request) -> PlannedStep:
             reference=partial(exact_schedule, prepared, chosen),
             is_fixed=request.plan is not None,
         )
-    step = PlannedStep(captured, recoveries, prepared.costs, emitted, chosen, in_backward, guard)
+    step = PlannedStep(
+        captured,
+        recoveries,
+        prepared.costs,
+        emitted,
+        chosen,
+        in_backward,
+        guard,
+        is_compared=not verifying.is_due(request.options.verify, chosen.effects),
+    )
     check_emitted(step)
+    for difference in captured.differences:
+        if difference.is_warned_of:
+            warnings.warn(difference.reason, stacklevel=6)
     _LOG.info("%s", chosen)
     return step
 

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memplan import verifying
 from memplan.adapting import standing_for
 from memplan.changing import Changed
 from memplan.drift import Drift
 from memplan.errors import MemplanError, NotPlannedYet, PlanMismatch
+from memplan.evaluations import Evaluations
 from memplan.finished import Finished
 from memplan.passing import Schedule
 from memplan.plan import Plan
@@ -39,10 +41,13 @@ class PlannedModule(nn.Module):
     runs a plan made for its signature (shapes, modes, flags, ...); a new signature is captured
     and planned first. Without gradients the original runs, or what passes make of it.
 
-    Several threads may call it. While one of them captures, the others wait; the original and its
-    parameters must not be used in that time, because others stand in for them.
+    Several threads may call it. While one of them captures, the others wait, those that evaluate
+    as well; the original and its parameters must not be used in that time, because others stand
+    in for them.
 
-    What a signature cannot see (Python attributes changed by hand) needs ``recapture()``.
+    Attributes of modules that the forward reads may be changed by hand: plain values, and those
+    of objects that modules hold, such as a configuration, are part of what a plan is for. What no
+    attribute holds (a global, a variable that a function closes over) needs ``recapture()``.
     """
 
     original: nn.Module
@@ -67,6 +72,7 @@ class PlannedModule(nn.Module):
         self._cache_size = cache_size
         self._finished = Finished()
         self.training = original.training
+        _warn_of_hidden(original)
         self._share()
         self._reset()
 
@@ -82,6 +88,7 @@ class PlannedModule(nn.Module):
         self._steps: OrderedDict[Hashable, tuple[PlannedStep, ...]] = OrderedDict()
         self._last: PlannedStep | None = None
         self._lock = threading.RLock()
+        self._evaluations = Evaluations()
 
     @property
     def plan(self) -> Plan:
@@ -137,10 +144,13 @@ class PlannedModule(nn.Module):
     def _step(self, state: State, sample: Sample) -> PlannedStep:
         signature = signature_of(self.changed.model, state, sample)
         steps = self._steps.get(signature, ())
-        step = next((step for step in steps if step.holds(sample)), None)
+        step = next((step for step in steps if step.holds(state, sample)), None)
         if step is None:
             # blocks take turns: what is captured are the tensors of this call
-            with standing_for(self.changed.model, state.choice.tensors):
+            with (
+                self._evaluations.none(),
+                standing_for(self.changed.model, state.choice.tensors),
+            ):
                 step = self._build(self.changed.model, sample)
             self._steps[signature] = (*steps, step)
             self._forget_oldest()
@@ -153,12 +163,9 @@ class PlannedModule(nn.Module):
         step = self._step(state, sample)
         if step.guard is None or step.is_settled:
             return step
-        settled = step.guard.settle(step, state, sample)
-        signature = signature_of(self.changed.model, state, sample)
-        self._steps[signature] = tuple(
-            settled if one is step else one for one in self._steps[signature]
-        )
-        self._last = settled
+        with self._evaluations.none():
+            settled = step.guard.settle(step, state, sample)
+        self._replace(step, settled, state, sample)
         return settled
 
     def measure_drift(self, sample: object) -> Drift:
@@ -170,7 +177,9 @@ class PlannedModule(nn.Module):
         with self._lock:
             state = self._next_state()
             step = self._step(state, batch)
-            return Drift((), 0.0) if step.guard is None else step.guard.measure(step, state, batch)
+            with self._evaluations.none():
+                guard = step.guard
+                return Drift((), 0.0) if guard is None else guard.measure(step, state, batch)
 
     def _forget_oldest(self) -> None:
         """Keep to the size of the cache: of all signatures, and of steps for one of them."""
@@ -191,7 +200,7 @@ class PlannedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns for these inputs."""
         if not torch.is_grad_enabled():
-            return self.changed.model(*args, **kwargs)
+            return self._evaluated(args, kwargs)
         if transform := enclosing_transform():
             raise PlanMismatch(
                 f"a planned module is called inside of {transform}, which would lose what it "
@@ -205,9 +214,35 @@ class PlannedModule(nn.Module):
             if is_trained:
                 state = state.chosen(self.changed.choose(is_call=True))
             step = self._settled(state, sample) if is_trained else None
+            if step is not None and not step.is_compared:
+                return self._compared(step, state, sample)
         if step is None:
-            return self.changed.model(*args, **kwargs)
+            return self._evaluated(args, kwargs)
         return step.run(state, sample, self._finished)
+
+    def _evaluated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with self._evaluations.one():
+            return self.changed.model(*args, **kwargs)
+
+    def _compared(self, step: PlannedStep, state: State, sample: Sample) -> Any:
+        """The first call of a step, compared with the untouched forward."""
+        call = verifying.Call(self.changed.model, state, sample)
+        with self._evaluations.none():
+            expected = verifying.before(step, call)
+            output = step.run(state, sample, self._finished)
+            compared = verifying.after(step, call, expected, output)
+        self._replace(step, compared, state, sample)
+        return output
+
+    def _replace(
+        self, step: PlannedStep, better: PlannedStep, state: State, sample: Sample
+    ) -> None:
+        """Put a step in the place of another in the cache."""
+        signature = signature_of(self.changed.model, state, sample)
+        self._steps[signature] = tuple(
+            better if one is step else one for one in self._steps[signature]
+        )
+        self._last = better
 
     def batches(
         self,
@@ -251,11 +286,22 @@ class PlannedModule(nn.Module):
                 parameter.requires_grad_(True)
         return exported
 
-    def train(self, mode: bool = True) -> PlannedModule:
-        """Set the mode here and in the original."""
-        super().train(mode)
-        self.original.training = mode
-        return self
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Set the mode here and in the original, by the original's own method.
+
+        Returns this module, or what that method returns if it is not the original.
+        """
+        return self._mode_of_original(self.original.train(*args, **kwargs))
+
+    def eval(self) -> Any:
+        """Set the mode of evaluation here and in the original, by the original's own method."""
+        return self._mode_of_original(self.original.eval())
+
+    def _mode_of_original(self, result: object) -> Any:
+        self.training = self.original.training
+        for child in self.changed.modules.values():
+            child.train(self.training)
+        return self if result is self.original else result
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original's, and what passes added, under prefixes of their own."""
@@ -277,7 +323,7 @@ class PlannedModule(nn.Module):
             return getattr(original, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_steps", "_last", "_lock", "_finished")
+        dropped = ("_steps", "_last", "_lock", "_evaluations", "_finished")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -285,3 +331,20 @@ class PlannedModule(nn.Module):
         self._finished = Finished()
         self._share()
         self._reset()
+
+
+def _warn_of_hidden(original: nn.Module) -> None:
+    """Say which attributes of a module have the names of the planned module's own."""
+    own = {"original", "changed", "optimizer", *vars(PlannedModule)} - set(dir(nn.Module))
+    classes = type(original).__mro__[: -len(nn.Module.__mro__)]
+    places = [vars(original), *map(vars, classes)]
+    places += [original._modules, original._parameters, original._buffers]
+    hidden = sorted(
+        name for name in own if not name.startswith("_") and any(name in held for held in places)
+    )
+    if hidden:
+        warnings.warn(
+            f"{', '.join(hidden)} of the planned module {'are' if hidden[1:] else 'is'} "
+            f"memplan's; the model's own: planned.original.{hidden[0]}",
+            stacklevel=4,
+        )

@@ -40,6 +40,10 @@ class Options:
             activations are free before the next part runs. The gradient that arrives must be a
             power of two, or one where gradients are in float16 or need not be linear in it; a
             second forward before the backward, and ``retain_graph``, are refused.
+        verify: "forward" compares the first call of each signature with a forward of the untouched
+            module: outputs, buffers and random states, bit by bit. What differs by rounding is said
+            (a warning, and ``Plan.notes``); more is an error. Left out, and said in the notes,
+            where it does not fit into the plan's peak. "none" does not compare.
     """
 
     device: str | None = None
@@ -52,3 +56,4 @@ class Options:
     solver_limit_s: float = 60.0
     update_in_backward: bool = False
     fused: bool = False
+    verify: Literal["forward", "none"] = "forward"

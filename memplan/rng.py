@@ -54,6 +54,31 @@ def dropout(x: torch.Tensor, probability: float, scale: float) -> tuple[torch.Te
     return apply_mask(x, mask, scale), mask
 
 
+def draw(
+    op: tuple[str, str],
+    layout: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    kind: tuple[torch.dtype, torch.device],
+    *args: Any,
+) -> torch.Tensor:
+    """What an op of torch's that draws in place draws into a tensor.
+
+    Args:
+        op: its name, and that of its overload.
+        layout: shape and strides of the tensor, and the strides of what is returned.
+        kind: its dtype and device.
+        args: what the op is given beside it.
+    """
+    shape, strides, result_strides = layout
+    dtype, device = kind
+    drawn = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    drawing: Callable[..., torch.Tensor] = getattr(getattr(torch.ops.aten, op[0]), op[1])
+    drawn = drawing(drawn, *args)
+    if strides == result_strides:
+        return drawn
+    result = torch.empty_strided(shape, result_strides, dtype=dtype, device=device)
+    return result.copy_(drawn)
+
+
 def draw_mask(
     shape: tuple[int, ...], strides: tuple[int, ...], probability: float, device: str
 ) -> torch.Tensor:
@@ -73,6 +98,6 @@ def drop_all(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 OWN_DRAWS: Final[dict[str, Callable[..., Any]]] = {
-    function.__name__: function for function in (dropout, draw_mask)
+    function.__name__: function for function in (dropout, draw, draw_mask)
 }
 """The functions of this file that draw, by name."""

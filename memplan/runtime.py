@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,14 +21,14 @@ from memplan.program import Costs
 from memplan.sample import Sample
 from memplan.schedule import Catalog, Recovery
 from memplan.signature import State
+from memplan.summing import existing_gradients, summed, warn_of_other_order
 from memplan.timeline import simulate, tangent_bytes
 from memplan.torch_internals import (
     backward_keeps_graph,
     exchanges_gradients,
-    has_gradient_hooks,
     is_under_autocast,
-    received_from_one_node,
     unflatten,
+    version_of,
     without_autocast,
 )
 from memplan.trace import MemoryTrace
@@ -50,6 +51,7 @@ class PlannedStep:
         in_backward: what updates parameters in the backward, or None.
         guard: what measures how far copies drift, where any come back by rounding.
         is_settled: whether that was done, and found to be within the tolerance.
+        is_compared: whether a first call was compared with the untouched forward, or need not be.
     """
 
     captured: Captured
@@ -60,6 +62,7 @@ class PlannedStep:
     in_backward: InBackward | None = None
     guard: Guard | None = None
     is_settled: bool = False
+    is_compared: bool = True
 
     @cached_property
     def room_bytes(self) -> int:
@@ -80,10 +83,18 @@ class PlannedStep:
         device = str(self.captured.device)
         return predicted_trace(program, catalog, self.plan.schedule, self.costs, device)
 
-    def holds(self, sample: Sample) -> bool:
-        """Whether the values that the captured forward branched on are the same here."""
-        guards = self.captured.guards
-        return not guards or all(guard.holds(sample.tensors()) for guard in guards)
+    def holds(self, state: State, sample: Sample) -> bool:
+        """Whether what the captured forward found in Python, and branched on, is the same here."""
+        captured = self.captured
+        return all(attribute.holds() for attribute in captured.attributes) and (
+            not captured.guards
+            or all(guard.holds(sample.tensors(), state.buffers) for guard in captured.guards)
+        )
+
+    @cached_property
+    def summed(self) -> tuple[int, ...]:
+        """Positions of the parameters whose gradients are sums."""
+        return summed(self.captured)
 
     @property
     def is_fused(self) -> bool:
@@ -205,6 +216,25 @@ class PlannedStep:
                 "Options(differentiable_outputs=...)"
             )
 
+    def check_unwritten(self, versions: Sequence[tuple[weakref.ref[torch.Tensor], int]]) -> None:
+        """Check that nothing was written that the backward reads.
+
+        Raises:
+            PlanMismatch: naming what was written.
+        """
+        for position, (reference, version) in zip(
+            self.emitted.backward_primals, versions, strict=True
+        ):
+            tensor = reference()
+            if tensor is not None and version_of(tensor) != version:
+                primal = self.captured.primals[position]
+                what = f"input {primal.index}" if primal.kind == "input" else repr(primal.name)
+                raise PlanMismatch(
+                    f"{what} (shape {tuple(tensor.shape)}) was written between the forward and the "
+                    "backward, which reads it again: to compute gradients, or what the forward "
+                    "made and did not keep. Write it after the backward, or pass a copy."
+                )
+
     def start_updates(
         self,
         parameters: Sequence[torch.Tensor],
@@ -246,29 +276,6 @@ def check_emitted(step: PlannedStep) -> None:
         )
 
 
-def existing_gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """What each parameter's new gradient is added to; None: it is left to autograd.
-
-    It is left where autograd does more than add: for ``torch.autograd.grad``, hooks, gradients
-    that also arrive from elsewhere, and processes that exchange gradients.
-    """
-    if not parameters:
-        return []
-    alone = frozenset[int]() if exchanges_gradients() else received_from_one_node()
-    is_left = [id(p) not in alone or has_gradient_hooks(p) for p in parameters]
-    left = sum(
-        p.grad is not None and is_left for p, is_left in zip(parameters, is_left, strict=True)
-    )
-    if left:
-        warnings.warn(
-            f"{left} new gradients are kept beside those that are there, because autograd does "
-            "more than add them (hooks, torch.autograd.grad, a parameter used elsewhere, several "
-            "processes); the peak may be above the plan's",
-            stacklevel=2,
-        )
-    return [None if left else p.grad for p, left in zip(parameters, is_left, strict=True)]
-
-
 class _PlannedFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -288,9 +295,12 @@ class _PlannedFunction(torch.autograd.Function):
         ctx.kept = results[emitted.num_outputs :][: emitted.num_saved]
         ctx.pending = pending
         ctx.accumulated = [primals[position] for position in emitted.accumulated]
+        ctx.summed = [primals[position] for position in step.summed]
         ctx.updated = [primals[position] for position in emitted.updated]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(primals[position] for position in emitted.backward_primals))
+        saved = [primals[position] for position in emitted.backward_primals]
+        ctx.save_for_backward(*saved)
+        ctx.versions = [(weakref.ref(tensor), version_of(tensor)) for tensor in saved]
         needs = {
             slot
             for slot, required in zip(
@@ -316,6 +326,7 @@ class _PlannedFunction(torch.autograd.Function):
                 "backward() is called inside autocast, where its ops would be cast too; torch "
                 "advises against it. Close the autocast context after the forward."
             )
+        step.check_unwritten(ctx.versions)
         primals = ctx.saved_tensors
         if ctx.kept is None:
             raise RuntimeError(
@@ -323,6 +334,7 @@ class _PlannedFunction(torch.autograd.Function):
                 "Call backward(retain_graph=True) the first time."
             )
         step.check_sources(gradients)
+        warn_of_other_order(ctx.summed)
         tangents = step.incoming(gradients)
         step.start_updates(ctx.updated, tangents, gradients)
         kept = list(ctx.kept)

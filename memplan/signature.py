@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from memplan.capture import attributes_of
 from memplan.errors import CaptureError, PlanMismatch
 from memplan.passing import Choice
 from memplan.sample import Sample
@@ -62,7 +63,8 @@ def signature_of(module: nn.Module, state: State, sample: Sample) -> Hashable:
         state.choice.program,
         str(spec),
         tuple(_leaf(leaf) for leaf in leaves),
-        tuple((child.training, has_hooks(child)) for child in module.modules()),
+        # Of one that was replaced the number may be used again; steps know theirs.
+        tuple((id(child), child.training, has_hooks(child)) for child in module.modules()),
         tuple(
             (name, _tensor(tensor), tensor.grad is not None, owners.setdefault(id(tensor), number))
             for number, (name, tensor) in enumerate(state.parameters.items())
@@ -80,6 +82,11 @@ def _tensor(tensor: torch.Tensor) -> Hashable:
             "a parameter is not initialized (a lazy module); run the untouched model once, then "
             "plan it"
         )
+    if tensor.layout != torch.strided:
+        raise CaptureError(
+            f"an input, a parameter or a buffer is sparse ({tensor.layout}), and memplan does not "
+            "know the memory of what is; pass a dense tensor: tensor.to_dense()"
+        )
     return (
         type(tensor),
         tensor.shape,
@@ -94,7 +101,7 @@ def _tensor(tensor: torch.Tensor) -> Hashable:
 
 def _leaf(leaf: object) -> Hashable:
     if isinstance(leaf, torch.Tensor):
-        return _tensor(leaf)
+        return _tensor(leaf), attributes_of(leaf)
     if isinstance(leaf, _PLAIN):
         # Floats as text, so that 0.0 is not -0.0, and NaN is NaN.
         return (type(leaf), repr(leaf) if isinstance(leaf, float | complex) else leaf)

@@ -207,7 +207,7 @@ def test_a_parameter_changed_between_forward_and_backward_is_refused(planned):
     loss = planned(**batch())["loss"]
     with torch.no_grad():
         planned.second.weight.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(memplan.PlanMismatch, match=r"'second\.weight'.* was written between"):
         loss.backward()
 
 
@@ -243,7 +243,7 @@ def test_an_input_that_cannot_be_compared_is_refused(planned):
 
 
 def test_hooks_are_refused_by_name(net, planned):
-    handle = net.second.register_forward_hook(lambda *_: None)
+    handle = net.second.register_forward_hook(lambda module, given, output: output * 2)
     with pytest.raises(memplan.CaptureError, match="'second'"):
         planned(**batch())
     handle.remove()
@@ -396,3 +396,94 @@ def test_a_tensor_given_twice_is_not_one_given_once(net):
     planned = memplan.optimize(model, (x, x), budget="100%")
     assert planned(x, x).item() == 0
     assert planned(x, x + 1).item() == model(x, x + 1).item() != 0
+
+
+class Tied(nn.Module):
+    """One layer that is run twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(self.layer(x)).square().mean()
+
+
+def test_sums_over_several_calls_are_said_to_be_in_another_order():
+    planned, x = memplan.optimize(Tied(), torch.randn(4, 8)), torch.randn(4, 8)
+    planned(x).backward()
+    planned.zero_grad()
+    loss = planned(x) + planned(2 * x)
+    with pytest.warns(UserWarning, match="2 parameters are used more than once in a planned call"):
+        loss.backward()
+    once = memplan.optimize(memplan.WithLoss(nn.Linear(8, 8), nn.functional.mse_loss))
+    (once(x, x) + once(2 * x, x)).backward()  # one use in each: nothing is said
+
+
+def test_what_is_written_between_forward_and_backward_is_named():
+    planned = memplan.optimize(Tied(), torch.randn(4, 8))
+    x = torch.randn(4, 8)
+    loss = planned(x)
+    x.add_(1)
+    with pytest.raises(memplan.PlanMismatch, match=r"input 0 \(shape \(4, 8\)\) was written"):
+        loss.backward()
+    loss = planned(x)
+    with torch.no_grad():
+        planned.layer.weight.mul_(2)
+    with pytest.raises(memplan.PlanMismatch, match=r"'layer\.weight'"):
+        loss.backward()
+
+
+class KeepsStatistics(nn.Module):
+    """Its norm stays in evaluation, whatever its own mode is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(self.layer(x)).square().mean()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+def test_the_mode_is_set_by_the_models_own_method():
+    model = KeepsStatistics()
+    planned = memplan.optimize(model, torch.randn(4, 8))
+    assert planned.eval() is planned and not planned.training and not planned.layer.training
+    assert planned.train() is planned and planned.training and planned.layer.training
+    assert model.training and not planned.norm.training
+    before = model.norm.running_mean.clone()
+    planned(torch.randn(4, 8)).backward()
+    assert torch.equal(model.norm.running_mean, before)
+
+
+class Own(Tied):
+    """Has methods with names of a planned module's."""
+
+    def export(self):
+        return "mine"
+
+    def train(self, data=None, labels=None):
+        return super().train() if data is None else ("trained", data, labels)
+
+
+def test_methods_with_the_names_of_memplans_own_are_reached_and_named():
+    with pytest.warns(UserWarning, match=r"export .* is memplan's.*planned\.original\.export"):
+        planned = memplan.optimize(Own(), torch.randn(4, 8))
+    assert planned.train(1, 2) == ("trained", 1, 2) and planned.train() is planned
+    assert planned.original.export() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_a_sparse_input_is_refused(make):
+    class Sparse(nn.Linear):
+        def forward(self, x, mixing):
+            return (mixing @ super().forward(x)).sum()
+
+    with pytest.raises(memplan.CaptureError, match=r"is sparse .*to_dense"):
+        memplan.optimize(Sparse(8, 8), (torch.randn(4, 8), make(torch.eye(4))))

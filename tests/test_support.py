@@ -58,9 +58,9 @@ def x() -> torch.Tensor:
     return torch.randn(4, 8)
 
 
-def hooked() -> Model:
+def hooked(hook: Callable[..., Any]) -> Model:
     model = Model(lambda m, x: m.first(x).square().mean())
-    model.first.register_forward_hook(lambda *_: None)
+    model.first.register_forward_hook(hook)
     return model
 
 
@@ -167,6 +167,10 @@ ROWS = [
     Row("autocast in the forward", lambda: Model(in_half_precision)),
     Row("parametrizations (weight norm)", lambda: parametrized(parametrizations.weight_norm)),
     Row("parametrizations (spectral norm)", lambda: parametrized(parametrizations.spectral_norm)),
+    Row(
+        "hooks of modules that only look",
+        lambda: hooked(lambda module, given, output: None),
+    ),
     Row("hooks of parameters (what they allocate is not in the plan)", parameter_hook),
     Row(
         "a branch on values of the inputs (a plan for each way)",
@@ -185,7 +189,11 @@ ROWS = [
         lambda: Model(lambda m, x: m.rnn(m.first(x))[0].square().mean(), rnn=nn.LSTM(8, 8)),
     ),
     Row("outputs in tuples, lists, dicts and dataclasses", lambda: Model(nested)),
-    Row("hooks of modules", hooked, "has hooks"),
+    Row(
+        "hooks of modules that change what they are given or return",
+        lambda: hooked(lambda module, given, output: 2 * output),
+        "changes what the module is given or returns",
+    ),
     Row(
         "a branch on values of parameters",
         lambda: Model(branches_on_a_parameter),

@@ -9,6 +9,7 @@ from memplan.capture.fuse import fuse, needs_one, orders
 from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.layout import other_layouts
 from memplan.capture.origins import running, running_anywhere, users_line, users_place
+from memplan.capture.python_state import attributes_of
 from memplan.capture.reader import read
 from memplan.capture.rehearsal import run_without_data
 from memplan.capture.relaid import Layouts
@@ -25,6 +26,7 @@ __all__ = [
     "Primal",
     "Traced",
     "as_on_cuda",
+    "attributes_of",
     "call_of",
     "fuse",
     "made_up_kept",

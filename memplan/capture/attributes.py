@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -18,14 +19,23 @@ _FOLLOW = frozenset({"_flat_weights", "_flat_weight_refs"})
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A container that an attribute holds, and what it held; for the root, the module's own."""
+class Held:
+    """A container that an attribute holds, and what it held; for the root, the module's own.
+
+    Attributes:
+        attribute: its name.
+        container: a dict, list or set.
+        members: what it held.
+        is_object: whether it is the namespace of an object that the attribute holds.
+    """
 
     attribute: str
     container: Any
     members: Any
+    is_object: bool = False
 
     def has_changed(self) -> bool:
+        """Whether it holds other members."""
         now, before = self.container, self.members
         if isinstance(now, dict):
             return now.keys() != before.keys() or any(
@@ -51,31 +61,28 @@ class _Held:
 
 
 @contextlib.contextmanager
-def unchanged_attributes(module: nn.Module) -> Iterator[set[str]]:
+def unchanged_attributes(module: nn.Module) -> Iterator[dict[str, bool]]:
     """Restore the attributes of a module and its children, and lists, dicts and sets in them.
 
-    Yields the set of names of those that were changed, filled at the end.
+    Those of objects in them, too. Yields, filled at the end, the names of those that were changed,
+    and of each whether it was set from nothing to a word or a flag: once, as it seems.
     """
-    changed: set[str] = set()
+    changed: dict[str, bool] = {}
     before = [
-        (f"{name}." if name else "", child, list(_containers("", child.__dict__, _DEPTH)))
+        (f"{name}." if name else "", list(containers("", child.__dict__, _DEPTH)))
         for name, child in modules_of(module)
     ]
     try:
         yield changed
     finally:
-        for prefix, child, held in before:
+        for prefix, held in before:
             root = held[0]
-            for attribute in child.__dict__.keys() | root.members.keys():
-                mine, theirs = root.members.get(attribute), child.__dict__.get(attribute)
-                if not _same(mine, theirs) and attribute not in _FOLLOW:
-                    changed.add(prefix + attribute)
+            for attribute, is_once in _differing(root).items():
+                if attribute not in _FOLLOW:
+                    changed[prefix + attribute] = is_once
             for one in held[1:]:
                 if one.attribute not in _FOLLOW and one.has_changed():
-                    names = {one.attribute}
-                    if one.attribute in ("_parameters", "_buffers", "_modules"):
-                        names = _differing(one)
-                    changed.update(prefix + name for name in names)
+                    changed |= {prefix + name: is_once for name, is_once in _names(one).items()}
             for one in held:
                 one.restore()
 
@@ -86,7 +93,7 @@ def unchanged_tensors(module: nn.Module) -> Iterator[None]:
     held = [
         member
         for _, child in modules_of(module)
-        for one in _containers("", child.__dict__, _DEPTH)
+        for one in containers("", child.__dict__, _DEPTH)
         for member in (one.members.values() if isinstance(one.members, dict) else one.members)
     ]
     tensors = {
@@ -114,15 +121,29 @@ def modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield "", original
 
 
-def _containers(attribute: str, value: Any, depth: int) -> Iterator[_Held]:
+def containers(attribute: str, value: Any, depth: int = _DEPTH) -> Iterator[Held]:
+    """A container and those in it, so deep."""
     if depth and isinstance(value, dict | list | set):
-        yield _Held(attribute, value, _members(value))
+        yield Held(attribute, value, _members(value))
         if isinstance(value, dict):
             for name, member in value.items():
-                yield from _containers(attribute or str(name), member, depth - 1)
+                yield from containers(attribute or str(name), member, depth - 1)
+                if depth == _DEPTH and has_own_attributes(member):
+                    for held in containers(str(name), vars(member), depth - 1):
+                        yield replace(held, is_object=held.container is vars(member))
         elif isinstance(value, list):
             for member in value:
-                yield from _containers(attribute, member, depth - 1)
+                yield from containers(attribute, member, depth - 1)
+
+
+def has_own_attributes(value: object) -> bool:
+    """Whether it is an object of the user's own that holds values, such as a configuration."""
+    package = type(value).__module__.partition(".")[0]
+    return (
+        package not in ("torch", "builtins", "collections", "functools", "memplan")
+        and not isinstance(value, torch.Tensor | nn.Module | type | FunctionType | ModuleType)
+        and isinstance(getattr(value, "__dict__", None), dict)
+    )
 
 
 def _members(container: dict[Any, Any] | list[Any] | set[Any]) -> Any:
@@ -132,9 +153,24 @@ def _members(container: dict[Any, Any] | list[Any] | set[Any]) -> Any:
     return list(container) if isinstance(container, list) else set(container)
 
 
-def _differing(held: _Held) -> set[str]:
+def _names(held: Held) -> dict[str, bool]:
+    """Names for what has changed in a container, and of each whether it was set once."""
+    if held.attribute in ("_parameters", "_buffers", "_modules"):
+        return _differing(held)
+    if held.is_object:
+        return {f"{held.attribute}.{key}": once for key, once in _differing(held).items()}
+    return {held.attribute: False}
+
+
+def _differing(held: Held) -> dict[str, bool]:
+    """Keys with other members, and of each whether it was set once."""
     keys = held.container.keys() | held.members.keys()
-    return {str(key) for key in keys if not _same(held.container.get(key), held.members.get(key))}
+    pairs = {key: (held.members.get(key), held.container.get(key)) for key in sorted(keys, key=str)}
+    return {
+        str(key): before is None and isinstance(now, str | bool)
+        for key, (before, now) in pairs.items()
+        if not _same(before, now)
+    }
 
 
 def _same(one: object, other: object) -> bool:

@@ -13,6 +13,7 @@ from torch import fx
 from memplan.capture.decisions import Decision
 from memplan.capture.flat import Output
 from memplan.capture.joint import Difference
+from memplan.capture.python_state import Attribute
 from memplan.program import Program
 
 
@@ -52,6 +53,7 @@ class Captured:
             gradient already, the node that adds the new one into it.
         tangents: (position of the output, placeholder of its incoming gradient).
         guards: values that follow from the inputs; the step is for inputs where they hold.
+        attributes: what the forward reads of what Python holds; the step is for where they hold.
         differences: where the step may differ from the untouched module's.
         needs_one: of a fused step: why the gradient that arrives at the loss must be one; or "".
     """
@@ -68,6 +70,7 @@ class Captured:
     gradients: tuple[tuple[int, fx.Node], ...]
     tangents: tuple[tuple[int, fx.Node], ...]
     guards: tuple[Decision, ...]
+    attributes: tuple[Attribute, ...]
     differences: tuple[Difference, ...]
     needs_one: str = ""
 

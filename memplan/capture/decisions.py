@@ -1,22 +1,25 @@
 """Values of tensors that a forward asks for while it is captured: ``if mask.all():``, ``x[mask]``.
 
-Where such a value, or the number of True entries of a mask, follows from the inputs and from
+Where such a value, or the number of True entries of a mask, follows from inputs, buffers and
 constants alone, it is computed, the capture goes the way that it points, and the step carries a
-guard: the same computation, made on the inputs of every later call. A value that depends on
-parameters or on random numbers changes from step to step, and cannot be captured.
+guard: the same computation, made on the inputs and buffers of every later call. A value that
+depends on parameters or on random numbers changes from step to step, and cannot be captured.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from memplan.capture.sizes import SIZED_BY_VALUES
 from memplan.errors import CaptureError
 from memplan.torch_internals import (
     DispatchMode,
@@ -26,6 +29,7 @@ from memplan.torch_internals import (
     storage_key,
     without_autocast,
     without_modes,
+    writes_its_first_alone,
 )
 
 _ASKING = frozenset(
@@ -46,9 +50,9 @@ _ASKING = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A tensor of the sample, by its position."""
+    """A tensor that is there before the step: of the sample by its position, a buffer by name."""
 
-    index: int
+    key: int | str
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -68,22 +72,26 @@ class Decision:
     Attributes:
         question: how it is computed.
         answer: what it was.
-        is_guard: whether it depends on the inputs.
+        is_guard: whether it depends on inputs or buffers.
     """
 
     question: Computed
     answer: Any
     is_guard: bool
 
-    def holds(self, inputs: Sequence[torch.Tensor]) -> bool:
-        """Whether these inputs give the same answer."""
-        found = _Evaluation(inputs)(self.question)
+    def holds(self, inputs: Sequence[torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these inputs and buffers give the same answer."""
+        found = _Evaluation(inputs, buffers)(self.question)
         # As text, so that 0.0 is not -0.0, and NaN is NaN.
         return type(found) is type(self.answer) and repr(found) == repr(self.answer)
 
 
-def decide(flat: nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[Decision, ...]:
+def decide(
+    flat: nn.Module, inputs: Sequence[torch.Tensor], buffers: Mapping[str, torch.Tensor]
+) -> tuple[Decision, ...]:
     """Run a module without data, computing the values that it asks for as it goes.
+
+    Its decisions have these names for its buffers.
 
     Raises whatever torch does where a value depends on more than inputs and constants.
     """
@@ -92,12 +100,19 @@ def decide(flat: nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[Decision, .
             "the forward branches on values of tensors, and two of the inputs share memory; pass "
             "copies"
         )
+    owners = Counter(
+        storage_key(tensor) for tensor in (*inputs, *flat.parameters(), *flat.buffers())
+    )
     known = _Known()
-    recorder = _Recorder(known, inputs)
+    recorder = _Recorder(known, inputs, buffers)
     with as_if_traced(flat, inputs, known) as (state, copies):
         for index, (given, copy) in enumerate(zip(inputs, copies, strict=True)):
             if not is_fake(given):
                 known.learn(copy, Given(index))
+        names = {id(buffer): name for name, buffer in buffers.items()}
+        for name, buffer in flat.named_buffers():
+            if owners[storage_key(buffer)] == 1 and not is_fake(buffer):
+                known.learn(state[name], Given(names[id(buffer)]))
         with recorder:
             torch.func.functional_call(flat, state, tuple(copies), tie_weights=False)
     return tuple(recorder.decisions)
@@ -124,6 +139,8 @@ class _Answering(TorchFunctionMode, ABC):
         name = getattr(func, "__name__", "")
         if name in _ASKING:
             return self.answer(func, args, kwargs)
+        if name in SIZED_BY_VALUES:
+            return SIZED_BY_VALUES[name](self.ask, func, *args, **kwargs)
         is_search = name in ("nonzero", "argwhere") or (name == "where" and len(args) == 1)
         if is_search and args and args[0].dim() > 0:
             places = self.places(args[0])
@@ -133,9 +150,13 @@ class _Answering(TorchFunctionMode, ABC):
             return func(args[0], self.without_masks(args[0], args[1]), *args[2:])
         return func(*args, **kwargs)
 
+    def ask(self, question: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+        """The answer to a question about tensors."""
+        return self.answer(question, tensors, {})
+
     def places(self, mask: torch.Tensor) -> torch.Tensor:
         """Where a tensor is not zero, as (number, dimensions)."""
-        number = self.answer(_count, (mask,), {})
+        number = self.ask(_count, mask)
         return torch.nonzero_static(mask, size=number)
 
     def without_masks(self, tensor: torch.Tensor, index: Any) -> Any:
@@ -201,10 +222,16 @@ class Replay(_Answering):
 class _Recorder(_Answering):
     """Inside, questions are answered on the real inputs, and recorded."""
 
-    def __init__(self, known: _Known, inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        known: _Known,
+        inputs: Sequence[torch.Tensor],
+        buffers: Mapping[str, torch.Tensor],
+    ) -> None:
         super().__init__()
         self.known = known
         self.inputs = inputs
+        self.buffers = buffers
         self.decisions: list[Decision] = []
 
     def answer(
@@ -214,9 +241,9 @@ class _Recorder(_Answering):
         question = self.known.expression(func, args, kwargs)
         if question is None:
             return func(*args, **kwargs)
-        evaluation = _Evaluation(self.inputs)
+        evaluation = _Evaluation(self.inputs, self.buffers)
         answer = evaluation(question)
-        self.decisions.append(Decision(question, answer, evaluation.has_read_inputs))
+        self.decisions.append(Decision(question, answer, evaluation.has_read))
         return answer
 
 
@@ -264,12 +291,14 @@ class _Known(DispatchMode):
         del types
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func._schema.is_mutable:
-            _map(self.forget, (args, dict(kwargs)))
-            return result
         expression = None
         if torch.Tag.nondeterministic_seeded not in func.tags:
-            expression = self.expression(func, args, kwargs)
+            target = partial(_on_a_copy, func) if func._schema.is_mutable else func
+            expression = self.expression(target, args, kwargs)
+        if func._schema.is_mutable:
+            _map(self.forget, (args, dict(kwargs)))
+            if not writes_its_first_alone(func):
+                return result
         if expression is not None and isinstance(result, torch.Tensor):
             self.learn(result, expression)
         elif expression is not None and isinstance(result, tuple | list):
@@ -284,13 +313,19 @@ class _Known(DispatchMode):
             self.known.pop(storage_key(value), None)
 
 
-class _Evaluation:
-    """Evaluates expressions on inputs, each part once."""
+def _on_a_copy(func: OpOverload, written: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What an op makes of its first argument, which is left as it is."""
+    return func(written.clone(), *args, **kwargs)
 
-    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+
+class _Evaluation:
+    """Evaluates expressions on inputs and buffers, each part once."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
         self.inputs = inputs
+        self.buffers = buffers
         self.results: dict[int, Any] = {}
-        self.has_read_inputs = False
+        self.has_read = False
 
     def __call__(self, question: Computed) -> Any:
         """The value of an expression."""
@@ -300,16 +335,17 @@ class _Evaluation:
     def value(self, part: object) -> Any:
         """The value of a part of an expression; anything else is itself."""
         if isinstance(part, Given):
-            self.has_read_inputs = True
-            return self.inputs[part.index]
+            self.has_read = True
+            key = part.key
+            return self.buffers[key] if isinstance(key, str) else self.inputs[key]
         if not isinstance(part, Computed):
             return part
         # Items of one result share its arguments, not the expression.
-        key = id(part.args)
-        if key not in self.results:
+        number = id(part.args)
+        if number not in self.results:
             args, kwargs = _map(self.value, (part.args, dict(part.kwargs)))
-            self.results[key] = part.target(*args, **kwargs)
-        result = self.results[key]
+            self.results[number] = part.target(*args, **kwargs)
+        result = self.results[number]
         return result if part.index is None else result[part.index]
 
 

@@ -48,7 +48,8 @@ def tensor_text(value: object) -> str:
         return repr(value)
     dtype = str(value.dtype).removeprefix("torch.")
     offset = f"+{value.storage_offset()}" if value.storage_offset() else ""
-    return f"{dtype}{list(value.shape)}{_braces(value.stride())}{offset}@{value.device}"
+    lazy = " conjugated" * value.is_conj() + " negated" * value.is_neg()
+    return f"{dtype}{list(value.shape)}{_braces(value.stride())}{offset}@{value.device}{lazy}"
 
 
 def _braces(numbers: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from pathlib import Path
 
@@ -13,27 +14,37 @@ _DATA_DEPENDENT = frozenset(
 )
 """Names of torch's errors that mean: this needs the values of tensors."""
 
+_NO_DATA = ("its data is not allocated yet", ".tolist() is not supported for tensor subclasses")
+"""What those say that read values themselves."""
+
 
 def is_data_dependent(error: BaseException) -> bool:
     """Whether an error means that the values of tensors were asked for, where there are none."""
-    return any(kind.__name__ in _DATA_DEPENDENT for kind in type(error).__mro__)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & _DATA_DEPENDENT) or any(text in str(error) for text in _NO_DATA)
+
+
+def _is_the_users(file: Path) -> bool:
+    """Whether code is neither memplan's nor torch's, and none of Python's own."""
+    own = (Path(__file__).parent.parent, Path(torch.__file__).parent)
+    is_pythons = Path(os.__file__).parent in file.parents and "site-packages" not in file.parts
+    return not (str(file).startswith("<") or is_pythons or any(one in file.parents for one in own))
 
 
 def explain(error: Exception, module: nn.Module) -> str:
     """What failed, where in the user's code, and what to do."""
-    own = Path(__file__).parent.parent
-    site = Path(torch.__file__).parent
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<")
-        and own not in Path(frame.filename).parents
-        and site not in Path(frame.filename).parents
+        if _is_the_users(Path(frame.filename))
     ]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     text = str(error).strip()
     cause = text.splitlines()[0].rstrip(".") if text else type(error).__name__
-    advice = "Does the untouched module run on this sample?"
+    advice = "Does the untouched module run on this sample? If it does, please report this."
+    if "set_" in cause:
+        cause = "the forward gives a tensor the memory of another (set_), which a trace cannot hold"
+        advice = "Write into the tensor, x.copy_(...), or make a new one, x = ..."
     if is_data_dependent(error):
         cause = "this needs the values of tensors that follow from parameters or random numbers"
         if "dynamic" in type(error).__name__.lower():

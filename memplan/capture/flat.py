@@ -14,6 +14,8 @@ from memplan.capture.assigned_data import AssignedData
 from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.casts import CastOnce
 from memplan.capture.decisions import Decision, Replay
+from memplan.capture.draws import DrawsInPlace
+from memplan.capture.python_state import Reads, noting, with_attributes_of
 from memplan.capture.refusals import refused_seeds
 from memplan.errors import CaptureError
 from memplan.sample import Sample
@@ -66,7 +68,9 @@ class Flat(nn.Module):
 
     Attributes:
         seen: what the last call returned.
-        changed: names of attributes that it has changed; each call finds them as they were.
+        changed: names of attributes that it has changed, and of each whether it seems to be set
+            once; each call finds them as they were.
+        reads: the attributes that it has read.
         decisions: values of tensors that the forward asks for, in the order in which it does;
             None: let it ask.
     """
@@ -78,7 +82,8 @@ class Flat(nn.Module):
         self.asked = differentiable
         self.seen: Output | None = None
         self.decisions: tuple[Decision, ...] | None = None
-        self.changed: set[str] = set()
+        self.changed: dict[str, bool] = {}
+        self.reads = Reads(module)
         self.ties = _ties(module)
         self.autocast = Autocast.here()
 
@@ -100,7 +105,8 @@ class Flat(nn.Module):
         """Run the module; outputs that no gradient arrives at come detached."""
         given = iter(tensors)
         leaves = [
-            next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.sample_leaves
+            with_attributes_of(leaf, next(given)) if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in self.sample_leaves
         ]
         args, kwargs = unflatten(leaves, self.sample_spec)
         replay = contextlib.nullcontext() if self.decisions is None else Replay(self.decisions)
@@ -113,6 +119,8 @@ class Flat(nn.Module):
             refused_seeds(),
             replay,
             AssignedData(self.named_buffers()),
+            DrawsInPlace(),
+            noting(self.reads),
         ):
             outputs, spec = flatten(self.wrapped(*args, **kwargs))
         self.changed |= changed

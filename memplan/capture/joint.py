@@ -14,10 +14,13 @@ from memplan.capture.accumulate import accumulate
 from memplan.capture.as_on_cuda import as_on_cuda
 from memplan.capture.attributes import unchanged_attributes, unchanged_tensors
 from memplan.capture.decisions import Decision, decide
+from memplan.capture.draws import draws_as_eager
 from memplan.capture.dropout import dropout_as_eager
 from memplan.capture.explain import explain, is_data_dependent
-from memplan.capture.flat import Differentiable, Flat, Output
+from memplan.capture.flat import Differentiable, Flat, Output, own_name
+from memplan.capture.hooks import harmless_hooks
 from memplan.capture.origins import origins
+from memplan.capture.python_state import Attribute
 from memplan.capture.recurrent import OneLayerAtATime, without_flat_weights
 from memplan.capture.refusals import refuse_after, refuse_before, refused_inside
 from memplan.capture.relaid import Layouts, relaying, remember_calls
@@ -29,14 +32,17 @@ from memplan.torch_internals import (
     JointInput,
     Relay,
     UnsupportedJointError,
+    asking_for_lists,
     by_compiled_kernels,
     copy_joint,
     is_backward,
     questions_about_tracing,
     storage_key,
     trace_joint,
+    with_shapes_of_ctc_loss,
     without_autocast,
     without_checkpointing,
+    without_checks_of_distributions,
     without_idle_moves,
     without_log_of_failures,
 )
@@ -49,10 +55,12 @@ class Difference:
     Attributes:
         is_certain: whether it does, by rounding, or only may.
         reason: in words.
+        is_warned_of: whether a note in the plan is not enough.
     """
 
     is_certain: bool
     reason: str
+    is_warned_of: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Traced:
         joint: forward and backward in one graph.
         output: what the module returns.
         guards: values that follow from the inputs, and that the trace holds for alone.
+        attributes: what Python held, and the trace holds for alone.
         differences: where the step may differ from the untouched module's.
         module_name: the class of the module, for messages.
         existing_gradient_bytes: gradients that were there when it was traced.
@@ -73,6 +82,7 @@ class Traced:
     joint: Joint
     output: Output
     guards: tuple[Decision, ...]
+    attributes: tuple[Attribute, ...]
     differences: tuple[Difference, ...]
     module_name: str
     existing_gradient_bytes: int
@@ -111,7 +121,10 @@ def trace(
         OneLayerAtATime() as recurrent,
         as_on_cuda(given) if is_for_cuda else contextlib.nullcontext(),
         by_compiled_kernels(),
+        asking_for_lists(),
+        with_shapes_of_ctc_loss(),
         without_checkpointing(module),
+        without_checks_of_distributions() as has_left_out_checks,
         without_flat_weights(),
         without_idle_moves(),
         without_log_of_failures(),
@@ -124,6 +137,7 @@ def trace(
             )
     remember_calls(joint.graph)
     refuse_after(joint)
+    draws_as_eager(joint.graph)
     dropout_as_eager(joint.graph)
     assert flat.seen is not None
     existing = [parameter.grad for parameter in module.parameters()]
@@ -131,7 +145,10 @@ def trace(
         joint=own_gradients(accumulate(_copy_back(_forget_running_statistics(joint)), module)),
         output=flat.seen,
         guards=tuple(decision for decision in flat.decisions or () if decision.is_guard),
-        differences=_differences(joint, recurrent.seen, flat.changed, asked),
+        attributes=flat.reads.attributes(flat.changed),
+        differences=_differences(
+            joint, recurrent.seen, flat.changed, asked, lacks_checks=has_left_out_checks()
+        ),
         module_name=type(module).__name__,
         existing_gradient_bytes=sum(
             gradient.untyped_storage().nbytes() for gradient in existing if gradient is not None
@@ -149,7 +166,7 @@ def _trace(
     try:
         with questions_about_tracing(answer=False) as asked:
             look()
-            with refused_inside(flat.wrapped):
+            with refused_inside(flat.wrapped), harmless_hooks(flat.wrapped):
                 return _trace_decided(flat, sample.tensors(), relay), set()
     except Exception:
         if not asked:
@@ -157,7 +174,7 @@ def _trace(
         flat.decisions = None
         with contextlib.suppress(Exception), questions_about_tracing(answer=True) as asked:
             look()
-            with refused_inside(flat.wrapped):
+            with refused_inside(flat.wrapped), harmless_hooks(flat.wrapped):
                 return _trace_decided(flat, sample.tensors(), relay), asked
         raise
 
@@ -170,7 +187,8 @@ def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor], relay: Relay | N
     except Exception as error:
         if not is_data_dependent(error):
             raise
-        flat.decisions = decide(flat, tensors)
+        buffers = {own_name(name): buffer for name, buffer in flat.named_buffers()}
+        flat.decisions = decide(flat, tensors, buffers)
         with origins(flat.wrapped):
             joint = trace_joint(flat, tensors, relay)
     return joint
@@ -189,7 +207,12 @@ def _explained(module: nn.Module) -> Iterator[None]:
 
 
 def _differences(
-    joint: Joint, recurrent: set[str], changed: set[str], asked: set[str]
+    joint: Joint,
+    recurrent: set[str],
+    changed: Mapping[str, bool],
+    asked: set[str],
+    *,
+    lacks_checks: bool,
 ) -> tuple[Difference, ...]:
     """Where the captured step may not be what eager runs."""
     found = []
@@ -209,12 +232,22 @@ def _differences(
             "module casts it once and sums its gradients in 16 bits"
         )
         found.append(Difference(True, reason))
+    if any(map(_is_product, joint.graph.nodes)):
+        reason = (
+            "the gradient of a product is captured as it is where an element is zero; the "
+            "untouched module divides the product by each element where none is, which rounds "
+            "otherwise"
+        )
+        found.append(Difference(True, reason))
+    if lacks_checks:
+        reason = "torch.distributions does not check the values of its arguments in a planned step"
+        found.append(Difference(False, reason))
     if changed:
         reason = (
             f"the forward changes attributes of its modules ({', '.join(sorted(changed))}); a "
             "planned step does in every call what it did in the first, and leaves them alone"
         )
-        found.append(Difference(False, reason))
+        found.append(Difference(False, reason, is_warned_of=not all(changed.values())))
     if asked:
         reason = (
             f"the model's code asks whether it is traced ({', '.join(sorted(asked))}), and may "
@@ -232,6 +265,18 @@ def _is_cudnn_batch_norm(node: fx.Node) -> bool:
         and node.meta["val"][0].device.type == "cuda"
         and torch.backends.cudnn.enabled
     )
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether a call multiplies elements of what needs a gradient."""
+    return node.target in _PRODUCTS and any(is_backward(user) for user in _users(node.args[0]))
+
+
+def _users(operand: object) -> Iterable[fx.Node]:
+    return operand.users if isinstance(operand, fx.Node) else ()
+
+
+_PRODUCTS = (torch.ops.aten.prod.default, torch.ops.aten.prod.dim_int)
 
 
 def _is_cast_again(given: JointInput) -> bool:

@@ -23,7 +23,13 @@ from memplan.capture.random_ops import is_random, schema_arguments
 from memplan.capture.updates import update_parameter
 from memplan.errors import CaptureError
 from memplan.program import Op, Phase, Program, Role, Value
-from memplan.torch_internals import JointInput, OpOverload, is_backward, storage_key
+from memplan.torch_internals import (
+    CHECK_OF_LINALG,
+    JointInput,
+    OpOverload,
+    is_backward,
+    storage_key,
+)
 
 _ROLES: dict[str, Role] = {
     "parameter": Role.PARAMETER,
@@ -94,6 +100,7 @@ class _Reader:
             gradients=gradients,
             tangents=tangents,
             guards=self.traced.guards,
+            attributes=self.traced.attributes,
             differences=self.traced.differences,
             needs_one=self.traced.needs_one,
         )
@@ -134,7 +141,7 @@ class _Reader:
         needed: set[fx.Node] = set()
         stack = [out.value for out in self.joint.outputs if isinstance(out.value, fx.Node)]
         calls = [node for node in self.joint.graph.nodes if node.op == "call_function"]
-        stack += [node for node in calls if is_random(node) or _mutated(node)]
+        stack += [node for node in calls if is_random(node) or _mutated(node) or _is_check(node)]
         while stack:
             node = stack.pop()
             if node not in needed:
@@ -146,7 +153,7 @@ class _Reader:
     def call(self, node: fx.Node) -> None:
         """Read one call: an op, or a view of what is there already."""
         mutated = _mutated(node)
-        tensors = [] if mutated else _tensors(node.meta.get("val"))
+        tensors = [] if mutated or _is_check(node) else _tensors(node.meta.get("val"))
         if tensors is None:
             raise CaptureError(
                 f"{self.traced.module_name}'s step computes something other than tensors by "
@@ -155,7 +162,7 @@ class _Reader:
         if "mkldnn" in target_name(node):
             raise CaptureError(f"{node.target} hands on what cannot be measured; unsupported")
         new = {storage_key(tensor) for tensor in tensors} - self.by_key.keys()
-        if node.target is operator.getitem or (not new and not mutated):
+        if node.target is operator.getitem or (not new and not mutated and not _is_check(node)):
             self.storage[node] = self.by_key[storage_key(tensors[0])] if tensors else -1
             if node.target is operator.getitem and self.values[self.storage[node]].role in (
                 Role.ACTIVATION,
@@ -293,6 +300,11 @@ def _tensors(value: object) -> list[torch.Tensor] | None:
             return None
         return [item for item in value if isinstance(item, torch.Tensor)]
     return None
+
+
+def _is_check(node: fx.Node) -> bool:
+    """Whether a call may raise an error and does nothing else."""
+    return node.target is CHECK_OF_LINALG
 
 
 def _mutated(node: fx.Node) -> list[fx.Node]:

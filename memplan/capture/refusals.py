@@ -19,7 +19,7 @@ from memplan.sample import Sample
 from memplan.torch_internals import (
     Joint,
     caller_of_random_functions,
-    has_hooks,
+    is_compiled,
     is_plain_tensor,
     is_under_autocast,
     watched_generator,
@@ -28,17 +28,18 @@ from memplan.torch_internals import (
 
 
 def refuse_before(module: nn.Module, sample: Sample) -> None:
-    """Refuse hooks of modules, and subclasses of tensors.
+    """Refuse compiled modules, kernels that cannot be captured, and subclasses of tensors.
 
     Raises:
         CaptureError: naming the first.
     """
     for name, child in module.named_modules():
-        if has_hooks(child):
+        if is_compiled(child):
             where = f"module {name!r}" if name else "the module"
             raise CaptureError(
-                f"{where} ({type(child).__name__}) has hooks, which a captured step would not "
-                "run. Remove them, or leave this module unplanned."
+                f"{where} is compiled (torch.compile); a captured step runs torch's own kernels. "
+                "Plan the module that was compiled: module._orig_mod, or one on which compile() "
+                "was not called."
             )
         attention = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
         has_fast_path = torch.backends.mha.get_fastpath_enabled() and not child.training

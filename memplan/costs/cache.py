@@ -17,7 +17,7 @@ import torch
 
 from memplan.program import Layout, OpCost
 
-_SCHEMA = 6
+_SCHEMA = 7
 _LOG = logging.getLogger("memplan")
 
 

@@ -13,6 +13,7 @@ import torch
 from memplan.capture import unchanged_randomness
 from memplan.costs.cache import CostCache
 from memplan.costs.meters import metering
+from memplan.costs.operands import filled, make_valid
 from memplan.errors import MemplanError
 from memplan.program import OpCost
 from memplan.torch_internals import (
@@ -84,6 +85,7 @@ def _measure(calls: Mapping[str, KernelCall], device: torch.device) -> dict[str,
             try:
                 args, kwargs = map_leaves(_made_up, (call.args, call.kwargs))
                 args = _with_own_workspace(call.target, args)
+                make_valid(call.target, args, kwargs)
                 with torch.set_grad_enabled(call.with_grad):
                     call.target(*args, **kwargs)
                     with meter.during(numbers[name]):
@@ -109,9 +111,7 @@ def _measure(calls: Mapping[str, KernelCall], device: torch.device) -> dict[str,
 def _made_up(leaf: object) -> object:
     if not isinstance(leaf, TensorSpec):
         return leaf
-    fill: Any = 0.5 if leaf.dtype.is_floating_point or leaf.dtype.is_complex else 0
-    count = leaf.storage_bytes // leaf.dtype.itemsize
-    flat = torch.full((count,), fill, dtype=leaf.dtype, device=leaf.device)
+    flat = filled(leaf.storage_bytes, leaf.dtype, leaf.device)
     return flat.as_strided(leaf.shape, leaf.stride, leaf.offset)
 
 

@@ -20,6 +20,7 @@ from memplan.capture import (
 )
 from memplan.costs.cache import CostCache
 from memplan.costs.meters import call_seconds, metering
+from memplan.costs.operands import made_up_like, make_valid
 from memplan.program import Costs, Layout, Op, OpCost
 from memplan.torch_internals import storage_key, without_autocast
 
@@ -184,30 +185,15 @@ def _storage_bytes(
 
 
 def _runnable(captured: Captured, op: Op) -> tuple[Callable[[], object], Iterable[object]]:
-    """The op on made-up operands of the recorded layout (floats 0.5, integers 0); the operands."""
+    """The op on made-up operands of the recorded layout; the operands."""
     call = call_of(captured, op, made_up_kept(captured, op))
     made: dict[fx.Node, Any] = {}
 
     def operand(node: fx.Node) -> Any:
         if node not in made:
-            made[node] = _like(node.meta["val"])
+            made[node] = made_up_like(node.meta["val"])
         return made[node]
 
-    args = fx.map_arg(call.args, operand)
-    if call.target is torch.ops.aten.nonzero_static.default:
-        # As many places as the step was captured for; how many there are rules the workspace.
-        mask = torch.arange(args[0].numel(), device=args[0].device) < call.kwargs["size"]
-        args[0].copy_(mask.view(args[0].shape))
-    kwargs = fx.map_arg(call.kwargs, operand)
+    args, kwargs = fx.map_arg(call.args, operand), fx.map_arg(call.kwargs, operand)
+    make_valid(call.target, args, kwargs)
     return lambda: call.target(*args, **kwargs), made.values()
-
-
-def _like(value: object) -> object:
-    if isinstance(value, list | tuple):
-        return [_like(item) for item in value]
-    if not isinstance(value, torch.Tensor):
-        return value
-    count = value.untyped_storage().nbytes() // value.element_size()
-    fill = 0.5 if value.is_floating_point() or value.is_complex() else 0
-    flat = torch.full((count,), fill, dtype=value.dtype, device=value.device)
-    return flat.as_strided(value.shape, value.stride(), value.storage_offset())

@@ -10,6 +10,7 @@ from memplan.torch_internals.backward import (
     leads_to,
     order_of_making,
     received_from_one_node,
+    received_from_several_nodes,
 )
 from memplan.torch_internals.decompositions import (
     TRACED_IN_PYTHON,
@@ -27,6 +28,8 @@ from memplan.torch_internals.events import (
 from memplan.torch_internals.fake import (
     DispatchMode,
     Relay,
+    annotated,
+    annotation,
     as_if_traced,
     cpu_stand_ins,
     fake_mode_of,
@@ -52,6 +55,7 @@ from memplan.torch_internals.following import (
 )
 from memplan.torch_internals.generator import caller_of_random_functions, watched_generator
 from memplan.torch_internals.joint import (
+    CHECK_OF_LINALG,
     Joint,
     JointInput,
     JointOutput,
@@ -92,15 +96,25 @@ from memplan.torch_internals.state import (
     enabled_attention,
     enclosing_transform,
     has_hooks,
+    hooks_of,
+    is_compiled,
     is_under_autocast,
+    negated_view,
     storage_key,
     version_of,
     warn_of_untested_torch,
     without_autocast,
+    writes_its_first_alone,
 )
 from memplan.torch_internals.trees import TreeSpec, flatten, leaves_of, map_leaves, unflatten
+from memplan.torch_internals.values import (
+    asking_for_lists,
+    with_shapes_of_ctc_loss,
+    without_checks_of_distributions,
+)
 
 __all__ = [
+    "CHECK_OF_LINALG",
     "SPAN_PREFIX",
     "TRACED_IN_PYTHON",
     "Allocations",
@@ -123,7 +137,10 @@ __all__ = [
     "TreeSpec",
     "UnsupportedJointError",
     "allocations",
+    "annotated",
+    "annotation",
     "as_if_traced",
+    "asking_for_lists",
     "attributes_without_hooks",
     "backward_keeps_graph",
     "boxed",
@@ -139,9 +156,11 @@ __all__ = [
     "flatten",
     "has_gradient_hooks",
     "has_hooks",
+    "hooks_of",
     "indices_of",
     "inner_tensors",
     "is_backward",
+    "is_compiled",
     "is_composite",
     "is_fake",
     "is_map_style",
@@ -152,6 +171,7 @@ __all__ = [
     "making_no_data",
     "map_leaves",
     "mark",
+    "negated_view",
     "note",
     "order_of_making",
     "peak_requested_bytes",
@@ -159,6 +179,7 @@ __all__ = [
     "python_kernels",
     "questions_about_tracing",
     "received_from_one_node",
+    "received_from_several_nodes",
     "recorded",
     "recording",
     "requested_bytes",
@@ -176,11 +197,14 @@ __all__ = [
     "with_collation",
     "with_indices",
     "with_kernels",
+    "with_shapes_of_ctc_loss",
     "without_autocast",
     "without_checkpointing",
+    "without_checks_of_distributions",
     "without_data",
     "without_idle_moves",
     "without_log_of_failures",
     "without_modes",
     "without_onednn",
+    "writes_its_first_alone",
 ]

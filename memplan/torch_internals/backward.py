@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -28,8 +28,16 @@ def received_from_one_node() -> frozenset[int]:
     Their gradient is what that edge brings; other leaves' is a sum. Empty where that cannot be
     told, and inside ``torch.autograd.grad`` and ``backward(inputs=...)``.
     """
-    roots = _roots()
-    edges: Counter[Any] = Counter(roots)
+    return _leaves(lambda count: count == 1)
+
+
+def received_from_several_nodes() -> frozenset[int]:
+    """The same of the leaves that several edges lead to."""
+    return _leaves(lambda count: count > 1)
+
+
+def _leaves(is_asked_for: Callable[[int], bool]) -> frozenset[int]:
+    edges: Counter[Any] = Counter(_roots())
     stack = list(edges)
     while stack:
         for node, _ in stack.pop().next_functions:
@@ -39,7 +47,7 @@ def received_from_one_node() -> frozenset[int]:
                 edges[node] += 1
         if len(edges) > _MOST_NODES:
             return frozenset()
-    leaves = (node for node, count in edges.items() if count == 1 and node.name() == _LEAF)
+    leaves = (node for node, count in edges.items() if is_asked_for(count) and node.name() == _LEAF)
     return frozenset(id(node.variable) for node in leaves)
 
 

@@ -182,6 +182,17 @@ def set_origin(modules: Sequence[str], source: str) -> None:
     meta["stack_trace"] = source
 
 
+def annotated(key: str, value: object) -> contextlib.AbstractContextManager[object]:
+    """Inside, nodes that are traced carry a note (torch 2.13-2.15)."""
+    manager: contextlib.AbstractContextManager[object] = fx_traceback.annotate({key: value})
+    return manager
+
+
+def annotation(node: torch.fx.Node, key: str) -> Any:
+    """What a node carries under a key; None if nothing (torch 2.13-2.15)."""
+    return node.meta.get("custom", {}).get(key)
+
+
 @contextlib.contextmanager
 def without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Inside, ``torch.utils.checkpoint`` calls the function and no more (torch 2.13-2.15).

@@ -12,6 +12,8 @@ import torch.fx.traceback as fx_traceback
 from torch import fx, nn
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
+    ForwardTokenAOTInput,
+    ForwardTokenAOTOutput,
     GradAOTOutput,
     InputMutationAOTOutput,
     ParamAOTInput,
@@ -24,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.graph import _BoxedCodeGen
 
 from memplan.torch_internals.fake import Relay, fake_mode_of
+from memplan.torch_internals.state import storage_key
 
 PrimalKind = Literal["parameter", "buffer", "input", "constant", "gradient"]
 OutputKind = Literal["output", "mutation", "gradient", "accumulated"]
@@ -123,6 +126,7 @@ def trace_joint(
     with contextlib.ExitStack() as stack, fx_traceback.preserve_node_meta():
         joint = aot_export_joint_with_descriptors(stack, module, fakes)
     graph = joint.graph_module.graph
+    _without_tokens(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = [_joint_input(node) for node in placeholders]
     by_descriptor = {node.meta["desc"]: node for node in placeholders}
@@ -130,6 +134,7 @@ def trace_joint(
     results = zip(_as_list(output.args[0]), output.meta["desc"], strict=True)
     outputs = [_joint_output(value, desc, by_descriptor) for value, desc in results]
     constants = _lift_constants(joint.graph_module, fake_mode)
+    _without_copies(graph)
     _fold_numbers(graph)
     inputs += [JointInput(node, "constant", name=name) for name, (node, _) in constants.items()]
     return Joint(
@@ -138,6 +143,40 @@ def trace_joint(
         tuple(out for out in outputs if out is not None),
         {name: tensor for name, (_, tensor) in constants.items()},
     )
+
+
+def _without_tokens(graph: fx.Graph) -> None:
+    """Call checks for themselves that a trace puts in order by tokens (torch 2.13-2.15).
+
+    Raises:
+        UnsupportedJointError: for any other op with an effect.
+    """
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.higher_order.with_effects:
+            continue
+        _, target, *args = node.args
+        if target is not CHECK_OF_LINALG:
+            raise UnsupportedJointError(f"an op with an effect ({target})")
+        with graph.inserting_before(node):
+            call = graph.call_function(target, tuple(args), dict(node.kwargs))
+        call.meta = {**node.meta, "val": None}
+        for item in list(node.users):
+            item.replace_all_uses_with(node.args[0])
+            graph.erase_node(item)
+        graph.erase_node(node)
+    end = graph.output_node()
+    pairs = list(zip(_as_list(end.args[0]), end.meta["desc"], strict=True))
+    kept = [pair for pair in pairs if not isinstance(pair[1], ForwardTokenAOTOutput)]
+    values: list[Any] = [value for value, _ in kept]
+    end.args = (values,)
+    end.meta["desc"] = [descriptor for _, descriptor in kept]
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and isinstance(node.meta["desc"], ForwardTokenAOTInput):
+            graph.erase_node(node)
+
+
+CHECK_OF_LINALG = torch.ops.aten._linalg_check_errors.default
+"""Raises an error for what could not be inverted, solved or taken apart, and returns nothing."""
 
 
 def _lift_constants(
@@ -151,10 +190,13 @@ def _lift_constants(
         tensor = getattr(module, node.target)
         if isinstance(tensor, fx.GraphModule):
             continue
-        if not isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, torch.Generator):
             raise UnsupportedJointError(
-                f"an object that is no tensor ({type(tensor).__name__}), such as a torch.Generator"
+                "numbers drawn from a torch.Generator of its own (draw them from torch's default "
+                "one, or outside of the module)"
             )
+        if not isinstance(tensor, torch.Tensor):
+            raise UnsupportedJointError(f"an object that is no tensor ({type(tensor).__name__})")
         if node.target not in lifted:
             with graph.inserting_after(last):
                 last = graph.placeholder(node.target)
@@ -163,6 +205,20 @@ def _lift_constants(
         node.replace_all_uses_with(lifted[node.target][0])
         graph.erase_node(node)
     return lifted
+
+
+def _without_copies(graph: fx.Graph) -> None:
+    """Read constants as they are: no op writes them, and eager makes them anew (torch 2.13-2.15).
+
+    What the module returns is left a copy.
+    """
+    copies = [node for node in graph.nodes if node.target is torch.ops.aten.lift_fresh_copy.default]
+    results = [node.meta["val"] for node in graph.output_node().all_input_nodes] if copies else []
+    returned = {storage_key(value) for value in results if value.layout == torch.strided}
+    for node in copies:
+        if storage_key(node.meta["val"]) not in returned:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _fold_numbers(graph: fx.Graph) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -31,9 +31,21 @@ def warn_of_untested_torch() -> None:
         )
 
 
+def writes_its_first_alone(op: OpOverload) -> bool:
+    """Whether an op writes its first argument, returns it, and writes no other (2.13-2.15)."""
+    infos = [argument.alias_info for argument in op._schema.arguments]
+    written = [info is not None and info.is_write for info in infos]
+    return any(written[:1]) and not any(written[1:]) and len(op._schema.returns) == 1
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory, fake ones included (torch 2.13-2.15)."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def negated_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, to be read with the other sign (torch 2.13-2.15)."""
+    return torch._neg_view(tensor)
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -53,16 +65,25 @@ class OwnHook:
     """A hook of memplan's own: no part of the user's model."""
 
 
+def hooks_of(module: nn.Module) -> dict[str, dict[int, Callable[..., object]]]:
+    """A module's own hooks by kind, and by their keys: of its forward and backward (2.13-2.15)."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {kind: vars(module)[kind] for kind in kinds}
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module itself has forward or backward hooks (torch 2.13-2.15)."""
-    kinds = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    """Whether a module itself has forward or backward hooks."""
     # Another thread may add and remove hooks meanwhile, of which a copy knows nothing.
-    return any(not isinstance(hook, OwnHook) for hooks in kinds for hook in (*hooks.values(),))
+    return any(
+        not isinstance(hook, OwnHook)
+        for hooks in hooks_of(module).values()
+        for hook in (*hooks.values(),)
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` wraps a module, or is to run its forward (torch 2.13-2.15)."""
+    return module._compiled_call_impl is not None or hasattr(type(module), "_opt_mod_attributes")
 
 
 def enabled_attention() -> tuple[bool, ...]:

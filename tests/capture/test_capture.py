@@ -309,7 +309,8 @@ def test_attributes_that_the_forward_changes_are_left_alone_and_named():
 
     model = Model(forward)
     model.count, model.last = 7, None
-    planned = memplan.optimize(model, torch.randn(4))
+    with pytest.warns(UserWarning, match=r"changes attributes of its modules \(count, last\)"):
+        planned = memplan.optimize(model, torch.randn(4))
     assert model.count == 7 and model.last is None
     (note,) = planned.plan.notes
     assert "count, last" in note

@@ -11,33 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import memplan
 from memplan.torch_internals import TRACED_IN_PYTHON, python_kernels
 
-from support import laws
-
-SMALLEST = memplan.Options(on_infeasible="smallest")
-
-
-class Model(nn.Module):
-    """Two linear layers and a buffer, and a loss that a function makes of their outputs."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.one, self.other = nn.Linear(5, 6), nn.Linear(5, 6)
-        self.register_buffer("scale", torch.linspace(-1, 2, 6))
-        self.loss = loss
-
-    def forward(self, x):
-        return self.loss(self, self.one(x), self.other(x))
-
-
-def assert_eager_bits(model, sample):
-    for budget in ("100%", "1 B"):
-        planned = memplan.optimize(model, sample, budget=budget, options=SMALLEST)
-        assert planned.plan.effects == (memplan.Effect.EXACT,)
-        for seed in (1, 2):
-            theirs, mine = laws.step(model, sample, seed), laws.step(planned, sample, seed)
-            laws.assert_same_bits(mine, theirs)
-        laws.assert_within_budget(planned, sample)
-
+from support.modules import Model, assert_eager_bits
 
 COMPILED = {
     "_upsample_bicubic2d_aa",
@@ -370,6 +344,7 @@ def changes_settings(m, a, b):
     return (a * m.settings["factor"] + b).sum()
 
 
+@pytest.mark.filterwarnings("ignore:the forward changes attributes:UserWarning")
 def test_a_configuration_that_the_forward_writes_is_as_before():
     model = Model(changes_settings)
     model.settings = {"first": None, "factor": 2.0}
@@ -379,6 +354,7 @@ def test_a_configuration_that_the_forward_writes_is_as_before():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own making
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.*:FutureWarning")  # of torch 2.14's own
 def test_transforms_of_functions_are_refused():
     model, x = Model(lambda m, a, b: (a * b).sum()), torch.randn(7, 5)
     planned = memplan.optimize(model, x)
@@ -409,3 +385,44 @@ def test_wrappers_for_several_devices_are_refused(tmp_path):
             memplan.optimize(wrapped, torch.randn(7, 5))
     finally:
         torch.distributed.destroy_process_group()
+
+
+PRODUCTS = {
+    "all": lambda m, a, b: a.prod() + b.sum(),
+    "rows": lambda m, a, b: (a.prod(dim=1) * b.prod(dim=0, keepdim=True)[0, 0]).sum(),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_gradient_of_a_product_is_said_to_be_rounded(name):
+    assert_eager_bits(Model(PRODUCTS[name]), torch.randn(7, 5), effect=memplan.Effect.ROUNDING)
+    running = Model(lambda m, a, b: (a.cumprod(1) + b.detach().prod()).sum())
+    planned = memplan.optimize(running, torch.randn(7, 5))
+    assert planned.plan.effects == (memplan.Effect.EXACT,)
+
+
+def square(a):
+    return a[:6] @ a[:6].T + 3 * torch.eye(6)
+
+
+LINALG = {
+    "inverse": lambda m, a, b: (torch.linalg.inv(square(a)) @ torch.linalg.inv(square(b))).sum(),
+    "solve": lambda m, a, b: torch.linalg.solve(square(a), b[:6]).square().sum(),
+    "cholesky": lambda m, a, b: torch.linalg.cholesky(square(a)).sum() + b.sum(),
+    "determinant": lambda m, a, b: torch.linalg.slogdet(square(a))[1] + torch.linalg.det(square(b)),
+    "eigenvalues": lambda m, a, b: torch.linalg.eigh(square(a))[0].sum() + b.sum(),
+}
+
+
+@pytest.mark.by_default("inverse", "determinant")
+@pytest.mark.parametrize("name", LINALG)
+def test_matrices_that_are_taken_apart(name):
+    assert_eager_bits(Model(LINALG[name]), torch.randn(7, 5))
+
+
+def test_a_singular_matrix_is_an_error_as_in_eager():
+    model = Model(lambda m, a, b: torch.linalg.inv(a[:6] * m.scale.relu()).sum() + b.sum())
+    planned = memplan.optimize(model, torch.randn(7, 5))
+    for one in (model, planned):
+        with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+            one(torch.randn(7, 5))

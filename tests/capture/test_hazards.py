@@ -130,7 +130,7 @@ def writes_a_parameter(m, x):
         ),
         (
             Model(lambda m, x: (m.l(x) * torch.rand(8, generator=m.g)).sum(), g=torch.Generator()),
-            "no tensor",
+            "a torch.Generator of its own",
         ),
         (Model(with_hooks_on_saved_tensors), "hooks on saved tensors"),
         (
@@ -139,10 +139,6 @@ def writes_a_parameter(m, x):
         ),
         (Model(replaces_a_parameter), "replaces a parameter"),
         (Model(writes_a_parameter), "writes a parameter"),
-        (
-            Model(lambda m, x: torch.linalg.slogdet(m.l.weight + 9 * torch.eye(8))[1]),
-            "cannot be measured|unsupported",
-        ),
     ],
 )
 def test_refused(model, message):
@@ -246,13 +242,14 @@ def test_dropout_of_everything_draws_nothing():
     assert_right(Model(lambda m, x: nn.functional.dropout(m.l(x), 1.0).sum() + m.l(x).sum()), x())
 
 
+@pytest.mark.filterwarnings("ignore:the forward changes attributes:UserWarning")
 def test_every_trace_of_the_forward_starts_from_the_same_attributes():
     def forward(m, x):
         m.n += 1
         return m.l(x).sum() * m.n
 
     model, sample = Model(forward, n=0), x()
-    planned = memplan.optimize(model, sample)
+    planned = memplan.optimize(model, sample, options=memplan.Options(verify="none"))
     assert torch.equal(planned(sample), model.run(Model(forward, n=0, l=model.l), sample))
     assert model.n == 0
 
@@ -264,6 +261,7 @@ def caches_in_a_dict(m, x):
     return (m.l(x) * m.cache[8]).sum()
 
 
+@pytest.mark.filterwarnings("ignore:the forward changes attributes:UserWarning")
 def test_containers_are_left_as_they_were():
     model, sample = Model(caches_in_a_dict, cache={}, outputs=[]), x()
     planned = memplan.optimize(model, sample)
@@ -272,6 +270,7 @@ def test_containers_are_left_as_they_were():
     laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))
 
 
+@pytest.mark.filterwarnings("ignore:the forward changes attributes:UserWarning")
 def test_a_tensor_made_at_the_first_call():
     def forward(m, x):
         if m.table is None:
@@ -324,10 +323,5 @@ class Features(nn.Module):
         return self.backbone(images).feature_maps[-1].square().mean()
 
 
-@pytest.mark.xfail(
-    raises=memplan.CaptureError,
-    strict=True,
-    reason="hooks that a module puts on its parts while it runs are refused",
-)
 def test_a_backbone_that_hooks_its_layers_while_it_runs():
     assert_right(Features(), torch.randn(2, 3, 32, 32))

@@ -238,6 +238,7 @@ class Remembering(nn.Module):
         return self.head(self.last).square().mean()
 
 
+@pytest.mark.filterwarnings("ignore:the forward changes attributes:UserWarning")
 def test_attributes_of_the_model_are_as_they_were_and_a_change_is_said():
     model, x = Remembering(), torch.randn(4, 8)
     plan = memplan.plan(model, x, passes=[add_lora(2)])

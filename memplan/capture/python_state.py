@@ -1,0 +1,206 @@
+"""What a forward reads of what Python holds: plain values in attributes of modules.
+
+A capture bakes them in, so that each is compared before the step runs again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import threading
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.capture.attributes import has_own_attributes
+from memplan.torch_internals import is_fake
+
+_PLAIN = (enum.Enum, bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_BY_IDENTITY = (torch.Tensor, nn.Module, FunctionType, BuiltinFunctionType, type)
+_DEPTH = 4
+_OWN = frozenset(nn.Module().__dict__)
+"""Attributes that each module has, which the signature of a call covers."""
+_HEAP_TYPE = 1 << 9
+"""Of a class that Python code made, which can be given another lookup."""
+
+
+class _Unknown(enum.Enum):
+    """What cannot be compared."""
+
+    UNKNOWN = enum.auto()
+
+
+_UNKNOWN = _Unknown.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """An attribute that a forward has read, and what it held.
+
+    Attributes:
+        owner: the module, or the object that an attribute of it holds.
+        path: where it is, for people.
+        name: its own name.
+        content: what it held.
+    """
+
+    owner: weakref.ref[Any]
+    path: str
+    name: str
+    content: Hashable
+
+    def holds(self) -> bool:
+        """Whether it holds the same now."""
+        owner = self.owner()
+        return owner is not None and _content(_value(owner, self.name), _DEPTH) == self.content
+
+
+class Reads:
+    """What was read, so far, of a module's attributes and of the objects that they hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.owners: dict[int, tuple[Any, str]] = {}
+        self.read: dict[tuple[int, str], None] = {}
+        for name, child in module.named_modules():
+            self.owners[id(child)] = child, name
+            self._watch_inside(name, child)
+
+    def _watch_inside(self, path: str, owner: object, depth: int = 2) -> None:
+        for attribute, value in vars(owner).items():
+            if _can_be_watched(value) and id(value) not in self.owners:
+                inside = f"{path}.{attribute}".strip(".")
+                self.owners[id(value)] = value, inside
+                if depth > 1:
+                    self._watch_inside(inside, value, depth - 1)
+
+    def classes(self) -> set[type]:
+        """Of all that is watched; modules have their lookup from one."""
+        found = {type(owner) for owner, _ in self.owners.values()}
+        return {one for one in found if not issubclass(one, nn.Module)} | {nn.Module}
+
+    def note(self, owner: object, name: str) -> None:
+        """An attribute was read."""
+        if id(owner) in self.owners and name not in _OWN:
+            self.read[id(owner), name] = None
+
+    def attributes(self, changed: Collection[str]) -> tuple[Attribute, ...]:
+        """What was read, but for what the forward changes itself."""
+        found = []
+        for key, name in self.read:
+            owner, path = self.owners[key]
+            whole = f"{path}.{name}".strip(".")
+            if whole in changed or path in changed:
+                continue
+            content = _content(_value(owner, name), _DEPTH)
+            if content is not _UNKNOWN:
+                found.append(Attribute(weakref.ref(owner), whole, name, content))
+        return tuple(found)
+
+
+@contextlib.contextmanager
+def noting(reads: Reads) -> Iterator[None]:
+    """Inside, this thread's reads of attributes are noted."""
+    reader = threading.get_ident()
+
+    def noted(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        def look_up(self: Any, name: str) -> Any:
+            if threading.get_ident() == reader:
+                reads.note(self, name)
+            return original(self, name)
+
+        return look_up
+
+    classes: set[Any] = reads.classes()
+    own = {one: vars(one).get("__getattribute__") for one in classes}
+    for one in own:
+        one.__getattribute__ = noted(one.__getattribute__)
+    try:
+        yield
+    finally:
+        for one, original in own.items():
+            if original is None:
+                del one.__getattribute__
+            else:
+                one.__getattribute__ = original
+
+
+def attributes_of(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors on which the user put the same attributes; nothing for nearly all."""
+    own = () if is_fake(tensor) else vars(tensor).items()
+    return tuple((name, _identity(value)) for name, value in sorted(own))
+
+
+def with_attributes_of(given: torch.Tensor, stand_in: torch.Tensor) -> torch.Tensor:
+    """A tensor that stands for another, with the attributes that the user put on that."""
+    if not is_fake(given):
+        vars(stand_in).update(vars(given))
+    return stand_in
+
+
+def _identity(value: object) -> Hashable:
+    content = _content(value, _DEPTH)
+    return (type(value), id(value)) if content is _UNKNOWN else content
+
+
+def _can_be_watched(value: object) -> bool:
+    kind = type(value)
+    return (
+        has_own_attributes(value)
+        and bool(kind.__flags__ & _HEAP_TYPE)
+        and kind.__weakrefoffset__ != 0
+        and not isinstance(value, nn.Module)
+    )
+
+
+def _value(owner: object, name: str) -> object:
+    """What an object holds under a name; of a module, without running any code."""
+    if not isinstance(owner, nn.Module):
+        return getattr(owner, name, _UNKNOWN)
+    own = vars(owner)
+    if name in own:
+        return own[name]
+    found = next((vars(one)[name] for one in type(owner).__mro__ if name in vars(one)), _UNKNOWN)
+    return _UNKNOWN if isinstance(found, FunctionType) else found
+
+
+def _content(value: object, depth: int) -> Hashable:
+    """Equal for what a capture cannot tell apart; ``_UNKNOWN`` where that is not known."""
+    kind = type(value)
+    if isinstance(value, _PLAIN):
+        return kind, value
+    if isinstance(value, float | complex):
+        return kind, repr(value)  # so that 0.0 is not -0.0, and NaN is NaN
+    if isinstance(value, _BY_IDENTITY):
+        return _Same(weakref.ref(value))
+    members = _members(value) if depth else None
+    if members is None:
+        return _UNKNOWN
+    contents = (_content(member, depth - 1) for member in members)
+    return kind, (frozenset if isinstance(value, set | frozenset) else tuple)(contents)
+
+
+def _members(value: object) -> Iterable[object] | None:
+    """What a container holds, keys beside values; None if it is none."""
+    if isinstance(value, SimpleNamespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return tuple(value.items())
+    return value if isinstance(value, list | tuple | set | frozenset) else None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Same:
+    """Equal for one and the same object, as long as there is it."""
+
+    of: weakref.ref[Any]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and (one := self.of()) is not None and one is other.of()
+
+    def __hash__(self) -> int:
+        return hash(id(self.of()))

@@ -1,0 +1,195 @@
+"""The first call of each plan, compared with the untouched forward: faults of a capture show."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import memplan
+from memplan import verifying
+from memplan.capture import flat, joint, refusals
+from memplan.sample import Sample
+
+from support import laws
+from support.modules import Model
+
+COMPARED = True
+
+
+def deep(loss, **attributes):
+    """A model whose step takes more than its forward alone, and its batch."""
+    layers = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    model = nn.Sequential(nn.Linear(5, 64), *layers, nn.Linear(64, 5), Model(loss, **attributes))
+    return model, torch.randn(7, 5)
+
+
+def nothing(*args, **kwargs):
+    return contextlib.nullcontext()
+
+
+def image_and_resized():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=3, mode="bicubic"))
+    return memplan.WithLoss(layers, lambda y, t: (y * t).sum()), (
+        torch.randn(2, 3, 9, 9),
+        torch.randn(2, 4, 21, 21),
+    )
+
+
+def assigned():
+    def loss(model, a, b):
+        model.scale.data = model.scale * 2
+        return (a * model.scale * b).sum()
+
+    return deep(loss)
+
+
+def drawn():
+    def loss(model, a, b):
+        return (a.t() * torch.empty(7, 6).t().bernoulli_(0.5) * b.t()).sum()
+
+    return deep(loss)
+
+
+def counted():
+    def loss(model, a, b):
+        model.calls += 1
+        return (a * b).sum()
+
+    return deep(loss, calls=0)
+
+
+def seeded():
+    def loss(model, a, b):
+        torch.manual_seed(3)
+        return (functional.dropout(a) * b).sum()
+
+    return deep(loss)
+
+
+FAULTS = {
+    "kernels in Python": (
+        image_and_resized,
+        lambda patch: patch.setattr(joint, "by_compiled_kernels", nothing),
+    ),
+    "assigned data": (assigned, lambda patch: patch.setattr(flat, "AssignedData", nothing)),
+    "draws in place": (drawn, lambda patch: patch.setattr(flat, "DrawsInPlace", nothing)),
+    "seeds": (
+        seeded,
+        lambda patch: [
+            patch.setattr(flat, "refused_seeds", nothing),
+            patch.setattr(refusals, "watched_generator", nothing),
+        ],
+    ),
+}
+"""Models that a capture would get wrong without a part of it, and that part taken out."""
+
+MORE_THAN_ROUNDING = {
+    "assigned data": "buffer '10.scale' differs|its output differs",
+    "draws in place": "its output differs",
+    "seeds": "its output differs|random state differs",
+}
+
+
+@pytest.mark.parametrize("name", MORE_THAN_ROUNDING)
+def test_a_fault_is_an_error(name, monkeypatch):
+    make, break_it = FAULTS[name]
+    model, sample = make()
+    break_it(monkeypatch)
+    planned = memplan.optimize(model, sample)
+    with pytest.raises(memplan.CaptureError, match=MORE_THAN_ROUNDING[name]):
+        planned(sample)
+    unchecked = memplan.optimize(model, sample, options=memplan.Options(verify="none"))
+    unchecked(sample)
+
+
+def test_a_fault_that_rounds_is_said(monkeypatch):
+    make, break_it = FAULTS["kernels in Python"]
+    model, sample = make()
+    planned = memplan.optimize(model, sample)
+    planned(*sample)
+    assert planned.plan.effects == (memplan.Effect.EXACT,)
+    break_it(monkeypatch)
+    planned = memplan.optimize(model, sample)
+    with pytest.warns(UserWarning, match="the plan is not exact: the output differs .* by"):
+        planned(*sample)
+    assert planned.plan.effects == (memplan.Effect.ROUNDING,)
+    assert "differs from the untouched forward's by" in planned.plan.notes[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        planned(*sample)
+
+
+def test_state_in_python_that_no_one_noticed_is_said(monkeypatch):
+    model, sample = counted()
+    monkeypatch.setattr(joint, "_differences", lambda *given, **others: ())
+    planned = memplan.optimize(model, sample)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="changes attributes .*calls"):
+        planned(sample)
+    assert model[-1].calls == 0
+
+
+def recurrent():
+    def loss(model, a, b):
+        model.state = a.detach() if model.state is None else a.detach() + model.state
+        return (a * model.state * b).sum()
+
+    return deep(loss, state=None)
+
+
+@pytest.mark.filterwarnings("ignore:the forward changes attributes:UserWarning")
+def test_a_result_that_depends_on_what_a_call_left_behind_is_an_error():
+    model, sample = recurrent()
+    planned = memplan.optimize(model, sample)
+    with pytest.raises(memplan.CaptureError, match=r"depends on what the call before.*state"):
+        planned(sample)
+    assert model[-1].state is None
+
+
+def test_the_module_that_differs_first_is_named(monkeypatch):
+    FAULTS["draws in place"][1](monkeypatch)
+    layers = (nn.Conv2d(3, 4, 3), nn.Dropout(0.4, inplace=True), nn.Flatten(), nn.Linear(144, 1))
+    model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    planned = memplan.optimize(model, images)
+    with pytest.raises(memplan.CaptureError, match=r"first in module '1' \(Dropout\)"):
+        planned(images)
+
+
+def test_what_does_not_fit_is_left_out_and_said():
+    layers = [layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.BatchNorm1d(64))]
+    wide = nn.Sequential(nn.Linear(64, 4096), nn.Linear(4096, 64), *layers)
+    model, sample = memplan.WithLoss(wide, functional.mse_loss), (torch.randn(512, 64),) * 2
+    planned = memplan.optimize(
+        model, sample, budget="1 B", options=memplan.Options(on_infeasible="smallest")
+    )
+    measured = memplan.profile(planned, sample, steps=1)
+    assert measured.peak_bytes <= planned.plan.peak_bytes
+
+
+def test_modules_that_differ_from_themselves_are_not_blamed(monkeypatch):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.noise = nn.Linear(8, 8), iter(range(100))
+
+        def forward(self, x):
+            return (self.layer(x) + 1e-6 * next(self.noise)).sum()
+
+    planned = memplan.optimize(Noisy(), torch.randn(4, 8))
+    planned(torch.randn(4, 8))
+    assert "differs from run to run" in planned.plan.notes[-1]
+
+
+def test_nothing_is_changed_and_little_is_said():
+    model, sample = deep(lambda m, a, b: (functional.dropout(a, 0.3) * b).sum())
+    planned = memplan.optimize(model, sample, budget="100%")
+    theirs = laws.step(model, sample)
+    laws.assert_same_bits(laws.step(planned, sample), theirs)
+    found = verifying.untouched_forward(model, Sample.of(sample))
+    assert found.difference(found) == "" and found.attributes == {}
