@@ -42,8 +42,10 @@ class Options:
             second forward before the backward, and ``retain_graph``, are refused.
         verify: "forward" compares the first call of each signature with a forward of the untouched
             module: outputs, buffers and random states, bit by bit. What differs by rounding is said
-            (a warning, and ``Plan.notes``); more is an error. Left out, and said in the notes,
-            where it does not fit into the plan's peak. "none" does not compare.
+            (a warning, and ``Plan.notes``); more is an error that names the module. Left out, and
+            said in the notes, where it does not fit into the budget, or into what the captured
+            step needs if there is none; and without a note where passes change the output by
+            design. "none" does not compare.
     """
 
     device: str | None = None

@@ -21,8 +21,9 @@ from memplan.program import Costs
 from memplan.request import Request
 from memplan.sample import Sample
 from memplan.schedule import Catalog, Effect, Recovery, Schedule
+from memplan.timeline import tangent_bytes
 from memplan.trace import MemoryTrace
-from memplan.units import Budget
+from memplan.units import Budget, format_bytes
 
 _LOG = logging.getLogger("memplan")
 
@@ -126,6 +127,7 @@ def _finish(
         captured_effect=Effect.ROUNDING if is_rounded else Effect.EXACT,
         notes=[
             *(difference.reason for difference in captured.differences),
+            *_held_gradients(captured),
             *(note for one in request.passes if one.notes for note in one.notes(captured)),
         ],
     )
@@ -139,6 +141,18 @@ def _finish(
         device,
     )
     return Prepared(captured, recoveries, costs, unplanned, describe, unplanned_trace, device)
+
+
+def _held_gradients(captured: Captured) -> list[str]:
+    """What to say of a gradient that arrives from outside and stays to the end of the backward."""
+    if all(node.meta["val"].dim() == 0 for _, node in captured.tangents):
+        return []
+    held = format_bytes(tangent_bytes(captured.program))
+    return [
+        f"the gradient that arrives at the output ({held}) is alive through the whole planned "
+        "backward, and ends early in the untouched module's: return the loss from the module "
+        "(memplan.WithLoss)"
+    ]
 
 
 def _rewritten(traced: Traced, request: Request) -> Traced:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -195,9 +196,7 @@ def error_of(mine: Sequence[object], theirs: Sequence[object]) -> Error:
             continue
         allowed = max(allowed, torch.finfo(one.dtype).eps ** 0.5)
         if one.numel():
-            scale = float(other.detach().abs().max())
-            apart = float((one.detach() - other.detach()).abs().nan_to_num(posinf=0.0).max())
-            worst = max(worst, apart / scale if scale else apart)
+            worst = max(worst, _relative(one.detach(), other.detach()))
     return Error(worst, allowed)
 
 
@@ -218,6 +217,18 @@ class Call:
     def untouched(self) -> Any:
         """What the module returns without a plan."""
         return self.model(*self.sample.args, **self.sample.kwargs)
+
+
+def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference over the largest entry; infinite where one alone is no number."""
+    is_same = (mine == theirs) | (mine.isnan() & theirs.isnan())
+    if bool(is_same.all()):
+        return 0.0
+    apart = float((mine - theirs)[~is_same].abs().max())
+    scale = float(theirs.abs().nan_to_num(posinf=0.0).max())
+    if not math.isfinite(apart):
+        return math.inf
+    return apart / scale if scale else apart
 
 
 def before(step: PlannedStep, call: Call) -> Outcome | str:

@@ -236,3 +236,10 @@ def test_planning_where_gradients_are_off(step, sample, mode):
         planned = memplan.optimize(step, sample, budget="100%")
     laws.assert_same_bits(laws.step(step, sample), laws.step(planned, sample))
     assert len(planned.plans) == 1
+
+
+def test_a_gradient_from_outside_that_stays_is_said():
+    layer, x = nn.Linear(8, 8), torch.randn(16, 8)
+    (note,) = memplan.plan(layer, x).notes
+    assert "the gradient that arrives at the output (512 B)" in note and "WithLoss" in note
+    assert not memplan.plan(memplan.WithLoss(layer, nn.functional.mse_loss), (x, x)).notes

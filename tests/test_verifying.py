@@ -193,3 +193,19 @@ def test_nothing_is_changed_and_little_is_said():
     laws.assert_same_bits(laws.step(planned, sample), theirs)
     found = verifying.untouched_forward(model, Sample.of(sample))
     assert found.difference(found) == "" and found.attributes == {}
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "relative"),
+    [
+        ([1.0, float("nan"), -0.0], [1.0, float("nan"), 0.0], 0.0),
+        ([1.0, 2.5], [1.0, 2.0], 0.25),
+        ([1.0, float("inf")], [1.0, 2.0], float("inf")),
+        ([1.0, float("inf")], [1.5, float("inf")], 0.5 / 1.5),
+        ([1.0, float("nan")], [1.0, 2.0], float("inf")),
+    ],
+)
+def test_how_far_outputs_are_from_each_other(mine, theirs, relative):
+    found = verifying.error_of([torch.tensor(mine)], [torch.tensor(theirs)])
+    assert found.relative == pytest.approx(relative)
+    assert found.is_rounding == (relative < 1e-4)

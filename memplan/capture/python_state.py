@@ -23,7 +23,7 @@ from memplan.torch_internals import is_fake
 _PLAIN = (enum.Enum, bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _BY_IDENTITY = (torch.Tensor, nn.Module, FunctionType, BuiltinFunctionType, type)
 _DEPTH = 4
-_OWN = frozenset(nn.Module().__dict__)
+_OWN = frozenset(dir(nn.Module()))
 """Attributes that each module has, which the signature of a call covers."""
 _HEAP_TYPE = 1 << 9
 """Of a class that Python code made, which can be given another lookup."""
@@ -46,18 +46,25 @@ class Attribute:
         owner: the module, or the object that an attribute of it holds.
         path: where it is, for people.
         name: its own name.
-        content: what it held.
+        content: what it held, to be compared.
+        value: what it held, if that cannot change; else ``_UNKNOWN``.
     """
 
     owner: weakref.ref[Any]
     path: str
     name: str
     content: Hashable
+    value: object
 
     def holds(self) -> bool:
         """Whether it holds the same now."""
         owner = self.owner()
-        return owner is not None and _content(_value(owner, self.name), _DEPTH) == self.content
+        if owner is None:
+            return False
+        now = owner.__dict__.get(self.name, _UNKNOWN)
+        if now is self.value and now is not _UNKNOWN:  # nearly always, and much faster
+            return True
+        return _content(_value(owner, self.name), _DEPTH) == self.content
 
 
 class Reads:
@@ -96,9 +103,11 @@ class Reads:
             whole = f"{path}.{name}".strip(".")
             if whole in changed or path in changed:
                 continue
-            content = _content(_value(owner, name), _DEPTH)
+            value = _value(owner, name)
+            content = _UNKNOWN if value is _UNKNOWN else _content(value, _DEPTH)
             if content is not _UNKNOWN:
-                found.append(Attribute(weakref.ref(owner), whole, name, content))
+                kept = value if _is_immutable(value) else _UNKNOWN
+                found.append(Attribute(weakref.ref(owner), whole, name, content, kept))
         return tuple(found)
 
 
@@ -166,6 +175,14 @@ def _value(owner: object, name: str) -> object:
         return own[name]
     found = next((vars(one)[name] for one in type(owner).__mro__ if name in vars(one)), _UNKNOWN)
     return _UNKNOWN if isinstance(found, FunctionType) else found
+
+
+def _is_immutable(value: object) -> bool:
+    """Whether the same object always holds the same, and nothing large is kept alive by it."""
+    if isinstance(value, tuple):
+        return all(map(_is_immutable, value))
+    kinds = (*_PLAIN, float, complex, FunctionType, BuiltinFunctionType)
+    return isinstance(value, kinds)
 
 
 def _content(value: object, depth: int) -> Hashable:

@@ -100,6 +100,7 @@ def test_what_is_not_read_may_change():
     assert len(planned.plans) == 1
 
 
+@pytest.mark.slow
 def test_the_configuration_of_a_published_model():
     config = transformers.GPT2Config(
         n_embd=16, n_layer=1, n_head=2, vocab_size=11, n_positions=8, use_cache=False

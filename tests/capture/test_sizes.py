@@ -130,6 +130,7 @@ class Masked(nn.Module):
         ).sum()
 
 
+@pytest.mark.slow
 def test_the_usual_masks_of_a_transformer():
     padded = torch.zeros(2, 5, dtype=torch.bool)
     padded[0, 3:] = True

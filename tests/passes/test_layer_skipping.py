@@ -422,7 +422,7 @@ def test_statistics_of_blocks_that_take_turns():
     assert any(not torch.equal(b, before[n]) for n, b in model.named_buffers())
 
 
-@pytest.mark.by_default("gated")
+@pytest.mark.by_default("subset")
 @pytest.mark.parametrize("mode", SOME)
 def test_under_autocast_and_as_a_copy(mode):
     planned, batch = planned_net(mode)

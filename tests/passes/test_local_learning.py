@@ -18,7 +18,7 @@ from support import laws
 from support.local import MODELS, SMALLEST, assert_as_in_eager, in_eager, made
 
 
-@pytest.mark.by_default("resnet-2-1 B", "resnet-4-None", "vit-4-1 B", "gpt-2-None")
+@pytest.mark.by_default("resnet-4-None", "vit-4-1 B")
 @pytest.mark.parametrize("budget", [None, pytest.param("100%", marks=pytest.mark.slow), "1 B"])
 @pytest.mark.parametrize("blocks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)

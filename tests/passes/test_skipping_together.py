@@ -74,6 +74,7 @@ def run(rank, function, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_blocks(tmp_path):
     multiprocessing.spawn(run, (blocks_take_turns, str(tmp_path)), nprocs=2)
     choices = [[(tmp_path / f"{rank}-{n}").read_text() for n in range(4)] for rank in (0, 1)]
