@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import nn
 
-from memplan.capture import Captured, Traced, rewrite, trace, update_in_backward
+from memplan.capture import ONE_AT_A_TIME, Captured, Traced, rewrite, trace, update_in_backward
 from memplan.changing import ChangedModel, changing
 from memplan.collector import paused_collector
 from memplan.describing import Original, describe_original, describe_plan
@@ -70,7 +70,7 @@ class Prepared:
 def prepare(model: nn.Module, sample: Sample, request: Request) -> Prepared:
     """Capture a step, let the passes at it, and price every op. The model is as before."""
     _LOG.debug("capturing %s", type(model).__name__)
-    with changing(model, sample, request.passes) as changed:
+    with ONE_AT_A_TIME, changing(model, sample, request.passes) as changed:
         return _prepare(changed.model, sample, request.with_optimizer_of(changed.model))
 
 

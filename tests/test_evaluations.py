@@ -47,3 +47,23 @@ def test_a_capture_inside_of_a_run_of_the_same_thread():
         pass
     with evaluations.none():
         pass
+
+
+def test_two_modules_are_captured_at_a_time():
+    failures = []
+
+    def train():
+        try:
+            for size in (2, 3, 4):
+                model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+                memplan.optimize(model, torch.randn(size, 8))
+        except Exception as error:  # whatever it is, in this thread, is a failure
+            failures.append(error)
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert "__getattribute__" not in vars(nn.Module)

@@ -13,10 +13,11 @@ from memplan.capture.python_state import attributes_of
 from memplan.capture.reader import read
 from memplan.capture.rehearsal import run_without_data
 from memplan.capture.relaid import Layouts
-from memplan.capture.surroundings import unchanged_randomness, without_data_of
+from memplan.capture.surroundings import ONE_AT_A_TIME, unchanged_randomness, without_data_of
 from memplan.capture.updates import trained_by, update_in_backward, update_parameter
 
 __all__ = [
+    "ONE_AT_A_TIME",
     "Captured",
     "CudaDropout",
     "Differentiable",

@@ -115,7 +115,24 @@ def decide(
                 known.learn(state[name], Given(names[id(buffer)]))
         with recorder:
             torch.func.functional_call(flat, state, tuple(copies), tie_weights=False)
+    _check_steady(recorder, {names[id(b)]: state[name] for name, b in flat.named_buffers()})
     return tuple(recorder.decisions)
+
+
+def _check_steady(recorder: _Recorder, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Refuse numbers that follow from a buffer which the forward writes: each call has others.
+
+    Raises:
+        CaptureError: naming the buffer.
+    """
+    written = recorder.known.written
+    for name in sorted(recorder.numbers_read):
+        if storage_key(buffers[name]) in written:
+            raise CaptureError(
+                f"the forward takes a number from buffer {name!r}, which it writes, so that it is "
+                "another in each call (a momentum of None in batch norm); compute with the tensor "
+                "itself, or give a number"
+            )
 
 
 class _Answering(TorchFunctionMode, ABC):
@@ -233,6 +250,7 @@ class _Recorder(_Answering):
         self.inputs = inputs
         self.buffers = buffers
         self.decisions: list[Decision] = []
+        self.numbers_read: set[str] = set()
 
     def answer(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -243,7 +261,9 @@ class _Recorder(_Answering):
             return func(*args, **kwargs)
         evaluation = _Evaluation(self.inputs, self.buffers)
         answer = evaluation(question)
-        self.decisions.append(Decision(question, answer, evaluation.has_read))
+        if not isinstance(answer, bool):
+            self.numbers_read |= {key for key in evaluation.read if isinstance(key, str)}
+        self.decisions.append(Decision(question, answer, bool(evaluation.read)))
         return answer
 
 
@@ -254,6 +274,7 @@ class _Known(DispatchMode):
         super().__init__()
         self.kept: list[torch.Tensor] = []  # so that no storage's key is used again
         self.known: dict[int, dict[Hashable, Given | Computed]] = {}
+        self.written: set[int] = set()
 
     def learn(self, tensor: torch.Tensor, expression: Given | Computed) -> None:
         """Note what a tensor is."""
@@ -311,6 +332,7 @@ class _Known(DispatchMode):
         """All that was known of a tensor's storage."""
         if isinstance(value, torch.Tensor):
             self.known.pop(storage_key(value), None)
+            self.written.add(storage_key(value))
 
 
 def _on_a_copy(func: OpOverload, written: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -325,7 +347,7 @@ class _Evaluation:
         self.inputs = inputs
         self.buffers = buffers
         self.results: dict[int, Any] = {}
-        self.has_read = False
+        self.read: set[int | str] = set()
 
     def __call__(self, question: Computed) -> Any:
         """The value of an expression."""
@@ -335,8 +357,8 @@ class _Evaluation:
     def value(self, part: object) -> Any:
         """The value of a part of an expression; anything else is itself."""
         if isinstance(part, Given):
-            self.has_read = True
             key = part.key
+            self.read.add(key)
             return self.buffers[key] if isinstance(key, str) else self.inputs[key]
         if not isinstance(part, Computed):
             return part

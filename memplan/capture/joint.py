@@ -24,7 +24,7 @@ from memplan.capture.python_state import Attribute
 from memplan.capture.recurrent import OneLayerAtATime, without_flat_weights
 from memplan.capture.refusals import refuse_after, refuse_before, refused_inside
 from memplan.capture.relaid import Layouts, relaying, remember_calls
-from memplan.capture.surroundings import unchanged_randomness, without_meta
+from memplan.capture.surroundings import ONE_AT_A_TIME, unchanged_randomness, without_meta
 from memplan.errors import CaptureError, MemplanError
 from memplan.sample import Sample
 from memplan.torch_internals import (
@@ -112,6 +112,7 @@ def trace(
     """
     refuse_before(module, sample)
     with (
+        ONE_AT_A_TIME,
         without_meta(module, sample) as given,
         torch.inference_mode(False),
         torch.enable_grad(),

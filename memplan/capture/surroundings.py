@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,10 @@ from memplan.capture.attributes import modules_of
 from memplan.errors import CaptureError
 from memplan.sample import Sample
 from memplan.torch_internals import cpu_stand_ins, flatten, stand_ins_without_data, unflatten
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a module is traced and its kernels are measured: torch itself and classes of the
+user's are changed for it, and the random states are the process's."""
 
 _OWN = ("_parameters", "_buffers", "_modules")
 

@@ -88,6 +88,30 @@ def test_another_buffer_takes_the_other_branch():
         laws.assert_same_bits(laws.step(planned, sample), laws.step(model, sample))
 
 
+def test_a_number_that_is_another_in_each_call_is_refused():
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, momentum=None))
+    with pytest.raises(
+        memplan.CaptureError, match=r"buffer '1\.num_batches_tracked', which it writes"
+    ):
+        memplan.optimize(model, rows())
+
+    def counting(m, a, b):
+        m.scale.add_(1)
+        return (a if m.scale[0] > 2 else b * 2).sum()
+
+    model = Model(counting)  # a flag stays what it is for many calls
+    planned = memplan.optimize(model, rows())
+    for _ in range(5):
+        sample = rows()
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        theirs = laws.step(model, sample)
+        model.load_state_dict(before, strict=False)
+        laws.assert_same_bits(laws.step(planned, sample), theirs)
+        with torch.no_grad():
+            model.scale.add_(1)
+    assert len(planned.plans) == 2
+
+
 DISTRIBUTIONS = {
     "normal": lambda m, a, b: (
         distributions.Normal(a, b.exp()).rsample().sum()
