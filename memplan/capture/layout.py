@@ -34,7 +34,12 @@ def other_layouts(
         if not any(_differ(like, layout) for like, layout in zip(recorded, seen, strict=False)):
             continue
         traced_as = node.meta.get(TRACED_AS, "")
-        if traced_as in known or not traced_as.startswith(f"{target_name(node)}("):
+        is_other_shape = any(
+            one is not None and like.dim() != len(one.strides)
+            for like, one in zip(recorded, seen, strict=False)
+        )
+        can_follow = traced_as.startswith(f"{target_name(node)}(") and traced_as not in known
+        if is_other_shape or not can_follow:
             raise CaptureError(
                 f"{target_name(node)} (at {source_of(node) or 'an unknown line'}) lays out its "
                 f"results otherwise than torch predicts ({signature(node)} gives {seen}), and a "
@@ -47,6 +52,8 @@ def other_layouts(
 def _differ(recorded: torch.Tensor, seen: Layout | None) -> bool:
     if seen is None:
         return False
+    if recorded.dim() != len(seen.strides):
+        return True  # no layout makes up for that, and the trace is refused
     if recorded.dtype != dtype_of(seen) or recorded.device != torch.device(seen.device):
         return True
     pairs = zip(recorded.shape, recorded.stride(), seen.strides, strict=True)

@@ -426,3 +426,12 @@ def test_a_singular_matrix_is_an_error_as_in_eager():
     for one in (model, planned):
         with pytest.raises(torch.linalg.LinAlgError, match="singular"):
             one(torch.randn(7, 5))
+
+
+def test_a_kernel_whose_result_has_another_shape_than_torch_predicts_is_refused():
+    target = torch.tensor([1, 0, -1, 2, 3, 4])
+    model = Model(
+        lambda m, a, b: nn.functional.multilabel_margin_loss(a[0], target, reduction="none").sum()
+    )
+    with pytest.raises(memplan.CaptureError, match="otherwise than torch predicts"):
+        memplan.optimize(model, torch.randn(7, 5))
