@@ -186,6 +186,7 @@ def test_gates_choose_each_sample_by_itself_in_evaluation():
     assert skipped_flops(planned) == pytest.approx(1 - sum(rates) / DEPTH, abs=0.02)
 
 
+@pytest.mark.slow
 def test_borders_follow_the_batches_and_are_saved():
     planned, batch = planned_net("gated", dropout=0.0)
     child = planned.layer_skipping

@@ -83,6 +83,7 @@ class Streams(nn.Module):
         return self.head(torch.cat(streams, 1))
 
 
+@pytest.mark.slow
 def test_blocks_are_undone_inside_parts():
     torch.manual_seed(0)
     model = memplan.WithLoss(Streams(), cross_entropy)

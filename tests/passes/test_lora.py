@@ -381,6 +381,7 @@ def test_autocast_keeps_sixteen_bits(variant):
     assert output.dtype.is_floating_point and seen[-1] is torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_largest_rank_that_fits():
     torch.manual_seed(0)
     body = [layer for _ in range(4) for layer in (nn.Linear(32, 32), nn.Tanh())]

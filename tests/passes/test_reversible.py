@@ -155,6 +155,7 @@ def test_streams_are_kept_as_often_as_the_tolerance_asks_for():
     assert check_drift(planned, sample).worst <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_budget_that_the_drift_does_not_allow_is_refused_with_the_reason():
     planned, _, sample = unsettled(0.1, invert_couplings())
     with pytest.raises(memplan.InfeasibleBudget, match="would drift by more than the tolerance"):

@@ -91,6 +91,7 @@ def test_a_pretrained_model_starts_as_it_is(name):
     laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "vit"])
 def test_and_can_be_undone_from_there_on(name):
     torch.manual_seed(0)

@@ -76,6 +76,7 @@ def test_an_output_stays_while_the_op_that_made_it_runs_again():
     assert exact.schedule is None
 
 
+@pytest.mark.slow
 def test_the_search_is_within_a_percent_of_the_optimum_and_at_most_five():
     ratios = []
     for seed in range(12):
