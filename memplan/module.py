@@ -229,10 +229,10 @@ class PlannedModule(nn.Module):
         call = verifying.Call(self.changed.model, state, sample)
         with self._evaluations.none():
             expected = verifying.before(step, call)
-            output = step.run(state, sample, self._finished)
+            output = [step.run(state, sample, self._finished)]
             compared = verifying.after(step, call, expected, output)
         self._replace(step, compared, state, sample)
-        return output
+        return output[0]
 
     def _replace(
         self, step: PlannedStep, better: PlannedStep, state: State, sample: Sample

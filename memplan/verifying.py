@@ -1,20 +1,17 @@
-"""The first call of each signature, compared with the untouched module's forward, bit by bit.
+"""The first call of each plan, compared with the untouched module's forward, bit by bit.
 
-Values are compared by digests of their bytes, so that nothing of the untouched forward is kept
-while the planned one runs. Autograd's graph of it is made, since modules may ask whether gradients
-are enabled, and nothing is saved for a backward.
+The untouched forward runs first, within the budget. Autograd's graph of it is made, since modules
+may ask whether gradients are enabled, and nothing is saved for a backward.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -29,9 +26,9 @@ from memplan.capture import (
 )
 from memplan.costs import most_memory
 from memplan.errors import CaptureError
-from memplan.finished import Finished
+from memplan.outcome import Outcome, digest, same_outputs
 from memplan.program import Phase
-from memplan.rng import RandomStates, random_states, set_random_states
+from memplan.rng import random_states, set_random_states
 from memplan.runtime import PlannedStep
 from memplan.sample import Sample
 from memplan.schedule import Effect
@@ -48,44 +45,6 @@ from memplan.torch_internals import (
 from memplan.units import format_bytes
 
 _LOG = logging.getLogger("memplan")
-_CHUNK = 1 << 20
-"""Elements that are read at a time."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a forward leaves behind.
-
-    Attributes:
-        outputs: a digest of each tensor that it returns, and what else it returns, as text.
-        buffers: a digest of each, by FQN.
-        random: the random states.
-        attributes: names of those that it changes, and of each whether it seems to be set once.
-    """
-
-    outputs: tuple[str, ...]
-    buffers: Mapping[str, str]
-    random: RandomStates
-    attributes: Mapping[str, bool] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: nn.Module, output: object) -> Outcome:
-        """As it is now."""
-        return cls(
-            tuple(map(_leaf, flatten(output)[0])),
-            {name: digest(buffer) for name, buffer in model.named_buffers()},
-            random_states(),
-        )
-
-    def difference(self, other: Outcome) -> str:
-        """What is not the same, in words; "" if nothing."""
-        if self.outputs != other.outputs:
-            return "its output"
-        changed = [name for name, one in self.buffers.items() if other.buffers.get(name) != one]
-        if changed:
-            return f"buffer {changed[0]!r}"
-        same = all(map(torch.equal, self.random, other.random))
-        return "" if same else "torch's random state"
 
 
 def is_due(asked: str, effects: Sequence[Effect]) -> bool:
@@ -93,37 +52,29 @@ def is_due(asked: str, effects: Sequence[Effect]) -> bool:
     return asked != "none" and not {Effect.STOCHASTIC, Effect.APPROXIMATE} & {*effects}
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """Equal for tensors of equal shapes, dtypes and bits."""
-    found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-    flat = tensor.detach()
-    if not flat.is_contiguous() and flat.numel() > _CHUNK and flat.dim() > 1:
-        for row in flat:  # no copy of the whole
-            found.update(digest(row).encode())
-        return found.hexdigest()
-    for part in flat.reshape(-1).split(_CHUNK):  # type: ignore[no-untyped-call]
-        plain = part.resolve_conj().resolve_neg().contiguous()
-        found.update(memoryview(plain.view(torch.uint8).cpu().numpy()))
-    return found.hexdigest()
-
-
-def _leaf(leaf: object) -> str:
-    return digest(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf)
-
-
 def untouched_forward(model: nn.Module, sample: Sample) -> Outcome:
     """What the untouched forward leaves behind; it leaves nothing.
+
+    Where it changes attributes, other than once as it seems, it also runs twice in a row.
 
     Raises:
         CaptureError: if it writes an input.
     """
+
+    def once() -> Outcome:
+        with _unchanged_tensors_of(model), _saving_nothing():
+            return Outcome.of(model, model(*sample.args, **sample.kwargs))
+
     versions = [version_of(tensor) for tensor in sample.tensors()]
-    with _unchanged(model) as changed, _saving_nothing():
-        outcome = Outcome.of(model, model(*sample.args, **sample.kwargs))
-    outcome = replace(outcome, attributes=changed)
+    with unchanged_attributes(model) as changed:
+        outcome = once()
     if versions != [version_of(tensor) for tensor in sample.tensors()]:
         raise CaptureError("the forward writes an input, and the captured one does not")
-    return outcome
+    is_steady = True
+    if not all(changed.values()):
+        with unchanged_attributes(model):
+            is_steady = same_outputs([once(), once()])
+    return replace(outcome, attributes=changed, is_steady=is_steady)
 
 
 @contextlib.contextmanager
@@ -165,42 +116,6 @@ def _saving_nothing() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Error:
-    """How far two forwards are from each other.
-
-    Attributes:
-        relative: the largest difference of any entry over the largest entry; infinite where more
-            than floats differ.
-        allowed: what rounding explains.
-    """
-
-    relative: float
-    allowed: float
-
-    @property
-    def is_rounding(self) -> bool:
-        """Whether rounding explains it."""
-        return self.relative <= self.allowed
-
-
-def error_of(mine: Sequence[object], theirs: Sequence[object]) -> Error:
-    """How far leaves of two outputs are from each other."""
-    worst, allowed = 0.0, 0.0
-    for one, other in zip(mine, theirs, strict=True):
-        if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-            continue
-        if (one.shape, one.dtype) != (other.shape, other.dtype):
-            return Error(float("inf"), 0.0)
-        if not one.is_floating_point() and not one.is_complex():
-            worst = worst if torch.equal(one, other) else float("inf")
-            continue
-        allowed = max(allowed, torch.finfo(one.dtype).eps ** 0.5)
-        if one.numel():
-            worst = max(worst, _relative(one.detach(), other.detach()))
-    return Error(worst, allowed)
-
-
-@dataclass(frozen=True)
 class Call:
     """A call of a planned module.
 
@@ -217,18 +132,6 @@ class Call:
     def untouched(self) -> Any:
         """What the module returns without a plan."""
         return self.model(*self.sample.args, **self.sample.kwargs)
-
-
-def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference over the largest entry; infinite where one alone is no number."""
-    is_same = (mine == theirs) | (mine.isnan() & theirs.isnan())
-    if bool(is_same.all()):
-        return 0.0
-    apart = float((mine - theirs)[~is_same].abs().max())
-    scale = float(theirs.abs().nan_to_num(posinf=0.0).max())
-    if not math.isfinite(apart):
-        return math.inf
-    return apart / scale if scale else apart
 
 
 def before(step: PlannedStep, call: Call) -> Outcome | str:
@@ -254,7 +157,7 @@ def before(step: PlannedStep, call: Call) -> Outcome | str:
 
 
 def _peak_bytes(model: nn.Module, sample: Sample) -> int:
-    """What the untouched forward takes above what is there, at most."""
+    """What the untouched forward takes above what is there, at most; random states, 5 KB, apart."""
     copies = sum(buffer.untyped_storage().nbytes() for buffer in model.buffers())
     following = Following()
     with (
@@ -276,85 +179,80 @@ def _peak_bytes(model: nn.Module, sample: Sample) -> int:
     return copies + max(accumulate((event.nbytes for event in found.events), initial=0))
 
 
-def after(step: PlannedStep, call: Call, expected: Outcome | str, output: object) -> PlannedStep:
+def after(step: PlannedStep, call: Call, expected: Outcome | str, output: list[Any]) -> PlannedStep:
     """The step, compared: what its first call left behind is what was expected, or it is said.
+
+    Args:
+        step: the step.
+        call: its first call.
+        expected: what ``before`` found.
+        output: what the call returned, alone in a list, which is emptied where it is of no use.
 
     Raises:
         CaptureError: if it differs by more than rounding.
     """
     checked = replace(step, is_compared=True)
     if isinstance(expected, str):
-        note = f"the first call was not compared with the untouched forward: {expected}"
-        return replace(checked, plan=replace(step.plan, notes=(*step.plan.notes, note)))
-    what = expected.difference(Outcome.of(call.model, output))
-    if what:
-        return _explained(checked, call, what)
-    return _without_state(checked, call, expected) if expected.attributes else checked
-
-
-def _without_state(step: PlannedStep, call: Call, expected: Outcome) -> PlannedStep:
-    """A step whose untouched forward changes attributes: that is said, and must not matter.
-
-    Raises:
-        CaptureError: if what a call leaves behind changes the result of the next.
-    """
-    names = ", ".join(sorted(expected.attributes))
-    with _unchanged(call.model), _saving_nothing():
-        outcomes = []
-        for _ in range(2):
-            with _unchanged_tensors_of(call.model):
-                outcomes.append(Outcome.of(call.model, call.untouched()).outputs)
-    if outcomes[0] != outcomes[1]:
+        return _noted(checked, f"the first call was not compared with the untouched: {expected}")
+    found = Outcome.of(call.model, output[0])
+    what = found.difference(expected)
+    error = found.error(expected) if what == "its output" else 0.0
+    if what and not (what == "its output" and error <= expected.rounding):
+        output.clear()  # there is room then, and to look for the place nothing else is needed
+        raise CaptureError(_fault(step, call, what))
+    if not expected.is_steady:
         raise CaptureError(
             f"what {type(call.model).__name__} returns depends on what the call before left in its "
-            f"attributes ({names}), and a planned step leaves nothing there. Hand it from call to "
-            "call as an input and an output, or keep it in a buffer."
+            f"attributes ({', '.join(expected.attributes)}), and a planned step leaves nothing "
+            "there. Hand it from call to call as an input and an output, or keep it in a buffer."
         )
+    _warn_of_state(step, expected)
+    return _rounded(checked, call, error) if what else checked
+
+
+def _noted(step: PlannedStep, note: str) -> PlannedStep:
+    return replace(step, plan=replace(step.plan, notes=(*step.plan.notes, note)))
+
+
+def _warn_of_state(step: PlannedStep, expected: Outcome) -> None:
+    """Say what the untouched forward keeps in attributes, if the capture did not."""
     is_said = any(difference.is_warned_of for difference in step.captured.differences)
     if not is_said and not all(expected.attributes.values()):
+        names = ", ".join(expected.attributes)
         warnings.warn(
-            f"the forward changes attributes ({names}), and the plan does not", stacklevel=5
+            f"the forward changes attributes ({names}), and the plan does not", stacklevel=6
         )
-    return step
 
 
-def _explained(step: PlannedStep, call: Call, what: str) -> PlannedStep:
-    """A step whose first call differed, with that said; the forwards run once more for it."""
-
-    def untouched() -> list[Any]:
-        with _unchanged(call.model), _saving_nothing():
-            return _kept(call.untouched())
-
-    theirs = untouched()
-    if any(_leaf(one) != _leaf(other) for one, other in zip(theirs, untouched(), strict=True)):
-        note = "the untouched forward's output differs from run to run"
-        return replace(step, plan=replace(step.plan, notes=(*step.plan.notes, note)))
-    with _unchanged(call.model), torch.no_grad():
-        mine = _kept(step.run(call.state, call.sample, Finished()))
-    error = error_of(mine, theirs)
-    if not (what.startswith("its output") and error.is_rounding):
-        place = _first_difference(step, call)
-        raise CaptureError(
-            f"the planned forward of {type(call.model).__name__} is not the untouched one: {what} "
-            f"differs{f', first in {place}' if place else ''}. Something is lost when it is "
-            'captured; please report it. Options(verify="none") runs the plan all the same.'
-        )
-    if error.relative == 0:  # zeros of another sign
-        return step
-    note = f"the output differs from the untouched forward's by {error.relative:.1e} of its largest"
+def _rounded(step: PlannedStep, call: Call, error: float) -> PlannedStep:
+    """A step whose output differs by rounding, with that said."""
+    if error == 0:  # zeros of another sign, or entries of a large output that were not kept
+        what = "the output differs from the untouched forward's, by less than could be seen"
+    else:
+        what = f"the output differs from the untouched forward's by {error:.1e} of its largest"
+    if step.room_bytes < _peak_bytes(call.model, call.sample):
+        what += " (there was no room to see whether that repeats itself)"
+    elif not same_outputs([untouched_forward(call.model, call.sample) for _ in range(2)]):
+        return _noted(step, "the untouched forward's output differs from run to run")
     if Effect.ROUNDING not in step.plan.effects:
-        warnings.warn(f"the plan is not exact: {note} entry", stacklevel=4)
-    plan = replace(
-        step.plan, notes=(*step.plan.notes, f"{note} entry"), captured_effect=Effect.ROUNDING
+        warnings.warn(f"the plan is not exact: {what}", stacklevel=6)
+    return _noted(replace(step, plan=replace(step.plan, captured_effect=Effect.ROUNDING)), what)
+
+
+def _fault(step: PlannedStep, call: Call, what: str) -> str:
+    """What to say of a step whose first call was another; the forwards run once more for it."""
+    name = type(call.model).__name__
+    if not same_outputs([untouched_forward(call.model, call.sample) for _ in range(2)]):
+        return (
+            f"the untouched forward of {name} does not repeat itself, so that the planned one "
+            'cannot be compared with it. Options(verify="none") runs the plan all the same.'
+        )
+    place = _first_difference(step, call)
+    return (
+        f"the planned forward of {name} is not the untouched one: {what} differs"
+        f"{f', first in {place}' if place else ''}. Something is lost when it is captured; please "
+        'report it. Options(verify="none") runs the plan all the same.'
     )
-    return replace(step, plan=plan)
-
-
-def _kept(output: object) -> list[Any]:
-    return [
-        leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
-        for leaf in flatten(output)[0]
-    ]
 
 
 def _first_difference(step: PlannedStep, call: Call) -> str:
@@ -368,7 +266,7 @@ def _first_difference(step: PlannedStep, call: Call) -> str:
         kind = f"module {name!r} ({type(child).__name__})" if name else ""
         outputs.extend((kind, digest(leaf)) for leaf in leaves)
 
-    with ExitStack() as stack, _unchanged(call.model), _saving_nothing():
+    with contextlib.ExitStack() as stack, _unchanged(call.model), _saving_nothing():
         for name, child in call.model.named_modules():
 
             def hook(child: nn.Module, args: object, output: object, name: str = name) -> None:
@@ -382,17 +280,28 @@ def _first_difference(step: PlannedStep, call: Call) -> str:
 
 def _digests_of_forward(step: PlannedStep, state: State, sample: Sample) -> set[str]:
     """Digests of all tensors that the captured forward makes."""
-    captured = step.captured
     given = step.primals(state, sample)
     values: dict[fx.Node, Any] = {
         primal.node: tensor for primal, tensor in zip(step.given_primals, given, strict=True)
     }
-    for node in captured.graph.nodes:
-        if node.op != "call_function" or is_backward(node):
-            continue
+    calls = [
+        node
+        for node in step.captured.graph.nodes
+        if node.op == "call_function" and not is_backward(node)
+    ]
+    readers = Counter(source for node in calls for source in node.all_input_nodes)
+    found: set[str] = set()
+    for node in calls:
         if all(source in values for source in node.all_input_nodes):
             assert callable(node.target)
             args = fx.map_arg(node.args, values.__getitem__)
             kwargs = fx.map_arg(node.kwargs, values.__getitem__)
             values[node] = node.target(*args, **kwargs)
-    return {digest(leaf) for one in values.values() for leaf in tensors_of(one)}
+            if "empty" not in str(node.target):  # what is left there may be anyone's
+                found |= {digest(leaf) for leaf in tensors_of(values[node])}
+            del args, kwargs
+        for source in node.all_input_nodes:
+            readers[source] -= 1
+            if not readers[source]:
+                values.pop(source, None)
+    return found

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType, SimpleNamespace
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,19 +26,22 @@ from memplan.torch_internals import is_fake
 _PLAIN = (enum.Enum, bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _BY_IDENTITY = (torch.Tensor, nn.Module, FunctionType, BuiltinFunctionType, type)
 _DEPTH = 4
-_OWN = frozenset(dir(nn.Module()))
-"""Attributes that each module has, which the signature of a call covers."""
+_OWN = frozenset(dir(nn.Module())) - {"forward"}
+"""What each module has; the signature of a call covers what of it matters."""
+_LARGEST_ARRAY_BYTES = 1 << 16
+"""Larger arrays of numpy's are told apart by what they are, and not by what they hold."""
 _HEAP_TYPE = 1 << 9
 """Of a class that Python code made, which can be given another lookup."""
 
 
 class _Unknown(enum.Enum):
-    """What cannot be compared."""
+    """In the place of a value."""
 
-    UNKNOWN = enum.auto()
+    ABSENT = enum.auto()
+    MUTABLE = enum.auto()
 
 
-_UNKNOWN = _Unknown.UNKNOWN
+_ABSENT, _MUTABLE = _Unknown.ABSENT, _Unknown.MUTABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,8 @@ class Attribute:
         owner: the module, or the object that an attribute of it holds.
         path: where it is, for people.
         name: its own name.
-        content: what it held, to be compared.
-        value: what it held, if that cannot change; else ``_UNKNOWN``.
+        content: what it held, to be compared; ``_ABSENT`` where it is for its class to say.
+        value: what it held, if that cannot change; else ``_MUTABLE``.
     """
 
     owner: weakref.ref[Any]
@@ -61,8 +67,8 @@ class Attribute:
         owner = self.owner()
         if owner is None:
             return False
-        now = owner.__dict__.get(self.name, _UNKNOWN)
-        if now is self.value and now is not _UNKNOWN:  # nearly always, and much faster
+        own: dict[str, object] = object.__getattribute__(owner, "__dict__")  # no one else's lookup
+        if own.get(self.name, _ABSENT) is self.value:  # nearly always, and much faster
             return True
         return _content(_value(owner, self.name), _DEPTH) == self.content
 
@@ -104,10 +110,10 @@ class Reads:
             if whole in changed or path in changed:
                 continue
             value = _value(owner, name)
-            content = _UNKNOWN if value is _UNKNOWN else _content(value, _DEPTH)
-            if content is not _UNKNOWN:
-                kept = value if _is_immutable(value) else _UNKNOWN
-                found.append(Attribute(weakref.ref(owner), whole, name, content, kept))
+            is_own = value is _ABSENT or name in vars(owner)
+            kept = value if is_own and _is_immutable(value) else _MUTABLE
+            content = _content(value, _DEPTH)
+            found.append(Attribute(weakref.ref(owner), whole, name, content, kept))
         return tuple(found)
 
 
@@ -141,7 +147,7 @@ def noting(reads: Reads) -> Iterator[None]:
 def attributes_of(tensor: torch.Tensor) -> Hashable:
     """Equal for tensors on which the user put the same attributes; nothing for nearly all."""
     own = () if is_fake(tensor) else vars(tensor).items()
-    return tuple((name, _identity(value)) for name, value in sorted(own))
+    return tuple((name, _content(value, _DEPTH)) for name, value in sorted(own))
 
 
 def with_attributes_of(given: torch.Tensor, stand_in: torch.Tensor) -> torch.Tensor:
@@ -149,11 +155,6 @@ def with_attributes_of(given: torch.Tensor, stand_in: torch.Tensor) -> torch.Ten
     if not is_fake(given):
         vars(stand_in).update(vars(given))
     return stand_in
-
-
-def _identity(value: object) -> Hashable:
-    content = _content(value, _DEPTH)
-    return object() if content is _UNKNOWN else content  # equal to nothing
 
 
 def _can_be_watched(value: object) -> bool:
@@ -169,12 +170,13 @@ def _can_be_watched(value: object) -> bool:
 def _value(owner: object, name: str) -> object:
     """What an object holds under a name; of a module, without running any code."""
     if not isinstance(owner, nn.Module):
-        return getattr(owner, name, _UNKNOWN)
+        return getattr(owner, name, _ABSENT)
     own = vars(owner)
     if name in own:
         return own[name]
-    found = next((vars(one)[name] for one in type(owner).__mro__ if name in vars(one)), _UNKNOWN)
-    return _UNKNOWN if isinstance(found, FunctionType) else found
+    found = next((vars(one)[name] for one in type(owner).__mro__ if name in vars(one)), _ABSENT)
+    is_code = inspect.isroutine(found) or inspect.isdatadescriptor(found)
+    return _ABSENT if is_code or inspect.ismethoddescriptor(found) else found
 
 
 def _is_immutable(value: object) -> bool:
@@ -186,23 +188,27 @@ def _is_immutable(value: object) -> bool:
 
 
 def _content(value: object, depth: int) -> Hashable:
-    """Equal for what a capture cannot tell apart; ``_UNKNOWN`` where that is not known."""
+    """Equal for what a capture cannot tell apart; objects of unknown kinds, for the same one."""
     kind = type(value)
     if isinstance(value, _PLAIN):
         return kind, value
     if isinstance(value, float | complex):
         return kind, repr(value)  # so that 0.0 is not -0.0, and NaN is NaN
-    if isinstance(value, _BY_IDENTITY):
-        return _Same(weakref.ref(value))
+    if isinstance(value, np.ndarray | np.generic) and value.nbytes <= _LARGEST_ARRAY_BYTES:
+        return kind, value.dtype, value.shape, value.tobytes()
     members = _members(value) if depth else None
-    if members is None:
-        return _UNKNOWN
+    if members is None or isinstance(value, _BY_IDENTITY):
+        return _Same(value)
     contents = (_content(member, depth - 1) for member in members)
     return kind, (frozenset if isinstance(value, set | frozenset) else tuple)(contents)
 
 
 def _members(value: object) -> Iterable[object] | None:
     """What a container holds, keys beside values; None if it is none."""
+    if isinstance(value, partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, MethodType):
+        return (value.__func__, value.__self__)
     if isinstance(value, SimpleNamespace):
         value = vars(value)
     if isinstance(value, dict):
@@ -210,14 +216,18 @@ def _members(value: object) -> Iterable[object] | None:
     return value if isinstance(value, list | tuple | set | frozenset) else None
 
 
-@dataclass(frozen=True, eq=False, slots=True)
 class _Same:
     """Equal for one and the same object, as long as there is it."""
 
-    of: weakref.ref[Any]
+    __slots__ = ("_number", "_of")
+
+    def __init__(self, value: object) -> None:
+        self._number = id(value)
+        can_be_left = type(value).__weakrefoffset__ != 0
+        self._of: Callable[[], object] = weakref.ref(value) if can_be_left else lambda: value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and (one := self.of()) is not None and one is other.of()
+        return isinstance(other, _Same) and (one := self._of()) is not None and one is other._of()
 
     def __hash__(self) -> int:
-        return hash(id(self.of()))
+        return hash(self._number)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, leaky_relu
 
 import memplan
 
@@ -24,10 +26,6 @@ class Settings:
         self.rate = 0.1
         self.scale = [2.0, 3.0]
         self.unread = 0
-
-
-def layers():
-    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.1), Model(scaled))
 
 
 def scaled(model, a, b):
@@ -87,6 +85,44 @@ def test_containers_are_seen():
             held["k"] = 3.0
 
         assert_follows(Model(loss, **attributes), rows(), rows(), change=change)
+
+
+class Helped(Model):
+    """Has a method that its loss calls."""
+
+    def helper(self, a):
+        return a * 2
+
+
+REPLACED = {
+    "a forward": (network, lambda m: setattr(m[3], "forward", lambda x: x * 2)),
+    "a method": (
+        lambda: Helped(lambda m, a, b: (m.helper(a) * b).sum()),
+        lambda m: setattr(m, "helper", lambda a: a * 3),
+    ),
+    "a partial function": (
+        lambda: Model(lambda m, a, b: (m.act(a) * b).sum(), act=partial(leaky_relu)),
+        lambda m: setattr(m, "act", partial(leaky_relu, negative_slope=0.5)),
+    ),
+    "a method of tensors": (
+        lambda: Model(lambda m, a, b: (m.act(a) * b).sum(), act=torch.Tensor.sin),
+        lambda m: setattr(m, "act", torch.Tensor.cos),
+    ),
+    "what was not there": (
+        lambda: Model(lambda m, a, b: (a * b).sum() * getattr(m, "late", 1.0)),
+        lambda m: setattr(m, "late", 3.0),
+    ),
+    "an array": (
+        lambda: Model(lambda m, a, b: (a * b).sum() * float(m.k[0]), k=np.ones(2)),
+        lambda m: m.k.__setitem__(0, 5.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_is_put_in_the_place_of_code_is_seen(name):
+    make, change = REPLACED[name]
+    assert_follows(make(), rows(), rows(), change=change)
 
 
 def test_what_is_not_read_may_change():

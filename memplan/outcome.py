@@ -1,0 +1,149 @@
+"""What a forward leaves behind, and how far two forwards are from each other.
+
+Values are compared by digests of their bytes, and outputs are kept as arrays of numpy's: nothing of
+one forward is in torch's memory while the other runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from memplan.rng import random_states
+from memplan.torch_internals import flatten
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_CHUNK_BYTES = 1 << 22
+"""What is read at a time of a tensor that is not contiguous."""
+_MOST_KEPT = 1 << 22
+"""Entries of an output that are kept at most; of a larger one, so many spread over it."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a forward leaves behind.
+
+    Attributes:
+        outputs: a digest of each tensor that it returns, and what else it returns, as text.
+        buffers: a digest of each, by FQN.
+        random: the random states.
+        kept: entries of the outputs that are floats, by position.
+        eps: of their dtypes the largest.
+        attributes: names of those that it changes, and of each whether it seems to be set once.
+        is_steady: whether a forward that finds those changed returns the same.
+    """
+
+    outputs: tuple[str, ...]
+    buffers: Mapping[str, str]
+    random: tuple[bytes, ...]
+    kept: Mapping[int, Array] = field(repr=False)
+    eps: float
+    attributes: Mapping[str, bool] = field(default_factory=dict)
+    is_steady: bool = True
+
+    @classmethod
+    def of(cls, model: nn.Module, output: object) -> Outcome:
+        """As it is now."""
+        leaves = flatten(output)[0]
+        floats = {
+            place: leaf.detach()
+            for place, leaf in enumerate(leaves)
+            if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+        }
+        return cls(
+            tuple(map(_leaf, leaves)),
+            {name: digest(buffer) for name, buffer in model.named_buffers()},
+            tuple(state.numpy().tobytes() for state in random_states()),
+            {place: _entries(tensor) for place, tensor in floats.items()},
+            max((torch.finfo(tensor.dtype).eps for tensor in floats.values()), default=0.0),
+        )
+
+    def difference(self, other: Outcome) -> str:
+        """What is not the same, in words; "" if nothing."""
+        if self.outputs != other.outputs:
+            return "its output"
+        changed = [name for name, one in self.buffers.items() if other.buffers.get(name) != one]
+        if changed:
+            return f"buffer {changed[0]!r}"
+        return "" if self.random == other.random else "torch's random state"
+
+    def error(self, other: Outcome) -> float:
+        """The largest difference of an output over its largest entry; infinite if not of floats."""
+        places = range(max(len(self.outputs), len(other.outputs)))
+        differing = [n for n in places if self.outputs[n : n + 1] != other.outputs[n : n + 1]]
+        if any(n not in self.kept or n not in other.kept for n in differing):
+            return math.inf
+        pairs = [(self.kept[n], other.kept[n]) for n in differing]
+        return max((relative_error(mine, theirs) for mine, theirs in pairs), default=0.0)
+
+    @property
+    def rounding(self) -> float:
+        """The error that rounding explains."""
+        return float(self.eps**0.5)
+
+
+def relative_error(mine: Array, theirs: Array) -> float:
+    """The largest difference over the largest entry; infinite where one alone is no number."""
+    if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+        return math.inf
+    differs = (mine != theirs) & ~(np.isnan(mine) & np.isnan(theirs))
+    if not differs.any():
+        return 0.0
+    apart = np.abs(mine[differs].astype(np.complex128) - theirs[differs])
+    if not np.isfinite(apart).all():
+        return math.inf
+    sizes = np.abs(theirs[np.isfinite(theirs)].astype(np.complex128))
+    scale = float(sizes.max(initial=0.0))
+    return float(apart.max()) / scale if scale else float(apart.max())
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Equal for tensors of equal shapes, dtypes and bits."""
+    found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    bits = _bits(tensor.detach())
+    if bits.size and not bits.flags.c_contiguous and bits.nbytes > _CHUNK_BYTES and len(tensor) > 1:
+        for row in tensor.detach():  # no copy of the whole
+            found.update(digest(row).encode())
+    else:
+        found.update(np.ascontiguousarray(bits).data)
+    return found.hexdigest()
+
+
+def _bits(tensor: torch.Tensor) -> Array:
+    """A tensor's memory, as integers; a view of it on the CPU."""
+    plain = tensor.resolve_conj().resolve_neg()
+    plain = torch.view_as_real(plain) if plain.is_complex() else plain
+    array: Array = plain.view(_BITS[plain.element_size()]).cpu().numpy()
+    return array
+
+
+def _entries(tensor: torch.Tensor) -> Array:
+    """All entries of a tensor, or so many of a large one, in an order of their own."""
+    bits = _bits(tensor).reshape(-1)
+    pairs = bits.reshape(-1, 2) if tensor.is_complex() else bits.reshape(-1, 1)
+    some = np.ascontiguousarray(pairs[:: max(1, -(-len(pairs) // _MOST_KEPT))]).copy()
+    if tensor.dtype is torch.bfloat16:
+        return (some.astype(np.uint32) << 16).view(np.float32).reshape(-1)
+    real = {2: np.float16, 4: np.float32, 8: np.float64}.get(bits.itemsize)
+    if real is None:  # of 8 bits: what they stand for is not told apart from what they are
+        return some.astype(np.float32).reshape(-1)
+    floats = some.view(real)
+    return floats[:, 0] + 1j * floats[:, 1] if tensor.is_complex() else floats.reshape(-1)
+
+
+def _leaf(leaf: object) -> str:
+    return digest(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf)
+
+
+def same_outputs(outcomes: Sequence[Outcome]) -> bool:
+    """Whether all return the same bits."""
+    return len({outcome.outputs for outcome in outcomes}) == 1
