@@ -6,14 +6,15 @@ Those that change nothing and keep nothing may; all others are refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from memplan.capture.attributes import Held, containers
+from memplan.capture.attributes import Held, containers, has_own_attributes
 from memplan.errors import CaptureError
 from memplan.torch_internals import OwnHook, flatten, hooks_of, version_of
 
@@ -29,23 +30,28 @@ def harmless_hooks(module: nn.Module) -> Iterator[None]:
         CaptureError: inside, naming the module and the hook.
     """
     before: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    for name, child in module.named_modules():
-        where = f"module {name!r}" if name else "the module"
-        where = f"{where} ({type(child).__name__})"
-        for kind, hooks in hooks_of(child).items():
-            own = {key: hook for key, hook in hooks.items() if not isinstance(hook, OwnHook)}
-            if own and kind not in _FORWARD:
-                raise CaptureError(
-                    f"{where} has hooks of its backward, which a captured step would not run. "
-                    "Remove them, or leave this module unplanned."
-                )
-            before.append((hooks, dict(own)))
-            hooks.update({key: _Watched(hook, where) for key, hook in own.items()})
     try:
+        for name, child in module.named_modules():
+            where = f"module {name!r}" if name else "the module"
+            for kind, hooks in hooks_of(child).items():
+                own = {key: hook for key, hook in hooks.items() if not isinstance(hook, OwnHook)}
+                before.append((hooks, own))
+                hooks.update(_watched(own, kind, f"{where} ({type(child).__name__})"))
         yield
     finally:
         for hooks, own in before:
             hooks.update({key: hook for key, hook in own.items() if key in hooks})
+
+
+def _watched(
+    own: Mapping[int, Callable[..., Any]], kind: str, where: str
+) -> Mapping[int, Callable[..., Any]]:
+    if own and kind not in _FORWARD:
+        raise CaptureError(
+            f"{where} has hooks of its backward, which a captured step would not run. Remove them, "
+            "or leave this module unplanned."
+        )
+    return {key: _Watched(hook, where) for key, hook in own.items()}
 
 
 class _Watched:
@@ -76,30 +82,30 @@ class _Watched:
 
 
 def _seen_by(hook: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """What a hook can write: what it closes over, names of its module, what it is bound to."""
+    """What a hook can write: what it closes over, is bound to, and has by default; globals."""
     if isinstance(hook, partial):
         yield from (("argument", value) for value in (*hook.args, *hook.keywords.values()))
         yield from _seen_by(hook.func)
         return
-    bound = getattr(hook, "__self__", None if hasattr(hook, "__code__") else hook)
-    if bound is not None and not isinstance(bound, nn.Module):
-        yield "object", bound
-    function = getattr(hook, "__func__", hook)
-    code = getattr(function, "__code__", None)
-    if code is None:
+    if isinstance(hook, MethodType):
+        yield from () if isinstance(hook.__self__, nn.Module) else [("object", hook.__self__)]
+        hook = hook.__func__
+    if not isinstance(hook, FunctionType):
+        yield "object", hook
         return
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+    for name, cell in zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # not filled yet
             yield name, cell.cell_contents
-    yield from (
-        (name, function.__globals__[name]) for name in code.co_names if name in function.__globals__
-    )
+    yield from (("argument", value) for value in hook.__defaults__ or ())
+    yield from (hook.__kwdefaults__ or {}).items()
+    known = hook.__globals__
+    yield from ((name, known[name]) for name in hook.__code__.co_names if name in known)
 
 
 def _held(attribute: str, value: Any) -> Iterator[Held]:
     if isinstance(value, dict | list | set):
         yield from containers(attribute, value, _DEPTH)
-    elif not isinstance(value, nn.Module | torch.Tensor | type) and "__dict__" in dir(value):
+    elif has_own_attributes(value):
         yield from containers(attribute, vars(value), _DEPTH)
 
 
@@ -109,4 +115,5 @@ def _versions(args: Any, kwargs: Any) -> list[tuple[int, int]]:
 
 
 def _name(hook: Callable[..., Any]) -> str:
-    return str(getattr(hook, "__qualname__", type(hook).__name__))
+    is_named = isinstance(hook, FunctionType | MethodType)
+    return hook.__qualname__ if is_named else type(hook).__name__

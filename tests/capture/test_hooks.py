@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -74,10 +76,30 @@ def test_hooks_that_append_are_refused():
     assert found == []
 
 
+def test_hooks_that_keep_by_a_default_argument_or_a_method_are_refused():
+    class Store:
+        def __init__(self):
+            self.found = {}
+
+        def keep(self, module, given, output):
+            self.found["output"] = output
+
+    def keep(module, given, output, found=[]):  # noqa: B006  what is tried
+        found.append(output)
+
+    kept = Store()
+    for hook in (keep, kept.keep, partial(lambda found, *given: found.append(given), [])):
+        with pytest.raises(memplan.CaptureError, match="keeps something"):
+            memplan.optimize(hooked(hook), rows())
+    assert kept.found == {} and keep.__defaults__ == ([],)
+
+
 def test_hooks_of_the_backward_are_refused():
-    model = hooked(lambda module, given, output: None, "register_full_backward_hook")
+    model = hooked(look := lambda module, given, output: None)
+    model.other.register_full_backward_hook(lambda module, given, output: None)
     with pytest.raises(memplan.CaptureError, match="hooks of its backward"):
         memplan.optimize(model, rows())
+    assert [*model.one._forward_hooks.values()] == [look]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.*:DeprecationWarning")  # of torch's own compiler
