@@ -38,14 +38,22 @@ def fails():
 def nonsense():
     return 3
 
-class Cheat(nn.Module):
+class Counted(torch.autograd.Function):
     calls = 0
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+    @staticmethod
+    def backward(ctx, gradient):
+        Counted.calls += 1
+        return gradient * Counted.calls
+
+class Cheat(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4))
     def forward(self, x):
-        Cheat.calls += 1
-        return (self.weight * x).sum() * Cheat.calls
+        return Counted.apply(self.weight * x).sum()
 
 def cheats():
     return Cheat(), torch.ones(4)
