@@ -194,7 +194,7 @@ def _emitted(prepared: Prepared, chosen: Plan, request: Request) -> PlannedStep:
         chosen,
         in_backward,
         guard,
-        is_compared=not verifying.is_due(request.options.verify, chosen.effects),
+        compares=verifying.what_is_due(request.options.verify, chosen.effects),
     )
     check_emitted(step)
     for difference in captured.differences:

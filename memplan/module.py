@@ -28,6 +28,7 @@ from memplan.sample import Sample
 from memplan.signature import State, signature_of
 from memplan.torch_internals import enclosing_transform
 from memplan.trace import MemoryTrace
+from memplan.untouched import Call
 
 Build = Callable[[nn.Module, Sample], PlannedStep]
 """Captures, plans and emits one step."""
@@ -214,7 +215,7 @@ class PlannedModule(nn.Module):
             if is_trained:
                 state = state.chosen(self.changed.choose(is_call=True))
             step = self._settled(state, sample) if is_trained else None
-            if step is not None and not step.is_compared:
+            if step is not None and step.compares != "none":
                 return self._compared(step, state, sample)
         if step is None:
             return self._evaluated(args, kwargs)
@@ -226,13 +227,11 @@ class PlannedModule(nn.Module):
 
     def _compared(self, step: PlannedStep, state: State, sample: Sample) -> Any:
         """The first call of a step, compared with the untouched forward."""
-        call = verifying.Call(self.changed.model, state, sample)
+        call = Call(self.changed.model, state, sample, step.captured.decisions)
         with self._evaluations.none():
-            expected = verifying.before(step, call)
-            output = [step.run(state, sample, self._finished)]
-            compared = verifying.after(step, call, expected, output)
+            compared, output = verifying.first_call(step, call, self._finished)
         self._replace(step, compared, state, sample)
-        return output[0]
+        return output
 
     def _replace(
         self, step: PlannedStep, better: PlannedStep, state: State, sample: Sample

@@ -45,7 +45,9 @@ class Options:
             (a warning, and ``Plan.notes``); more is an error that names the module. Left out, and
             said in the notes, where it does not fit into the budget, or into what the captured
             step needs if there is none; and without a note where passes change the output by
-            design. "none" does not compare.
+            design. "step" compares gradients, too, before that call: where a whole step without
+            a plan fits into the budget, if there is one, and neither ``update_in_backward`` nor
+            ``fused`` is asked for. "none" does not compare.
     """
 
     device: str | None = None
@@ -58,4 +60,4 @@ class Options:
     solver_limit_s: float = 60.0
     update_in_backward: bool = False
     fused: bool = False
-    verify: Literal["forward", "none"] = "forward"
+    verify: Literal["forward", "step", "none"] = "forward"

@@ -76,14 +76,24 @@ class Outcome:
             return f"buffer {changed[0]!r}"
         return "" if self.random == other.random else "torch's random state"
 
-    def error(self, other: Outcome) -> float:
-        """The largest difference of an output over its largest entry; infinite if not of floats."""
+    def differing(self, other: Outcome) -> list[int]:
+        """Positions of the outputs that are not the same."""
         places = range(max(len(self.outputs), len(other.outputs)))
-        differing = [n for n in places if self.outputs[n : n + 1] != other.outputs[n : n + 1]]
+        return [n for n in places if self.outputs[n : n + 1] != other.outputs[n : n + 1]]
+
+    def error(self, other: Outcome, *, by_all: bool = False) -> float:
+        """The largest difference of an output over its largest entry; infinite if not of floats.
+
+        Args:
+            other: what is right.
+            by_all: over the largest entry of all outputs together.
+        """
+        differing = self.differing(other)
         if any(n not in self.kept or n not in other.kept for n in differing):
             return math.inf
+        scale = max(map(_largest, other.kept.values()), default=0.0) if by_all else None
         pairs = [(self.kept[n], other.kept[n]) for n in differing]
-        return max((relative_error(mine, theirs) for mine, theirs in pairs), default=0.0)
+        return max((relative_error(mine, theirs, scale) for mine, theirs in pairs), default=0.0)
 
     @property
     def rounding(self) -> float:
@@ -91,8 +101,11 @@ class Outcome:
         return float(self.eps**0.5)
 
 
-def relative_error(mine: Array, theirs: Array) -> float:
-    """The largest difference over the largest entry; infinite where one alone is no number."""
+def relative_error(mine: Array, theirs: Array, scale: float | None = None) -> float:
+    """The largest difference over the largest entry, or over what is given.
+
+    Infinite where one alone is no number.
+    """
     if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
         return math.inf
     differs = (mine != theirs) & ~(np.isnan(mine) & np.isnan(theirs))
@@ -101,9 +114,13 @@ def relative_error(mine: Array, theirs: Array) -> float:
     apart = np.abs(mine[differs].astype(np.complex128) - theirs[differs])
     if not np.isfinite(apart).all():
         return math.inf
-    sizes = np.abs(theirs[np.isfinite(theirs)].astype(np.complex128))
-    scale = float(sizes.max(initial=0.0))
+    scale = _largest(theirs) if scale is None else scale
     return float(apart.max()) / scale if scale else float(apart.max())
+
+
+def _largest(array: Array) -> float:
+    """The largest size of an entry; 0 if there is none."""
+    return float(np.abs(array[np.isfinite(array)].astype(np.complex128)).max(initial=0.0))
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -116,6 +133,24 @@ def digest(tensor: torch.Tensor) -> str:
     else:
         found.update(np.ascontiguousarray(bits).data)
     return found.hexdigest()
+
+
+def kept(tensor: torch.Tensor) -> Array:
+    """A copy of a tensor's bits, outside of torch's memory."""
+    return _bits(tensor.detach()).copy()
+
+
+def write(tensor: torch.Tensor, content: Array) -> None:
+    """Give a tensor the bits that it had, unless it has them."""
+    if np.array_equal(_bits(tensor.detach()), content):
+        return
+    bits = torch.from_numpy(content)
+    if tensor.is_complex():
+        values = torch.view_as_complex(bits.view(tensor.dtype.to_real()))
+    else:
+        values = bits.view(tensor.dtype)
+    with torch.no_grad():
+        tensor.detach().copy_(values)
 
 
 def _bits(tensor: torch.Tensor) -> Array:

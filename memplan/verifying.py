@@ -10,128 +10,55 @@ import contextlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from memplan.capture import (
-    tensors_of,
-    unchanged_attributes,
-    unchanged_randomness,
-    without_data_of,
-)
-from memplan.costs import most_memory
+from memplan import whole_step
+from memplan.capture import tensors_of
 from memplan.errors import CaptureError
-from memplan.outcome import Outcome, digest, same_outputs
+from memplan.finished import Finished
+from memplan.outcome import Outcome, digest
 from memplan.program import Phase
-from memplan.rng import random_states, set_random_states
-from memplan.runtime import PlannedStep
-from memplan.sample import Sample
+from memplan.runtime import PlannedStep, noted
 from memplan.schedule import Effect
-from memplan.signature import State
-from memplan.torch_internals import (
-    Following,
-    flatten,
-    is_backward,
-    seeming_real,
-    version_of,
-    with_kernels,
-    without_log_of_failures,
-)
+from memplan.torch_internals import flatten, is_backward
 from memplan.units import format_bytes
+from memplan.untouched import (
+    Call,
+    allowed_bytes,
+    forward_alone,
+    peak_bytes,
+    repeats_itself,
+    unchanged,
+    unchanged_by_errors,
+    untouched_outcome,
+)
 
 _LOG = logging.getLogger("memplan")
 
 
-def is_due(asked: str, effects: Sequence[Effect]) -> bool:
-    """Whether the first call of a plan is compared: not where its output is another by design."""
-    return asked != "none" and not {Effect.STOCHASTIC, Effect.APPROXIMATE} & {*effects}
+def what_is_due(asked: str, effects: Sequence[Effect]) -> str:
+    """What the first call of a plan compares: nothing where its output is another by design."""
+    return "none" if {Effect.STOCHASTIC, Effect.APPROXIMATE} & {*effects} else asked
 
 
-def untouched_forward(model: nn.Module, sample: Sample) -> Outcome:
-    """What the untouched forward leaves behind; it leaves nothing.
-
-    Where it changes attributes, other than once as it seems, it also runs twice in a row.
+def first_call(step: PlannedStep, call: Call, finished: Finished) -> tuple[PlannedStep, Any]:
+    """The step, compared, and what its call returns.
 
     Raises:
-        CaptureError: if it writes an input.
+        CaptureError: if anything differs by more than rounding.
     """
-
-    def once() -> Outcome:
-        with _unchanged_tensors_of(model), _saving_nothing():
-            return Outcome.of(model, model(*sample.args, **sample.kwargs))
-
-    versions = [version_of(tensor) for tensor in sample.tensors()]
-    with unchanged_attributes(model) as changed:
-        outcome = once()
-    if versions != [version_of(tensor) for tensor in sample.tensors()]:
-        raise CaptureError("the forward writes an input, and the captured one does not")
-    is_steady = True
-    if not all(changed.values()):
-        with unchanged_attributes(model):
-            is_steady = same_outputs([once(), once()])
-    return replace(outcome, attributes=changed, is_steady=is_steady)
-
-
-@contextlib.contextmanager
-def _unchanged_tensors_of(model: nn.Module) -> Iterator[None]:
-    """Put back random states and buffers."""
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    states = random_states()
-    try:
-        yield
-    finally:
-        set_random_states(states)
-        with torch.no_grad():
-            for buffer, content in before:
-                buffer.detach().copy_(content)
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[dict[str, bool]]:
-    """Put back what a forward changes: random states, buffers and attributes.
-
-    Yields what ``unchanged_attributes`` does.
-    """
-    with unchanged_attributes(model) as changed, _unchanged_tensors_of(model):
-        yield changed
-
-
-@contextlib.contextmanager
-def _saving_nothing() -> Iterator[None]:
-    """Inside, autograd's graph is made, and keeps no tensors for a backward."""
-
-    def nothing(tensor: torch.Tensor) -> None:
-        del tensor
-
-    def unused(packed: object) -> Any:
-        raise AssertionError("there is no backward")
-
-    with torch.autograd.graph.saved_tensors_hooks(nothing, unused):
-        yield
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a planned module.
-
-    Attributes:
-        model: the module as it is without a plan.
-        state: its tensors.
-        sample: the inputs.
-    """
-
-    model: nn.Module
-    state: State
-    sample: Sample
-
-    def untouched(self) -> Any:
-        """What the module returns without a plan."""
-        return self.model(*self.sample.args, **self.sample.kwargs)
+    if step.compares == "step":
+        step = whole_step.compared(step, call, finished)
+    expected = before(step, call)
+    with unchanged_by_errors(call.model):
+        output = [step.run(call.state, call.sample, finished)]
+        compared = after(step, call, expected, output)
+    return compared, output[0]
 
 
 def before(step: PlannedStep, call: Call) -> Outcome | str:
@@ -146,37 +73,13 @@ def before(step: PlannedStep, call: Call) -> Outcome | str:
     if any(step.captured.storage[node] in written for node in primals):
         return "it writes its inputs"
     try:
-        peak_bytes = _peak_bytes(call.model, call.sample) + step.captured.program.resident_bytes
+        needed_bytes = peak_bytes(call) + step.captured.program.resident_bytes
     except Exception as error:  # whatever a forward without data may meet
         _LOG.debug("the untouched forward cannot be followed: %s", error)
         return "what it takes cannot be known without running it"
-    plan = step.plan
-    if peak_bytes > (plan.budget_bytes or max(plan.original_peak_bytes, plan.peak_bytes)):
-        return f"that may take {format_bytes(peak_bytes)}"
-    return untouched_forward(call.model, call.sample)
-
-
-def _peak_bytes(model: nn.Module, sample: Sample) -> int:
-    """What the untouched forward takes above what is there, at most; random states, 5 KB, apart."""
-    copies = sum(buffer.untyped_storage().nbytes() for buffer in model.buffers())
-    following = Following()
-    with (
-        unchanged_randomness(),
-        unchanged_attributes(model),
-        without_log_of_failures(),
-        without_data_of(model, sample) as (given, _),
-        _saving_nothing(),
-        seeming_real(),
-        following,
-    ):
-        output = model(*given.args, **given.kwargs)
-        found = with_kernels(
-            following.followed(),
-            lambda call: most_memory(call).workspace_bytes,
-            lambda call: most_memory(call).result_bytes,
-        )
-        del output
-    return copies + max(accumulate((event.nbytes for event in found.events), initial=0))
+    if needed_bytes > allowed_bytes(step.plan):
+        return f"that may take {format_bytes(needed_bytes)}"
+    return untouched_outcome(call)
 
 
 def after(step: PlannedStep, call: Call, expected: Outcome | str, output: list[Any]) -> PlannedStep:
@@ -191,9 +94,9 @@ def after(step: PlannedStep, call: Call, expected: Outcome | str, output: list[A
     Raises:
         CaptureError: if it differs by more than rounding.
     """
-    checked = replace(step, is_compared=True)
+    checked = replace(step, compares="none")
     if isinstance(expected, str):
-        return _noted(checked, f"the first call was not compared with the untouched: {expected}")
+        return noted(checked, f"the first call was not compared with the untouched: {expected}")
     found = Outcome.of(call.model, output[0])
     what = found.difference(expected)
     error = found.error(expected) if what == "its output" else 0.0
@@ -210,17 +113,13 @@ def after(step: PlannedStep, call: Call, expected: Outcome | str, output: list[A
     return _rounded(checked, call, error) if what else checked
 
 
-def _noted(step: PlannedStep, note: str) -> PlannedStep:
-    return replace(step, plan=replace(step.plan, notes=(*step.plan.notes, note)))
-
-
 def _warn_of_state(step: PlannedStep, expected: Outcome) -> None:
     """Say what the untouched forward keeps in attributes, if the capture did not."""
     is_said = any(difference.is_warned_of for difference in step.captured.differences)
     if not is_said and not all(expected.attributes.values()):
         names = ", ".join(expected.attributes)
         warnings.warn(
-            f"the forward changes attributes ({names}), and the plan does not", stacklevel=6
+            f"the forward changes attributes ({names}), and the plan does not", stacklevel=7
         )
 
 
@@ -230,19 +129,19 @@ def _rounded(step: PlannedStep, call: Call, error: float) -> PlannedStep:
         what = "the output differs from the untouched forward's, by less than could be seen"
     else:
         what = f"the output differs from the untouched forward's by {error:.1e} of its largest"
-    if step.room_bytes < _peak_bytes(call.model, call.sample):
+    if step.room_bytes < peak_bytes(call):
         what += " (there was no room to see whether that repeats itself)"
-    elif not same_outputs([untouched_forward(call.model, call.sample) for _ in range(2)]):
-        return _noted(step, "the untouched forward's output differs from run to run")
+    elif not repeats_itself(call):
+        return noted(step, "the untouched forward's output differs from run to run")
     if Effect.ROUNDING not in step.plan.effects:
-        warnings.warn(f"the plan is not exact: {what}", stacklevel=6)
-    return _noted(replace(step, plan=replace(step.plan, captured_effect=Effect.ROUNDING)), what)
+        warnings.warn(f"the plan is not exact: {what}", stacklevel=7)
+    return noted(replace(step, plan=replace(step.plan, captured_effect=Effect.ROUNDING)), what)
 
 
 def _fault(step: PlannedStep, call: Call, what: str) -> str:
     """What to say of a step whose first call was another; the forwards run once more for it."""
     name = type(call.model).__name__
-    if not same_outputs([untouched_forward(call.model, call.sample) for _ in range(2)]):
+    if not repeats_itself(call):
         return (
             f"the untouched forward of {name} does not repeat itself, so that the planned one "
             'cannot be compared with it. Options(verify="none") runs the plan all the same.'
@@ -257,8 +156,8 @@ def _fault(step: PlannedStep, call: Call, what: str) -> str:
 
 def _first_difference(step: PlannedStep, call: Call) -> str:
     """The first module of which no tensor of the captured forward is the output; "" if none."""
-    with _unchanged(call.model), torch.no_grad():
-        known = _digests_of_forward(step, call.state, call.sample)
+    with unchanged(call.model), torch.no_grad():
+        known = _digests_of_forward(step, call)
     outputs: list[tuple[str, str]] = []
 
     def look(name: str, child: nn.Module, output: object) -> None:
@@ -266,7 +165,7 @@ def _first_difference(step: PlannedStep, call: Call) -> str:
         kind = f"module {name!r} ({type(child).__name__})" if name else ""
         outputs.extend((kind, digest(leaf)) for leaf in leaves)
 
-    with contextlib.ExitStack() as stack, _unchanged(call.model), _saving_nothing():
+    with contextlib.ExitStack() as stack, unchanged(call.model):
         for name, child in call.model.named_modules():
 
             def hook(child: nn.Module, args: object, output: object, name: str = name) -> None:
@@ -274,13 +173,13 @@ def _first_difference(step: PlannedStep, call: Call) -> str:
                 look(name, child, output)
 
             stack.callback(child.register_forward_hook(hook).remove)
-        call.untouched()
+        forward_alone(call.model, call.sample)
     return next((kind for kind, found in outputs if found not in known), "")
 
 
-def _digests_of_forward(step: PlannedStep, state: State, sample: Sample) -> set[str]:
+def _digests_of_forward(step: PlannedStep, call: Call) -> set[str]:
     """Digests of all tensors that the captured forward makes."""
-    given = step.primals(state, sample)
+    given = step.primals(call.state, call.sample)
     values: dict[fx.Node, Any] = {
         primal.node: tensor for primal, tensor in zip(step.given_primals, given, strict=True)
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from torch import nn
 from torch.nn import functional
 
 import memplan
-from memplan import verifying
 from memplan.capture import flat, joint, refusals
-from memplan.outcome import Outcome, digest
+from memplan.outcome import Outcome, digest, kept, write
 from memplan.profiler import measure
 from memplan.profiler.step import run_step
 from memplan.sample import Sample
+from memplan.signature import State
+from memplan.untouched import Call, untouched_outcome
 
 from support import laws
-from support.modules import SMALLEST, Model
+from support.modules import SMALLEST, Model, rows
 from support.rows import MODELS
 
 COMPARED = True
@@ -166,6 +168,7 @@ def test_the_module_that_differs_first_is_named(monkeypatch):
         planned(images)
 
 
+@pytest.mark.by_default("100%-frozen", "100%-convnext", "1 B-mlp", "1 B-vit")
 @pytest.mark.parametrize("name", ["frozen", "convnext", "vit", "mlp"])
 @pytest.mark.parametrize("budget", ["100%", "1 B"])
 def test_the_first_call_is_within_the_budget_too(name, budget):
@@ -202,7 +205,8 @@ def test_nothing_is_changed_and_little_is_said():
     planned = memplan.optimize(model, sample, budget="100%")
     theirs = laws.step(model, sample)
     laws.assert_same_bits(laws.step(planned, sample), theirs)
-    found = verifying.untouched_forward(model, Sample.of(sample))
+    call = Call(model, State.of(model), Sample.of(sample))
+    found = untouched_outcome(call)
     assert found.difference(found) == "" and found.attributes == {}
 
 
@@ -241,3 +245,118 @@ def test_digests_and_entries_are_those_of_the_values(dtype, order):
     expected = float(size[1, 2, 3]) / float(max(size.max(), 2 * size[1, 2, 3]))
     assert outcomes[0].error(outcomes[1]) == pytest.approx(expected, rel=1e-2)
     assert digest(x.conj()) == digest(x.conj().resolve_conj())
+
+
+class Counted(torch.autograd.Function):
+    """A gradient that depends on how often it was asked for."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (2 if Counted.calls else 1)
+
+
+def whole(model, sample, **settings):
+    options = memplan.Options(verify="step")
+    return memplan.optimize(model, sample, options=options, **settings)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.complex64, torch.bool, torch.int64, torch.float8_e5m2],
+)
+def test_bits_are_put_back(dtype):
+    x = (torch.randn(3, 4) * 3).to(dtype).t()
+    before = x.clone()
+    bits, pointer = kept(x), x.data_ptr()
+    version = x._version
+    write(x, bits)
+    assert x._version == version  # nothing had changed
+    x.zero_()
+    write(x, bits)
+    assert x.data_ptr() == pointer and digest(x) == digest(before)
+
+
+def test_the_whole_step_compares_gradients():
+    Counted.calls = 0
+    model, sample = deep(lambda m, a, b: (Counted.apply(a) * b).sum())
+    planned = whole(model, sample)
+    Counted.calls = 1  # what the capture has seen is no longer so
+    with pytest.raises(memplan.CaptureError, match=r"the gradient of '0\.weight' differs"):
+        planned(sample)
+    memplan.optimize(model, sample)(sample)
+    Counted.calls = 0
+    planned.recapture()
+    Counted.calls = 0
+    laws.assert_same_bits(laws.step(planned, sample), laws.step(model, sample))
+    assert not planned.plan.notes
+
+
+def test_a_gradient_that_rounds_is_said():
+    class Late(Counted):
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (1 + 1e-6 if Counted.calls else 1)
+
+    Counted.calls = 0
+    model, sample = deep(lambda m, a, b: (Late.apply(a) * b).sum())
+    planned = whole(model, sample)
+    Counted.calls = 1
+    with pytest.warns(UserWarning, match="not exact: the gradient of '0.weight' differs"):
+        planned(sample)
+    assert planned.plan.effects == (memplan.Effect.ROUNDING,)
+
+
+@pytest.mark.parametrize("budget", ["100%", "1GiB"])
+def test_the_whole_step_leaves_nothing_and_stays_within_the_budget(budget):
+    model, sample = MODELS["convnext"]()
+    planned = memplan.optimize(
+        model, sample, budget=budget, options=replace(SMALLEST, verify="step")
+    )
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    batch = Sample.of(sample)
+    with measure.preserved(planned, None):
+        reading = measure.read_cpu(lambda during: run_step(planned, batch, None, during))
+    assert planned.plan.resident_bytes + reading.peak_bytes <= planned.plan.budget_bytes
+    is_left_out = any("gradients were not compared" in note for note in planned.plan.notes)
+    assert is_left_out == (budget == "100%")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_gradients_that_are_used_up_are_not_compared():
+    model, sample = deep(lambda m, a, b: (a * b).sum())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = memplan.Options(verify="step", update_in_backward=True)
+    planned = memplan.optimize(model, sample, optimizer=optimizer, options=options)
+    planned(sample).backward()
+    assert any("gradients were not compared" in note for note in planned.plan.notes)
+
+
+def test_an_error_leaves_buffers_and_randomness_alone(monkeypatch):
+    FAULTS["draws in place"][1](monkeypatch)
+    model, sample = drawn()
+    model.insert(0, nn.BatchNorm1d(5))
+    planned = memplan.optimize(model, sample)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.get_rng_state()
+    with pytest.raises(memplan.CaptureError, match="differs"):
+        planned(sample)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_a_forward_that_branches_and_checks_is_compared():
+    def loss(model, a, b, mask):
+        if mask.all():
+            a = a.sin()
+        return functional.gaussian_nll_loss(a, torch.zeros(7, 6), b.exp())
+
+    planned = memplan.optimize(Model(loss), sample := (rows(), torch.ones(3) > 0), budget="1MiB")
+    planned(*sample)
+    assert not any("not compared" in note for note in planned.plan.notes)

@@ -82,9 +82,8 @@ def show_proof(
     """Print a comparison; end the command with 4 if the plan breaks a promise."""
     document = comparison_document(comparison, plan, traces) if traces else {}
     show(shape, [comparison_sheet(comparison, plan)], document, following, output)
-    if not comparison.is_exact:
-        for note in plan.notes:
-            click.echo(f"note: {note}", err=True)
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
     end_if_broken(_broken_promises(comparison, plan))
 
 
