@@ -44,11 +44,15 @@ class Resident:
         name: its FQN, or what else it is known by.
         nbytes: its size.
         category: one of ``CATEGORIES``.
+        op: what made it, if that is known.
+        source: ``file.py:line`` of the user's code, where known.
     """
 
     name: str
     nbytes: int
     category: str
+    op: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

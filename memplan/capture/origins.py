@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,36 +49,71 @@ def running(
         yield names
 
 
-@contextlib.contextmanager
-def running_anywhere(roots: MutableMapping[nn.Module, str]) -> Iterator[Sequence[str]]:
-    """The same for all modules that are called inside; roots and their names are added.
+class Known:
+    """Modules that were seen; they live no longer than their owner lets them.
 
-    The first root's name is "", others go by their class.
+    Attributes:
+        roots: those that are part of no other, by name: the first's is "", others go by their
+            class.
+        fqns: all, by name.
     """
-    with _running(WeakKeyDictionary(), lambda names: None, roots) as names:
-        yield names
+
+    def __init__(self) -> None:
+        self.roots: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self.fqns: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+    def learn(self, root: nn.Module) -> None:
+        """A module that is part of no other; what was taken for one may be part of it."""
+        for child in root.modules():
+            self.roots.pop(child, None)
+        self.roots[root] = type(root).__name__ if self.roots else ""
+        for name, child in root.named_modules(prefix=self.roots[root]):
+            self.fqns[child] = name
+
+    def running(self) -> str:
+        """The name of the innermost module of which a method runs now, called or not; or ""."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            names = frame.f_code.co_varnames
+            owner = frame.f_locals.get(names[0]) if frame.f_code.co_argcount else None
+            if isinstance(owner, nn.Module) and owner in self.fqns:
+                return self.fqns[owner]
+            frame = frame.f_back
+        return ""
+
+
+@contextlib.contextmanager
+def running_anywhere(known: Known) -> Iterator[None]:
+    """Inside, modules that are called are known."""
+    with _running(known.fqns, lambda names: None, known.learn):
+        yield
 
 
 @contextlib.contextmanager
 def _running(
     fqns: MutableMapping[nn.Module, str],
     changed: Callable[[Sequence[str]], None],
-    roots: MutableMapping[nn.Module, str] | None = None,
+    learn: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[Sequence[str]]:
     names: list[str] = []
 
+    def is_traced() -> bool:
+        """Dynamo traces hooks of all modules, and can do without these."""
+        return learn is not None and torch.compiler.is_compiling()
+
     def enter(child: nn.Module, inputs: object) -> None:
         del inputs
-        if roots is not None and not names and child not in fqns:
-            roots[child] = type(child).__name__ if roots else ""
-            fqns.update(_named(child, roots[child]))
+        if is_traced():
+            return
+        if learn is not None and not names and child not in fqns:
+            learn(child)
         if child in fqns:
             names.append(fqns[child])
             changed(names)
 
     def leave(child: nn.Module, inputs: object, output: object) -> None:
         del inputs, output
-        if child in fqns:
+        if not is_traced() and child in fqns:
             names.pop()
             changed(names)
 
@@ -90,10 +126,6 @@ def _running(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _named(root: nn.Module, prefix: str) -> dict[nn.Module, str]:
-    return {child: name for name, child in root.named_modules(prefix=prefix)}
 
 
 class _Lines(TorchFunctionMode):

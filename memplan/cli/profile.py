@@ -14,9 +14,8 @@ from memplan.cli.failures import PARTLY, failures
 from memplan.cli.output import Format, export, show, with_exports, with_format, with_output
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
-from memplan.profiler import profile_script, time_phases, trace_memory
+from memplan.profiler import ScriptProfile, profile_script, time_phases, trace_memory
 from memplan.report import profile_document, profile_sheets
-from memplan.trace import MemoryTrace
 
 _EXPLAINED = 0.01
 
@@ -65,8 +64,10 @@ def profile(
     Exit codes: 0 measured; 1 the factory, the script or the step failed; 2 wrong usage;
     5 too much is unexplained, with --strict.
     """
+    growth_bytes: int | None = None
     if target.text.endswith(".py"):
-        trace, seconds = _script(target, arguments, step)
+        script = _script(target, arguments, step)
+        trace, seconds, growth_bytes = script.trace, {"step": script.step_s}, script.growth_bytes
         following = "To plan such a step, write a factory that returns (model, batch, optimizer)"
     elif arguments:
         raise click.UsageError(
@@ -80,23 +81,20 @@ def profile(
         again = target.command_line("plan", bounds=["--budget", "50%"])
         following = f"To see what would make it smaller: {again}"
     export(trace, snapshot, chrome_trace)
-    document = profile_document(trace, seconds)
-    show(shape, profile_sheets(trace, seconds), document, following, output)
+    document = profile_document(trace, seconds, growth_bytes)
+    show(shape, profile_sheets(trace, seconds, growth_bytes), document, following, output)
     if strict and trace.unexplained_bytes > _EXPLAINED * trace.peak_bytes:
         raise SystemExit(PARTLY)
 
 
-def _script(
-    target: Target, arguments: tuple[str, ...], step: int
-) -> tuple[MemoryTrace, dict[str, float]]:
+def _script(target: Target, arguments: tuple[str, ...], step: int) -> ScriptProfile:
     if target != Target(target.text):
         raise click.UsageError("a whole script takes its own arguments, after --")
     path = Path(target.text)
     if not path.is_file():
         raise click.UsageError(f"there is no file {target.text!r}")
     with failing(target.text), failures():
-        found = profile_script(path, arguments, step=step)
-    return found.trace, {"step": found.step_s}
+        return profile_script(path, arguments, step=step)
 
 
 def _seconds(

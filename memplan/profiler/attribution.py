@@ -141,15 +141,18 @@ def _phase_of(event: AllocatorEvent, otherwise: str) -> str:
 
 
 def _ends(events: Sequence[AllocatorEvent]) -> dict[int, int | None]:
-    """For each event that makes a block, the one that frees it."""
+    """For each event that makes a block, the one that frees it.
+
+    What another thread frees is not recorded: it is gone when its address is handed out again.
+    """
     ends: dict[int, int | None] = {}
     alive: dict[int, int] = {}
     for number, event in enumerate(events):
+        if event.address in alive:
+            ends[alive.pop(event.address)] = number
         if event.nbytes > 0:
             alive[event.address] = number
             ends[number] = None
-        elif event.address in alive:
-            ends[alive.pop(event.address)] = number
     return ends
 
 

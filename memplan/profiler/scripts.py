@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import runpy
 import sys
 import time
+import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -22,9 +26,10 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from memplan.capture import running_anywhere
+from memplan.capture import Known, running_anywhere
 from memplan.errors import MemplanError
 from memplan.profiler.attribution import Named, attributed
+from memplan.profiler.cutting import HELD, cut, settled
 from memplan.profiler.tracing import address_of, gradients_at, noting_in
 from memplan.program import Phase, Role
 from memplan.torch_internals import (
@@ -35,11 +40,13 @@ from memplan.torch_internals import (
     recorded,
     recording,
     storage_key,
+    stored_in,
 )
-from memplan.trace import Block, MemoryTrace, Resident, spans_of
+from memplan.trace import MemoryTrace, Resident
 from memplan.update import tensors_in
 
-_HELD = "held by the script"
+_MOST_CALLS = 200_000
+"""Of torch's functions, that are recorded before the steps that matter."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,20 @@ class ScriptProfile:
 
     Attributes:
         trace: the step, from the end of one optimizer step to the end of the next.
-        step_s: time of a step; the median of those before the record.
+        step_s: time of the step after it, of which nothing is recorded; that of the steps until
+            then, if there is none.
         step: which step it was, counted from 1.
     """
 
     trace: MemoryTrace
     step_s: float
     step: int
+
+    @property
+    def growth_bytes(self) -> int:
+        """How much more is there at the end of the step than at its start."""
+        totals = self.trace.totals
+        return totals[-1] - totals[0] if totals else 0
 
 
 class _Done(BaseException):
@@ -65,7 +79,8 @@ def profile_script(path: Path, arguments: Sequence[str], *, step: int = 4) -> Sc
     """Run a script until its optimizer has made so many steps, and account for the last of them.
 
     Steps are those of the optimizer that steps first. The script is not told: its code runs as it
-    is, and is stopped after that step. What it prints goes to stderr.
+    is, and is stopped a step later, which is timed. What it prints goes to stderr. What Python does
+    not see counts as unexplained, also where another thread has freed it.
 
     Args:
         path: the script.
@@ -93,14 +108,33 @@ def profile_script(path: Path, arguments: Sequence[str], *, step: int = 4) -> Sc
         sys.argv, sys.path[:] = before
     if recorder.is_over:
         return recorder.profile()
+    if not recorder.count:
+        raise MemplanError(
+            f"{path} made no step of a torch.optim.Optimizer, by which steps are told apart: "
+            f"{ended}. Where it updates parameters by itself, let it use torch.optim, or profile a "
+            "factory that returns (model, batch)"
+        )
     raise MemplanError(
         f"{path} made {recorder.count} optimizer steps, and {step} are needed: {ended}. Let it "
         "train longer, or record an earlier step with --step"
     )
 
 
+@contextlib.contextmanager
+def _without_warning_of_hooks() -> Iterator[None]:
+    """Inside, torch.compile does not warn of hooks that it traces: these do nothing there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*there are global hooks on modules")
+        yield
+
+
 class _Recorder:
-    """Counts optimizer steps; records the last two, and stops the script."""
+    """Counts optimizer steps, times the one after the step that is looked at, and ends the script.
+
+    All is recorded from the start on, so that what Python does not see is known by where it was
+    made. Where that would be too much, it is begun anew two steps before the end. Nowhere else: a
+    call that one record saw begin must not end in another.
+    """
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -110,10 +144,14 @@ class _Recorder:
         self.marks = 0
         # The script's modules and optimizers live no longer than it lets them.
         self.optimizers: WeakSet[Optimizer] = WeakSet()
-        self.roots: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self.known = Known()
         self.ends_s: list[float] = []
+        self.ended_s = self.step_s = 0.0
         self.named: list[Named] = []
-        self.residents: tuple[Resident, ...] = ()
+        self.residents: dict[int, Resident] = {}
+        self.calls = 0
+        self.process = os.getpid()
+        self.is_recording = True
         self.record: torch.profiler.profile | None = None
         self.open = contextlib.ExitStack()
         self.stepping = contextlib.ExitStack()
@@ -125,8 +163,13 @@ class _Recorder:
             register_optimizer_step_post_hook(self.after),
         )
         try:
-            with running_anywhere(self.roots) as names:
-                self.names = names
+            # Inside of one mode from the first step on: compiled code is compiled anew for another.
+            with (
+                _without_warning_of_hooks(),
+                running_anywhere(self.known),
+                noting_in(self.known.running, self.noted, self.is_noted),
+            ):
+                self.record = self.open.enter_context(recording())
                 yield
         finally:
             self.stepping.close()
@@ -134,29 +177,64 @@ class _Recorder:
             for hook in hooks:
                 hook.remove()
 
-    def before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        del args, kwargs
+    def before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.optimizers.add(optimizer)
-        if self.record is None:
-            return
+        if self.is_over or not self.is_recording:
+            return None
         self.know_gradients()
         self.stepping.enter_context(note(f"{SPAN_PREFIX}{Phase.OPTIMIZER.value}"))
+        itself, *others = args
+        return (
+            (itself, *(self.as_forward(one) if callable(one) else one for one in others)),
+            {name: self.as_forward(one) if callable(one) else one for name, one in kwargs.items()},
+        )
+
+    def as_forward(self, closure: Callable[[], object]) -> Callable[[], object]:
+        """What an optimizer calls to have the loss and gradients: no part of its own work."""
+
+        def called() -> object:
+            with note(f"{SPAN_PREFIX}{Phase.FORWARD.value}"):
+                result = closure()
+            self.know_gradients()
+            return result
+
+        return called
+
+    def is_noted(self) -> bool:
+        """Not in processes that load the script's batches, which begin as copies of this one."""
+        return not self.is_over and os.getpid() == self.process
+
+    def noted(self, text: str) -> AbstractContextManager[object]:
+        self.calls += 1
+        if self.calls == _MOST_CALLS and self.count < self.step - 2:
+            self.open.close()
+            self.is_recording = False
+        return note(text)
 
     def after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         del args, kwargs
         self.stepping.close()
-        if self.is_over:
-            raise _Done
         self.first = self.first or weakref.ref(optimizer)
         if optimizer is not self.first():
             return
         self.count += 1
-        if self.count <= self.step - 2:
+        if not self.is_over:
             self.ends_s.append(time.perf_counter())
+        if self.count == 1:
+            self.know_others()
         if self.count == self.step - 2:
             gc.collect()
-            self.record = self.open.enter_context(recording())
-            self.open.enter_context(noting_in(self.names))
+            if not self.is_recording:
+                self.record = self.open.enter_context(recording())
+                self.is_recording = True
+                warnings.warn(
+                    f"the script made {_MOST_CALLS} calls before step {self.count}: of what was "
+                    "made until then, only what Python sees is counted",
+                    stacklevel=2,
+                )
+            mark("before")
         elif self.count == self.step - 1:
             mark("start")
             self.know_gradients()
@@ -165,7 +243,26 @@ class _Recorder:
             mark("end")
             self.is_over = True
             self.open.close()
+            self.ended_s = time.perf_counter()
+        elif self.count > self.step:
+            self.step_s = self.step_s or time.perf_counter() - self.ended_s
             raise _Done
+
+    def know_others(self) -> None:
+        """Modules that are trained and were never called, but by ``forward``."""
+        objects = gc.get_objects()
+        modules = [one for one in objects if issubclass(type(one), nn.Module)]
+        inside = {child for one in modules for child in one.children()}
+        trained = {
+            id(parameter)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for root in modules:
+            is_new = root not in inside and root not in self.known.fqns
+            if is_new and any(id(parameter) in trained for parameter in root.parameters()):
+                self.known.learn(root)
 
     def know_gradients(self) -> None:
         self.marks += 1
@@ -173,16 +270,16 @@ class _Recorder:
         mark(text)
         names = {
             address: f"{prefix}.{name}" if prefix else name
-            for root, prefix in self.roots.items()
+            for root, prefix in self.known.roots.items()
             for address, name in gradients_at(root, address_of).items()
         }
         self.named.append(Named(text, Role.GRADIENT.value, names))
 
-    def held(self) -> tuple[Resident, ...]:
-        """Storages that were there before the record."""
+    def held(self) -> dict[int, Resident]:
+        """Storages that Python sees, by address."""
         named = [
             (Role.PARAMETER if is_parameter else Role.BUFFER, name, tensor)
-            for root, prefix in self.roots.items()
+            for root, prefix in self.known.roots.items()
             for is_parameter, tensors in (
                 (True, root.named_parameters(prefix=prefix)),
                 (False, root.named_buffers(prefix=prefix)),
@@ -194,26 +291,27 @@ class _Recorder:
             for group in optimizer.param_groups:
                 named += [(Role.PARAMETER, "", parameter) for parameter in group["params"]]
             for parameter, state in optimizer.state.items():
-                name = names.get(id(parameter), "")
-                own = tensors_in(state, but=[parameter])
-                named += [(Role.OPTIMIZER_STATE, name, tensor) for tensor in own]
+                for tensor in tensors_in(state, but=[parameter]):
+                    # LBFGS keeps what is for all at its first parameter.
+                    is_its_own = tensor.numel() <= parameter.numel()
+                    name = names.get(id(parameter), "") if is_its_own else ""
+                    named.append((Role.OPTIMIZER_STATE, name, tensor))
         objects = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
         with_data = [one for one in objects if not (is_fake(one) or one.is_meta)]
-        named += [(Role.INPUT, _HELD, tensor) for tensor in with_data]
+        named += [(Role.INPUT, HELD, tensor) for tensor in with_data]
         first: dict[int, tuple[int, Resident]] = {}
-        for role, name, tensor in named:
-            if tensor.device.type != self.device() or tensor.layout is not torch.strided:
-                continue
-            nbytes = tensor.untyped_storage().nbytes()
-            resident = Resident(name, nbytes, role.value)
-            first.setdefault(storage_key(tensor), (address_of(tensor), resident))
-        self.addresses = [address for address, _ in first.values()]
-        return tuple(resident for _, resident in first.values())
+        for role, name, whole in named:
+            for tensor in stored_in(whole):
+                if tensor.device.type == self.device():
+                    nbytes = tensor.untyped_storage().nbytes()
+                    resident = Resident(name, nbytes, role.value)
+                    first.setdefault(storage_key(tensor), (address_of(tensor), resident))
+        return dict(first.values())
 
     def profile(self) -> ScriptProfile:
         assert self.record is not None
         found = recorded(self.record, self.device())
-        if not {"start", "end", *(one.mark for one in self.named)} <= found.marks.keys():
+        if not {"before", "start", "end", *(one.mark for one in self.named)} <= found.marks.keys():
             raise MemplanError(
                 "nothing was recorded of the step: the script runs torch's profiler itself, of "
                 "which only one can run; turn it off"
@@ -224,44 +322,13 @@ class _Recorder:
         start_ns, end_ns = found.marks["start"], found.marks["end"]
         first = sum(event.time_ns <= start_ns for event in found.events)
         last = sum(event.time_ns <= end_ns for event in found.events)
-        carried = {found.events[block.made].address for block in whole.live(first - 1)}
-        residents = tuple(
-            resident
-            for address, resident in zip(self.addresses, self.residents, strict=True)
-            if address not in carried
-        )
-        intervals = [b - a for a, b in zip(self.ends_s, self.ends_s[1:], strict=False)]
-        trace = replace(_cut(whole, first, last), residents=residents)
-        return ScriptProfile(trace, median(intervals) if intervals else 0.0, self.step)
+        before = sum(event.time_ns <= found.marks["before"] for event in found.events)
+        addresses = [event.address for event in found.events]
+        whole, residents = settled(whole, self.residents, addresses, (before, first, last))
+        recorded_s = [b - a for a, b in zip(self.ends_s, self.ends_s[1:], strict=False)]
+        trace = replace(cut(whole, first, last), residents=residents)
+        return ScriptProfile(trace, self.step_s or median(recorded_s), self.step)
 
     def device(self) -> str:
-        tensors = [p for root in self.roots for p in root.parameters()]
+        tensors = [p for root in self.known.roots for p in root.parameters()]
         return next((tensor.device.type for tensor in tensors), "cpu")
-
-
-def _cut(trace: MemoryTrace, first: int, last: int) -> MemoryTrace:
-    """The events from ``first`` to before ``last``, after one for what is there already."""
-
-    def moved(block: Block) -> Block:
-        freed = block.freed
-        return replace(
-            block,
-            made=max(0, block.made - first + 1),
-            freed=None if freed is None or freed >= last else freed - first + 1,
-        )
-
-    blocks = [
-        moved(block)
-        for block in trace.blocks
-        if block.made < last and (block.freed is None or block.freed >= first)
-    ]
-    every = [span.phase for span in trace.spans for _ in range(span.first, span.end)]
-    phases = every[first:last]
-    times = trace.times_s[first:last]
-    start_s = times[0] if times else 0.0
-    return replace(
-        trace,
-        blocks=tuple(blocks),
-        times_s=(0.0, *(when - start_s for when in times)),
-        spans=spans_of([phases[0] if phases else "", *phases]),
-    )

@@ -27,6 +27,7 @@ from memplan.torch_internals import (
     recorded,
     recording,
     storage_key,
+    stored_in,
 )
 from memplan.trace import MemoryTrace, Resident
 from memplan.update import state_tensors, tensors_in
@@ -90,24 +91,33 @@ def noting(
         else:
             open_notes.pop().__exit__(None, None, None)
 
-    with running(module, changed) as names, noting_in(names, note):
+    with (
+        running(module, changed) as names,
+        noting_in(lambda: names[-1] if names else "", note),
+    ):
         yield
 
 
 def noting_in(
-    names: Sequence[str], note: Callable[[str], AbstractContextManager[object]] = note
+    running: Callable[[], str],
+    note: Callable[[str], AbstractContextManager[object]] = note,
+    is_on: Callable[[], bool] = lambda: True,
 ) -> AbstractContextManager[object]:
-    """The same, for modules that run by these names, the innermost last."""
-    return _Notes(names, note)
+    """The same, while ``is_on``; the innermost module goes by the name that is returned."""
+    return _Notes(running, note, is_on)
 
 
 class _Notes(TorchFunctionMode):
     def __init__(
-        self, names: Sequence[str], note: Callable[[str], AbstractContextManager[object]]
+        self,
+        running: Callable[[], str],
+        note: Callable[[str], AbstractContextManager[object]],
+        is_on: Callable[[], bool],
     ) -> None:
         super().__init__()
-        self.names = names
+        self.running = running
         self.note = note
+        self.is_on = is_on
 
     def __torch_function__(
         self,
@@ -117,9 +127,11 @@ class _Notes(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         del types
+        if torch.compiler.is_compiling() or not self.is_on():
+            return func(*args, **(kwargs or {}))
         place = users_line()
         origin = Origin(
-            module=self.names[-1] if self.names else "",
+            module=self.running(),
             source="" if place is None else f"{place[0]}:{place[1]}",
             function=getattr(func, "__name__", ""),
         )
@@ -162,9 +174,10 @@ def _named_state(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, tor
 def gradients_at(module: nn.Module, address: Callable[[torch.Tensor], int]) -> dict[int, str]:
     """Address of each parameter's gradient to the parameter's name."""
     return {
-        address(parameter.grad): name
+        address(stored): name
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
+        for stored in stored_in(parameter.grad)
     }
 
 

@@ -24,8 +24,10 @@ PLANNED = "planned, measured"
 Document = dict[str, object]
 
 
-def profile_document(trace: MemoryTrace, seconds: Mapping[str, float]) -> Document:
-    """A measured step."""
+def profile_document(
+    trace: MemoryTrace, seconds: Mapping[str, float], growth_bytes: int | None = None
+) -> Document:
+    """A measured step; of a script, how much more is there after it than before."""
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "profile",
@@ -33,6 +35,7 @@ def profile_document(trace: MemoryTrace, seconds: Mapping[str, float]) -> Docume
         "device": trace.device,
         "torch": torch.__version__,
         "step_s": sum(seconds.values()),
+        "growth_bytes": growth_bytes,
         "phases": [
             {"name": name, "peak_bytes": nbytes, "seconds": seconds.get(name)}
             for name, nbytes in trace.phase_peaks().items()

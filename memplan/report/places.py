@@ -67,11 +67,16 @@ def by_module(trace: MemoryTrace, event: int) -> Mapping[str, Mapping[str, int]]
 
 
 def by_line(trace: MemoryTrace, event: int) -> list[Group]:
-    """The blocks that are alive, together where alike, the largest first."""
+    """Blocks that are alive, and residents made at a known line; alike together, largest first."""
     alike: defaultdict[tuple[str, str, str, str], list[tuple[int, str]]] = defaultdict(list)
     for block in trace.live(event):
         key = (block.category, block.op, merged(block.module), block.source)
         alike[key].append((block.nbytes, block.module))
+    for resident in trace.residents:
+        if resident.source or resident.op:
+            module = resident.name.rpartition(".")[0]
+            key = (resident.category, resident.op, merged(module), resident.source)
+            alike[key].append((resident.nbytes, module))
     groups = [
         Group(
             nbytes=sum(nbytes for nbytes, _ in blocks),

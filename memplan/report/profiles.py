@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from memplan.program import Role
@@ -22,9 +23,18 @@ _COLUMNS = {
 }
 
 
-def profile_sheets(trace: MemoryTrace, seconds: Mapping[str, float]) -> list[Sheet]:
-    """What is there at the peak, by category, by module and by line; peak and time by phase."""
-    return [categories_sheet(trace, seconds), modules_sheet(trace), lines_sheet(trace)]
+def profile_sheets(
+    trace: MemoryTrace, seconds: Mapping[str, float], growth_bytes: int | None = None
+) -> list[Sheet]:
+    """What is there at the peak, by category, by module and by line; peak and time by phase.
+
+    Of a script's step also by how many bytes it grows, if it does.
+    """
+    totals = categories_sheet(trace, seconds)
+    if growth_bytes and growth_bytes > 0:
+        grows = f" It leaves {format_bytes(growth_bytes)} more than there was before it."
+        totals = replace(totals, footer=totals.footer + grows)
+    return [totals, modules_sheet(trace), lines_sheet(trace)]
 
 
 def peak_line(trace: MemoryTrace) -> str:

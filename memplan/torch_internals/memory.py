@@ -85,7 +85,22 @@ def inner_tensors(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
     if not is_traceable_wrapper_subclass(tensor):
         return (tensor,)
     names, _ = tensor.__tensor_flatten__()
-    return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
+    parts = [getattr(tensor, name) for name in names]
+    tensors = [part for part in parts if isinstance(part, torch.Tensor)]  # DTensor names its mesh
+    return [inner for part in tensors for inner in inner_tensors(part)]
+
+
+def stored_in(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The tensors that have storages of a tensor: its own, or of its parts (torch 2.13-2.15)."""
+    for inner in inner_tensors(tensor):
+        if inner.layout is torch.strided:
+            yield inner
+        elif inner.layout is torch.sparse_coo:
+            yield from (inner._indices(), inner._values())
+        elif inner.layout in (torch.sparse_csr, torch.sparse_bsr):
+            yield from (inner.crow_indices(), inner.col_indices(), inner.values())
+        elif inner.layout in (torch.sparse_csc, torch.sparse_bsc):
+            yield from (inner.ccol_indices(), inner.row_indices(), inner.values())
 
 
 def requested_bytes(device: torch.device) -> int:

@@ -166,7 +166,7 @@ def test_the_totals_of_a_solution_are_those_of_its_planned_step(documents):
 
 
 OPTIONAL = {"techniques"}
-NULLABLE = {"reserved_bytes", "budget_bytes", "max_gradient_error"}
+NULLABLE = {"reserved_bytes", "budget_bytes", "max_gradient_error", "growth_bytes"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,0 +1,85 @@
+"""A step of a script, cut out of all that was recorded of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from memplan.trace import SAVED, UNEXPLAINED, Block, MemoryTrace, Resident, spans_of
+
+HELD = "held by the script"
+"""The name of tensors that are no module's and no optimizer's."""
+
+
+def settled(
+    trace: MemoryTrace,
+    seen: Mapping[int, Resident],
+    addresses: Sequence[int],
+    marks: tuple[int, int, int],
+) -> tuple[MemoryTrace, tuple[Resident, ...]]:
+    """A trace with what was there long before its step as that, and as residents what stays.
+
+    Args:
+        trace: all that was recorded.
+        seen: storages that Python saw when the step began, by address.
+        addresses: of each event.
+        marks: events at which the step before began, the step itself began, and it ended.
+    """
+    before, first, last = marks
+    blocks: list[Block] = []
+    residents: list[Resident] = []
+    known: set[int] = set()
+    for block in trace.blocks:
+        is_there = block.made < first and (block.freed is None or block.freed >= first)
+        known |= {addresses[block.made]} if is_there else set()
+        if not is_there or block.made >= before:
+            blocks.append(block)
+            continue
+        resident = _resident(block, seen.get(addresses[block.made]))
+        if block.freed is None or block.freed >= last:
+            residents.append(resident)
+        else:
+            blocks.append(replace(block, category=resident.category, name=resident.name))
+    # What is not from torch's allocator is numpy's memory, or another process's.
+    residents += [one for address, one in seen.items() if address not in known]
+    return replace(trace, blocks=tuple(blocks)), tuple(residents)
+
+
+def _resident(block: Block, seen: Resident | None) -> Resident:
+    """What a block is that was there before: what Python sees, or what autograd holds.
+
+    Or what nothing is known of but where it was made.
+    """
+    if seen is None or (seen.name == HELD and block.module):
+        name = f"{block.module}." if block.module else ""
+        category = SAVED if block.module else UNEXPLAINED
+        return Resident(name, block.nbytes, category, block.op, block.source)
+    return replace(seen, op=block.op, source=block.source)
+
+
+def cut(trace: MemoryTrace, first: int, last: int) -> MemoryTrace:
+    """The events from ``first`` to before ``last``, after one for what is there already."""
+
+    def moved(block: Block) -> Block:
+        freed = block.freed
+        return replace(
+            block,
+            made=max(0, block.made - first + 1),
+            freed=None if freed is None or freed >= last else freed - first + 1,
+        )
+
+    blocks = [
+        moved(block)
+        for block in trace.blocks
+        if block.made < last and (block.freed is None or block.freed >= first)
+    ]
+    every = [span.phase for span in trace.spans for _ in range(span.first, span.end)]
+    phases = every[first:last]
+    times = trace.times_s[first:last]
+    start_s = times[0] if times else 0.0
+    return replace(
+        trace,
+        blocks=tuple(blocks),
+        times_s=(0.0, *(when - start_s for when in times)),
+        spans=spans_of([phases[0] if phases else "", *phases]),
+    )
