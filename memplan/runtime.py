@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,8 @@ class PlannedStep:
         in_backward: what updates parameters in the backward, or None.
         guard: what measures how far copies drift, where any come back by rounding.
         is_settled: whether that was done, and found to be within the tolerance.
-        is_compared: whether a first call was compared with the untouched forward, or need not be.
+        compares: what its next call is to compare with the untouched module's: "forward", "step",
+            or "none" where that was done, or need not be.
     """
 
     captured: Captured
@@ -62,7 +63,7 @@ class PlannedStep:
     in_backward: InBackward | None = None
     guard: Guard | None = None
     is_settled: bool = False
-    is_compared: bool = True
+    compares: str = "none"
 
     @cached_property
     def room_bytes(self) -> int:
@@ -87,8 +88,8 @@ class PlannedStep:
         """Whether what the captured forward found in Python, and branched on, is the same here."""
         captured = self.captured
         return all(attribute.holds() for attribute in captured.attributes) and (
-            not captured.guards
-            or all(guard.holds(sample.tensors(), state.buffers) for guard in captured.guards)
+            not captured.decisions
+            or all(one.holds(sample.tensors(), state.buffers) for one in captured.decisions)
         )
 
     @cached_property
@@ -118,6 +119,8 @@ class PlannedStep:
         differentiable = [primals[position] for position in self.emitted.differentiable]
         # Processes that exchange gradients wait for those of all parameters.
         unused = self._unused(state) if exchanges_gradients() else []
+        # Outputs that autograd's graph leads to have a node, also where every gradient is None.
+        unused += [] if differentiable else self._led_from(primals)
         results = _PlannedFunction.apply(self, primals, pending, *differentiable, *unused)  # type: ignore[no-untyped-call]
         outputs = [
             results[slot] if slot >= 0 else primals[~slot] for slot in self.emitted.output_slots
@@ -133,6 +136,15 @@ class PlannedStep:
         """Trained parameters that have no part in this call."""
         unused = (state.parameters[name] for name in sorted(state.choice.unused))
         return [parameter for parameter in unused if parameter.requires_grad]
+
+    def _led_from(self, primals: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The primals that autograd's graph of an output leads to."""
+        reached = {key for keys in self.captured.output.leads_to.values() for key in keys}
+        return [
+            tensor
+            for primal, tensor in zip(self.given_primals, primals, strict=True)
+            if (primal.index if primal.kind == "input" else primal.name) in reached
+        ]
 
     @property
     def given_primals(self) -> tuple[Primal, ...]:
@@ -260,6 +272,11 @@ class PlannedStep:
             )
         is_loss = self.captured.output.is_loss
         self.in_backward.start(parameters, tangents if is_loss else ())
+
+
+def noted(step: PlannedStep, note: str) -> PlannedStep:
+    """A step whose plan says more."""
+    return replace(step, plan=replace(step.plan, notes=(*step.plan.notes, note)))
 
 
 def check_emitted(step: PlannedStep) -> None:

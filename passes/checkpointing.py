@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _NAME = "checkpoint_activations"
 _BATCH_NORM = "aten._native_batch_norm_legit_functional.default"
+_TRAINING = 5
+"""Which argument of it says that it takes the batch's statistics."""
 
 
 def checkpoint_activations() -> Pass:
@@ -47,7 +49,7 @@ def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery,
     for op in program.ops:
         if op.phase is not Phase.FORWARD or not op.results or op.mutates:
             continue
-        if op.target == _BATCH_NORM:
+        if op.target == _BATCH_NORM and captured.calls[op.id].args[_TRAINING]:
             offered.append(_batch_norm(captured, op, next(op_ids)))
             continue
         if overwritten.intersection(op.operands):

@@ -4,11 +4,12 @@ from memplan.capture.as_on_cuda import CudaDropout, as_on_cuda
 from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.call import OpCall, call_of, made_up_kept, reads_kept, source_of_call
 from memplan.capture.captured import Captured, Primal, tensors_of
+from memplan.capture.decisions import Decision, Replay
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.fuse import fuse, needs_one, orders
 from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.layout import other_layouts
-from memplan.capture.origins import running, running_anywhere, users_line, users_place
+from memplan.capture.origins import Known, running, running_anywhere, users_line, users_place
 from memplan.capture.python_state import attributes_of
 from memplan.capture.reader import read
 from memplan.capture.rehearsal import run_without_data
@@ -20,11 +21,14 @@ __all__ = [
     "ONE_AT_A_TIME",
     "Captured",
     "CudaDropout",
+    "Decision",
     "Differentiable",
+    "Known",
     "Layouts",
     "OpCall",
     "OutputLeaf",
     "Primal",
+    "Replay",
     "Traced",
     "as_on_cuda",
     "attributes_of",

@@ -52,7 +52,7 @@ class Captured:
         gradients: (position of the primal, node of its gradient), or, for a primal that holds a
             gradient already, the node that adds the new one into it.
         tangents: (position of the output, placeholder of its incoming gradient).
-        guards: values that follow from the inputs; the step is for inputs where they hold.
+        decisions: values that the forward asked for; the step is for inputs where they hold.
         attributes: what the forward reads of what Python holds; the step is for where they hold.
         differences: where the step may differ from the untouched module's.
         needs_one: of a fused step: why the gradient that arrives at the loss must be one; or "".
@@ -69,7 +69,7 @@ class Captured:
     output: Output
     gradients: tuple[tuple[int, fx.Node], ...]
     tangents: tuple[tuple[int, fx.Node], ...]
-    guards: tuple[Decision, ...]
+    decisions: tuple[Decision, ...]
     attributes: tuple[Attribute, ...]
     differences: tuple[Difference, ...]
     needs_one: str = ""

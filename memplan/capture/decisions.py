@@ -72,7 +72,7 @@ class Decision:
     Attributes:
         question: how it is computed.
         answer: what it was.
-        is_guard: whether it depends on inputs or buffers.
+        is_guard: whether it depends on inputs or buffers; else it is what it is.
     """
 
     question: Computed
@@ -81,6 +81,8 @@ class Decision:
 
     def holds(self, inputs: Sequence[torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> bool:
         """Whether these inputs and buffers give the same answer."""
+        if not self.is_guard:
+            return True
         found = _Evaluation(inputs, buffers)(self.question)
         # As text, so that 0.0 is not -0.0, and NaN is NaN.
         return type(found) is type(self.answer) and repr(found) == repr(self.answer)
@@ -95,11 +97,6 @@ def decide(
 
     Raises whatever torch does where a value depends on more than inputs and constants.
     """
-    if len({storage_key(tensor) for tensor in inputs}) < len(inputs):
-        raise CaptureError(
-            "the forward branches on values of tensors, and two of the inputs share memory; pass "
-            "copies"
-        )
     owners = Counter(
         storage_key(tensor) for tensor in (*inputs, *flat.parameters(), *flat.buffers())
     )
@@ -115,6 +112,13 @@ def decide(
                 known.learn(state[name], Given(names[id(buffer)]))
         with recorder:
             torch.func.functional_call(flat, state, tuple(copies), tie_weights=False)
+    shared = Counter(map(storage_key, inputs))
+    pairs = zip(inputs, copies, strict=True)
+    if any(shared[storage_key(i)] > 1 and storage_key(copy) in known.written for i, copy in pairs):
+        raise CaptureError(
+            "the forward branches on values of tensors, and writes an input that shares memory "
+            "with another; pass copies"
+        )
     _check_steady(recorder, {names[id(b)]: state[name] for name, b in flat.named_buffers()})
     return tuple(recorder.decisions)
 
@@ -317,9 +321,10 @@ class _Known(DispatchMode):
             target = partial(_on_a_copy, func) if func._schema.is_mutable else func
             expression = self.expression(target, args, kwargs)
         if func._schema.is_mutable:
-            _map(self.forget, (args, dict(kwargs)))
             if not writes_its_first_alone(func):
+                _map(self.forget, (args, dict(kwargs)))
                 return result
+            self.forget(args[0])
         if expression is not None and isinstance(result, torch.Tensor):
             self.learn(result, expression)
         elif expression is not None and isinstance(result, tuple | list):

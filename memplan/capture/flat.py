@@ -15,6 +15,7 @@ from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.casts import CastOnce
 from memplan.capture.decisions import Decision, Replay
 from memplan.capture.draws import DrawsInPlace
+from memplan.capture.losses import LossesAsEager
 from memplan.capture.python_state import Reads, noting, with_attributes_of
 from memplan.capture.refusals import refused_seeds
 from memplan.errors import CaptureError
@@ -120,6 +121,7 @@ class Flat(nn.Module):
             replay,
             AssignedData(self.named_buffers()),
             DrawsInPlace(),
+            LossesAsEager(),
             noting(self.reads),
         ):
             outputs, spec = flatten(self.wrapped(*args, **kwargs))

@@ -37,12 +37,12 @@ from memplan.torch_internals import (
     copy_joint,
     is_backward,
     questions_about_tracing,
+    shapes_as_eager,
     storage_key,
     trace_joint,
-    with_shapes_of_ctc_loss,
     without_autocast,
     without_checkpointing,
-    without_checks_of_distributions,
+    without_checks_of_values,
     without_idle_moves,
     without_log_of_failures,
 )
@@ -70,7 +70,7 @@ class Traced:
     Attributes:
         joint: forward and backward in one graph.
         output: what the module returns.
-        guards: values that follow from the inputs, and that the trace holds for alone.
+        decisions: values that the forward asked for, which the trace holds for alone.
         attributes: what Python held, and the trace holds for alone.
         differences: where the step may differ from the untouched module's.
         module_name: the class of the module, for messages.
@@ -81,7 +81,7 @@ class Traced:
 
     joint: Joint
     output: Output
-    guards: tuple[Decision, ...]
+    decisions: tuple[Decision, ...]
     attributes: tuple[Attribute, ...]
     differences: tuple[Difference, ...]
     module_name: str
@@ -123,9 +123,9 @@ def trace(
         as_on_cuda(given) if is_for_cuda else contextlib.nullcontext(),
         by_compiled_kernels(),
         asking_for_lists(),
-        with_shapes_of_ctc_loss(),
+        shapes_as_eager(),
         without_checkpointing(module),
-        without_checks_of_distributions() as has_left_out_checks,
+        without_checks_of_values() as has_left_out_checks,
         without_flat_weights(),
         without_idle_moves(),
         without_log_of_failures(),
@@ -145,7 +145,7 @@ def trace(
     return Traced(
         joint=own_gradients(accumulate(_copy_back(_forget_running_statistics(joint)), module)),
         output=flat.seen,
-        guards=tuple(decision for decision in flat.decisions or () if decision.is_guard),
+        decisions=tuple(flat.decisions or ()),
         attributes=flat.reads.attributes(flat.changed),
         differences=_differences(
             joint, recurrent.seen, flat.changed, asked, lacks_checks=has_left_out_checks()
@@ -241,7 +241,10 @@ def _differences(
         )
         found.append(Difference(True, reason))
     if lacks_checks:
-        reason = "torch.distributions does not check the values of its arguments in a planned step"
+        reason = (
+            "torch.distributions and gaussian_nll_loss do not check the values of their arguments "
+            "in a planned step"
+        )
         found.append(Difference(False, reason))
     if changed:
         reason = (

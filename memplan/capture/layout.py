@@ -17,6 +17,7 @@ from memplan.capture.describe import signature, source_of, target_name
 from memplan.capture.relaid import TRACED_AS, Layouts, dtype_of
 from memplan.errors import CaptureError
 from memplan.program import Costs, Layout
+from memplan.torch_internals import memory_format_of
 
 
 def other_layouts(
@@ -57,4 +58,8 @@ def _differ(recorded: torch.Tensor, seen: Layout | None) -> bool:
     if recorded.dtype != dtype_of(seen) or recorded.device != torch.device(seen.device):
         return True
     pairs = zip(recorded.shape, recorded.stride(), seen.strides, strict=True)
-    return recorded.numel() > 0 and any(size > 1 and mine != other for size, mine, other in pairs)
+    if recorded.numel() > 0 and any(size > 1 and mine != other for size, mine, other in pairs):
+        return True
+    # Where a size is 1, strides say nothing of places, but torch goes by them all the same.
+    like = torch.empty_strided(recorded.shape, seen.strides, device="meta")
+    return memory_format_of(like) != memory_format_of(recorded)

@@ -99,7 +99,7 @@ class _Reader:
             output=self.traced.output,
             gradients=gradients,
             tangents=tangents,
-            guards=self.traced.guards,
+            decisions=self.traced.decisions,
             attributes=self.traced.attributes,
             differences=self.traced.differences,
             needs_one=self.traced.needs_one,

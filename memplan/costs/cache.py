@@ -17,7 +17,7 @@ import torch
 
 from memplan.program import Layout, OpCost
 
-_SCHEMA = 7
+_SCHEMA = 8
 _LOG = logging.getLogger("memplan")
 
 

@@ -13,7 +13,7 @@ import torch
 from memplan.capture import unchanged_randomness
 from memplan.costs.cache import CostCache
 from memplan.costs.meters import metering
-from memplan.costs.operands import filled, make_valid
+from memplan.costs.operands import filled, make_valid, other_cases
 from memplan.errors import MemplanError
 from memplan.program import OpCost
 from memplan.torch_internals import (
@@ -90,6 +90,9 @@ def _measure(calls: Mapping[str, KernelCall], device: torch.device) -> dict[str,
                     call.target(*args, **kwargs)
                     with meter.during(numbers[name]):
                         result = call.target(*args, **kwargs)
+                        for _ in other_cases(call.target, args, kwargs):
+                            del result
+                            result = call.target(*args, **kwargs)
             except torch.OutOfMemoryError as error:
                 raise MemplanError(
                     f"there is not enough memory to measure {call.target} alone; use analytic costs"

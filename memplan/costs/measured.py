@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from memplan.capture import (
 )
 from memplan.costs.cache import CostCache
 from memplan.costs.meters import call_seconds, metering
-from memplan.costs.operands import made_up_like, make_valid
+from memplan.costs.operands import made_up_like, make_valid, other_cases
 from memplan.program import Costs, Layout, Op, OpCost
 from memplan.torch_internals import storage_key, without_autocast
 
@@ -64,12 +64,15 @@ def _measure(
     with unchanged_randomness(), torch.no_grad(), without_autocast(), metering(device) as meter:
         for number, (signature, op) in enumerate(distinct.items()):
             _LOG.debug("measuring op %d of %d", number + 1, len(distinct))
-            run, operands = _runnable(captured, op)
+            run, operands, cases = _runnable(captured, op)
             if refusal := _refusal(captured, run, op, elsewhere):
                 refused[signature] = OpCost(0.0, refusal=refusal)
                 continue
             with meter.during(str(number)):
                 result = run()
+                for _ in cases:
+                    del result
+                    result = run()
             tensors = _in_recorded_places(captured, op, result)
             result_bytes[signature] = _storage_bytes(tensors, operands, device)
             result_layouts[signature] = tuple(map(_layout, tensors))
@@ -184,8 +187,10 @@ def _storage_bytes(
     return tuple(nbytes.values())
 
 
-def _runnable(captured: Captured, op: Op) -> tuple[Callable[[], object], Iterable[object]]:
-    """The op on made-up operands of the recorded layout; the operands."""
+def _runnable(
+    captured: Captured, op: Op
+) -> tuple[Callable[[], object], Iterable[object], Iterator[None]]:
+    """The op on made-up operands of the recorded layout; the operands, and their other cases."""
     call = call_of(captured, op, made_up_kept(captured, op))
     made: dict[fx.Node, Any] = {}
 
@@ -196,4 +201,5 @@ def _runnable(captured: Captured, op: Op) -> tuple[Callable[[], object], Iterabl
 
     args, kwargs = fx.map_arg(call.args, operand), fx.map_arg(call.kwargs, operand)
     make_valid(call.target, args, kwargs)
-    return lambda: call.target(*args, **kwargs), made.values()
+    cases = other_cases(call.target, args, kwargs)
+    return lambda: call.target(*args, **kwargs), made.values(), cases

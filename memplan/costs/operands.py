@@ -7,7 +7,7 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,13 @@ def make_valid(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     write = _VALID.get(target)
     if write is not None:
         write(args, kwargs)
+
+
+def other_cases(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Write further contents, one after the other, of which each may be what takes the most."""
+    for write in _OTHERS.get(target, ()):
+        write(args, kwargs)
+        yield
 
 
 def _pivots(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -80,15 +87,43 @@ def _no_empty_bags(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         args[3].resize_(0)
 
 
+def _all_but_one(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """A mask that leaves something out: what it picks is then made longer, and copied for it."""
+    del kwargs
+    mask = args[1]
+    if mask.numel() > 1:
+        mask[(-1,) * mask.dim()] = False
+
+
+def _positive_definite(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Identities."""
+    del kwargs
+    args[0].zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
+
+
+def _lengths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """One segment has all."""
+    lengths = kwargs.get("lengths")
+    if lengths is not None and lengths.numel():
+        lengths.zero_()[..., 0] = args[0].shape[kwargs.get("axis", 0)]
+
+
 _SUM = 0
 """The mode of bags that sums."""
 
 _VALID: Mapping[object, Callable[[Sequence[Any], Mapping[str, Any]], None]] = {
+    _aten.cholesky.default: _positive_definite,
+    _aten.linalg_cholesky_ex.default: _positive_definite,
     _aten.linalg_lu_solve.default: _pivots,
     _aten.lu_unpack.default: _pivots,
     _aten.repeat_interleave.Tensor: _repeats,
+    _aten.segment_reduce.default: _lengths,
     _aten.nonzero_static.default: _places,
     _aten._embedding_bag.default: _bags,
     _aten._embedding_bag_forward_only.default: _bags,
     _aten._embedding_bag_backward.default: _no_empty_bags,
+}
+
+_OTHERS: Mapping[object, Sequence[Callable[[Sequence[Any], Mapping[str, Any]], None]]] = {
+    _aten.masked_scatter_backward.default: (_all_but_one,),
 }

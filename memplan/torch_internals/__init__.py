@@ -76,6 +76,7 @@ from memplan.torch_internals.memory import (
     inner_tensors,
     peak_requested_bytes,
     requested_bytes,
+    stored_in,
     without_data,
 )
 from memplan.torch_internals.optimizers import attributes_without_hooks, defined_step
@@ -99,6 +100,7 @@ from memplan.torch_internals.state import (
     hooks_of,
     is_compiled,
     is_under_autocast,
+    memory_format_of,
     negated_view,
     storage_key,
     version_of,
@@ -109,8 +111,8 @@ from memplan.torch_internals.state import (
 from memplan.torch_internals.trees import TreeSpec, flatten, leaves_of, map_leaves, unflatten
 from memplan.torch_internals.values import (
     asking_for_lists,
-    with_shapes_of_ctc_loss,
-    without_checks_of_distributions,
+    shapes_as_eager,
+    without_checks_of_values,
 )
 
 __all__ = [
@@ -171,6 +173,7 @@ __all__ = [
     "making_no_data",
     "map_leaves",
     "mark",
+    "memory_format_of",
     "negated_view",
     "note",
     "order_of_making",
@@ -185,10 +188,12 @@ __all__ = [
     "requested_bytes",
     "seeming_real",
     "set_origin",
+    "shapes_as_eager",
     "span_peaks",
     "spans",
     "stand_ins_without_data",
     "storage_key",
+    "stored_in",
     "trace_joint",
     "unflatten",
     "version_of",
@@ -197,10 +202,9 @@ __all__ = [
     "with_collation",
     "with_indices",
     "with_kernels",
-    "with_shapes_of_ctc_loss",
     "without_autocast",
     "without_checkpointing",
-    "without_checks_of_distributions",
+    "without_checks_of_values",
     "without_data",
     "without_idle_moves",
     "without_log_of_failures",

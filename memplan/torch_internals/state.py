@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import torch
 from torch import nn
+from torch._prims_common import suggest_memory_format
 
 TESTED_TORCH = ("2.13", "2.14", "2.15")
 """Releases that memplan's tests ran on."""
@@ -41,6 +42,11 @@ def writes_its_first_alone(op: OpOverload) -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory, fake ones included (torch 2.13-2.15)."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
+    """What torch takes a tensor's format for, by its strides (torch 2.13-2.15)."""
+    return suggest_memory_format(tensor)
 
 
 def negated_view(tensor: torch.Tensor) -> torch.Tensor:

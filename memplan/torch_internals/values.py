@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
+from typing import Any, ClassVar
 
 import torch
+from torch._C import DispatchKey
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from memplan.torch_internals.state import OpOverload
 
@@ -39,18 +43,36 @@ def _shapes_of_ctc_loss(
 
 
 @contextlib.contextmanager
-def with_shapes_of_ctc_loss() -> Iterator[None]:
-    """Inside, a trace knows the results of ``ctc_loss`` with lengths as lists (2.13-2.15)."""
+def shapes_as_eager() -> Iterator[None]:
+    """Inside, what a trace predicts of some ops is what their compiled kernels give (2.13-2.15).
+
+    ``ctc_loss`` with lengths as lists has results that it knows. A view has the strides of eager's
+    also where a size is 1: by those torch decides whether a tensor counts as channels-last.
+    """
     known: dict[object, object] = fake_impls.op_implementations_dict
-    target = torch.ops.aten._ctc_loss.default
-    before = known.get(target)
-    known[target] = _shapes_of_ctc_loss
+    aten = torch.ops.aten
+    changed: dict[object, object] = {
+        aten._ctc_loss.default: _shapes_of_ctc_loss,
+        aten.view.default: None,
+        aten._unsafe_view.default: None,
+    }
+    before = {target: known.pop(target, None) for target in changed}
+    known.update({target: one for target, one in changed.items() if one is not None})
+    views: list[Any] = [aten.view.default, aten._unsafe_view.default]
+    kernels = [view.py_kernels.pop(DispatchKey.Meta, None) for view in views]
+    for view in views:
+        view._dispatch_cache.clear()
     try:
         yield
     finally:
-        known.pop(target)
-        if before is not None:
-            known[target] = before
+        for view, kernel in zip(views, kernels, strict=True):
+            if kernel is not None:
+                view.py_kernels[DispatchKey.Meta] = kernel
+            view._dispatch_cache.clear()
+        for target, one in before.items():
+            known.pop(target, None)
+            if one is not None:
+                known[target] = one
 
 
 class _NoChecks:
@@ -64,17 +86,59 @@ class _NoChecks:
         return False
 
 
-@contextlib.contextmanager
-def without_checks_of_distributions() -> Iterator[Callable[[], bool]]:
-    """Inside, torch.distributions does not check values by default; parameters have none.
+class _Unchecking:
+    """The module torch, in which no entry of any tensor is True."""
 
-    Yields what tells whether it would have (torch 2.13-2.15).
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def any(self, tensor: torch.Tensor) -> bool:
+        del tensor
+        return False
+
+
+def _unchecked(function: Any) -> Any:
+    """A loss of torch's that does not ask whether any entry is negative."""
+    own = {**function.__globals__, "torch": _Unchecking()}
+    code = FunctionType(function.__code__, own, function.__name__, function.__defaults__)
+    own[function.__name__] = code  # what hands it to the next mode
+    return code
+
+
+class _LossesWithoutChecks(TorchFunctionMode):
+    """Inside, torch's losses do not check values."""
+
+    _UNCHECKED: ClassVar = {one: _unchecked(one) for one in (functional.gaussian_nll_loss,)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.was_asked = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        unchecked = self._UNCHECKED.get(func)
+        self.was_asked = self.was_asked or unchecked is not None
+        return (unchecked or func)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_checks_of_values() -> Iterator[Callable[[], bool]]:
+    """Inside, torch.distributions and torch's losses do not check values; parameters have none.
+
+    Yields what tells whether they would have (torch 2.13-2.15).
     """
     kind: Any = torch.distributions.Distribution
     original = vars(kind)["_validate_args"]
     checks = _NoChecks()
     kind._validate_args = checks if original else original
     try:
-        yield lambda: checks.was_asked
+        with _LossesWithoutChecks() as losses:
+            yield lambda: checks.was_asked or losses.was_asked
     finally:
         kind._validate_args = original

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import memplan
 from memplan.torch_internals import TRACED_IN_PYTHON, python_kernels
 
+from support.databases import freeze_rng_state
 from support.modules import Model, assert_eager_bits
 
 COMPILED = {
@@ -90,6 +91,7 @@ def test_resizing_by_the_kernels_that_eager_runs(name):
 
 
 LABELS = torch.arange(7) % 6
+CLASSES = torch.linspace(0.3, 1.7, 6)
 LOSSES = {
     "multi_margin": lambda m, a, b: nn.functional.multi_margin_loss(a, LABELS),
     "multilabel_margin": lambda m, a, b: nn.functional.multilabel_margin_loss(
@@ -103,10 +105,35 @@ LOSSES = {
     ),
     "padded": lambda m, a, b: nn.utils.rnn.pad_sequence([a[:3], b]).square().sum(),
     "product": lambda m, a, b: torch.matmul(a.view(7, 2, 3), b.view(7, 3, 2)).square().sum(),
+    "smoothed labels": lambda m, a, b: nn.functional.cross_entropy(
+        a * b, LABELS, CLASSES, label_smoothing=0.1
+    ),
+    "smoothed labels, some ignored": lambda m, a, b: nn.functional.cross_entropy(
+        a * b, LABELS, b[0].detach().sigmoid(), ignore_index=1, label_smoothing=0.1
+    ),
+    "smoothed labels of images": lambda m, a, b: nn.CrossEntropyLoss(CLASSES, label_smoothing=0.1)(
+        a.expand(3, 7, 6).mT, LABELS.expand(3, 7)
+    ),
+    "smoothed labels of a linear layer": lambda m, a, b: nn.functional.linear_cross_entropy(
+        a, b[:6], LABELS, weight=CLASSES, ignore_index=1, label_smoothing=0.1
+    ),
+    "smoothed labels under autocast": lambda m, a, b: smoothed_under_autocast(a, b),
+    "quotients of complex numbers": lambda m, a, b: (
+        (torch.complex(a, b)[:5, :4] / torch.complex(b, a)[:5, :4]).abs().sum()
+    ),
+    "logarithms of complex numbers": lambda m, a, b: torch.complex(a, b)[:5, :4].log().abs().sum(),
 }
 
 
-@pytest.mark.by_default("multi_margin", "multilabel_margin", "padded")
+def smoothed_under_autocast(a, b):
+    with torch.autocast("cpu", torch.bfloat16):
+        return nn.functional.cross_entropy(a @ b.mT, LABELS, CLASSES[[0] * 7], label_smoothing=0.1)
+
+
+@pytest.mark.by_default(
+    *("multi_margin", "multilabel_margin", "padded", "smoothed labels, some ignored"),
+    *("smoothed labels of a linear layer", "quotients of complex numbers"),
+)
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_by_the_kernels_that_eager_runs(name):
     torch.manual_seed(0)
@@ -135,6 +162,7 @@ INDEPENDENT = {
     "sign": lambda m, a, b: (a.sign() * b.floor()).sum(),
     "detached": lambda m, a, b: a.sum() + b.detach().sum(),
     "unused": lambda m, a, b: a.sum(),
+    "of nothing": lambda m, a, b: torch.linalg.householder_product(a[:0, :0], b[0, :0]).sum(),
 }
 
 
@@ -261,7 +289,16 @@ def seeds_anew(m, a, b):
     return nn.functional.dropout(a + b).sum()
 
 
-@pytest.mark.parametrize("loss", [seeds_by_name, seeds_the_generator, sets_a_state, seeds_anew])
+def seeds_for_a_while(m, a, b):
+    with freeze_rng_state():
+        torch.manual_seed(3)
+        return nn.functional.dropout(a + b).sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [seeds_by_name, seeds_the_generator, sets_a_state, seeds_anew, seeds_for_a_while],
+)
 def test_seeds_under_any_name(loss):
     with pytest.raises(memplan.CaptureError, match="sets torch's random seed or state"):
         memplan.optimize(Model(loss), torch.randn(7, 5))
@@ -435,3 +472,22 @@ def test_a_kernel_whose_result_has_another_shape_than_torch_predicts_is_refused(
     )
     with pytest.raises(memplan.CaptureError, match="otherwise than torch predicts"):
         memplan.optimize(model, torch.randn(7, 5))
+
+
+class Attended(nn.Module):
+    """What attention makes of one image, as an image again, and a norm of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(5, 8), nn.GroupNorm(2, 8)
+        self.last = nn.Conv2d(8, 3, 3)
+
+    def forward(self, x):
+        y = self.layer(x).transpose(1, 2).reshape(len(x), 8, 4, 4)
+        return self.last(self.norm(y.sin()).relu()).square().sum()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_image_whose_strides_say_little(batch):
+    """Of one image alone the first stride says nothing of places, and decides on the format."""
+    assert_eager_bits(Attended(), torch.randn(batch, 16, 5))

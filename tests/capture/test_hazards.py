@@ -169,8 +169,31 @@ def test_a_branch_where_inputs_share_memory_is_refused():
         return m.l(z * 1).sum() if z.sum() > 0 else m.l(z * 1).square().sum()
 
     sample = -torch.rand(4, 8)
-    with pytest.raises(memplan.CaptureError, match="share memory"):
+    with pytest.raises(memplan.CaptureError, match="shares memory"):
         memplan.optimize(Model(forward), (sample, sample))
+
+
+def test_a_branch_where_inputs_share_memory_and_none_is_written():
+    def forward(m, x, z):
+        return m.l(z * 1).sum() if z.sum() > 0 else m.l(z * x).square().sum()
+
+    sample = -torch.rand(4, 8)
+    assert_right(Model(forward), (sample, sample), (-sample, -sample), (sample, sample[:, :]))
+
+
+def test_what_a_write_only_reads_is_still_known():
+    def forward(m, x, edges):
+        degrees = torch.zeros(4).scatter_add_(0, edges[0], torch.ones(6))
+        is_loop = edges[0] == edges[1]
+        y = m.l(x) * degrees[:, None]
+        weights = y.mean(1)[edges[0]]
+        weights[is_loop] -= 1
+        return weights.square().sum()
+
+    edges = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 2, 2, 1, 3, 1]])
+    others = (torch.randn(4, 8), edges.flip(0)), (torch.randn(4, 8), edges * 0)
+    planned = assert_right(Model(forward), (torch.randn(4, 8), edges), *others)
+    assert len(planned.plans) == 2  # for three loops, and for six
 
 
 def test_a_conjugated_view_is_not_its_base():

@@ -59,6 +59,16 @@ CASES = {
         Wide(lambda a, b: (a * torch.tensor([[0.5] * 64] * 256)).square().sum() + b.sum()),
         torch.randn(256, 64),
     ),
+    "a positive definite matrix": lambda: (
+        Wide(lambda a, b: torch.cholesky(a[:64] @ a[:64].T + b[0].exp().diag() * 100).sum()),
+        torch.randn(256, 64),
+    ),
+    "segments": lambda: (
+        Wide(
+            lambda a, b: torch.segment_reduce(a * b, "max", lengths=torch.tensor([56, 200])).sum()
+        ),
+        torch.randn(256, 64),
+    ),
     "conjugated": lambda: (Wide(conjugated), torch.randn(256, 64)),
     "einsum of conjugated": lambda: (Wide(summed), torch.randn(256, 64)),
     **{
@@ -73,7 +83,11 @@ CASES = {
 
 
 @pytest.mark.by_default(
-    "a list of places", "conjugated", "bags, sum, torch.bfloat16", "bags, max, torch.float32"
+    "a list of places",
+    "conjugated",
+    "segments",
+    "bags, sum, torch.bfloat16",
+    "bags, max, torch.float32",
 )
 @pytest.mark.parametrize("name", CASES)
 def test_the_bound_holds(name):

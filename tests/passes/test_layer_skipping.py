@@ -271,6 +271,7 @@ def test_a_fixed_number_of_blocks_each_with_its_chance(chances, groups):
     assert len(counts) <= len(groups)
 
 
+@pytest.mark.slow
 def test_unlike_blocks_need_one_program_for_each_run_of_like_ones():
     class Two(nn.Module):
         def __init__(self):
@@ -766,6 +767,7 @@ def test_gates_refuse_what_they_cannot_do():
     assert optimized(model.model, (x,), mode="gated", cost=0).plan
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_sample_is_that_of_the_first_call_beside_another_pass():
     model, batch = net_and_batch()
     passes = [

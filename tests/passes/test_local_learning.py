@@ -104,6 +104,7 @@ def test_blocks_are_undone_inside_parts():
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_autocast():
     model, batch = made("vit")
     planned = memplan.optimize(model, batch, passes=[learn_locally(4)], options=SMALLEST)
@@ -120,6 +121,7 @@ def test_under_autocast():
         assert torch.equal(one.grad, two.grad)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients():
     model, batch = made("vit")
     planned = memplan.optimize(model, batch, passes=[learn_locally(2)])

@@ -13,6 +13,7 @@ from memplan.passes import DEFAULT_PASSES, PASSES
 from memplan.rng import apply_mask
 
 from support import laws
+from support.modules import Model, assert_eager_bits, rows
 
 SMALLEST = memplan.Options(on_infeasible="smallest")
 
@@ -78,3 +79,19 @@ def test_dropout_has_eagers_bits_whatever_its_probability(p, dtype):
     model, x = Attends().to(dtype), torch.randn(2, 2, 8, 16, dtype=dtype)
     planned = memplan.optimize(model, x, budget="1 B", options=SMALLEST)
     laws.assert_same_bits(laws.step(model, x), laws.step(planned, x))
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_norm_by_batches_runs_again_by_the_statistics_that_it_had(is_training):
+    """By the op itself, since a module in evaluation asks for another."""
+
+    def loss(model, a, b):
+        norm = torch.ops.aten._native_batch_norm_legit.default
+        y = norm(a.sin(), *model.weights, model.mean, model.variance, is_training, 0.1, 1e-5)[0]
+        return (y * b).square().sum()
+
+    model = Model(loss)
+    model.weights = nn.ParameterList([torch.rand(6), torch.randn(6)])
+    for name, values in (("mean", torch.randn(6)), ("variance", torch.rand(6) + 1)):
+        model.register_buffer(name, values)
+    assert_eager_bits(model, rows())

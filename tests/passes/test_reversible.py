@@ -48,6 +48,7 @@ def test_bits_of_the_forward_are_those_without_inversion(row):
     assert all(torch.equal(buffer, mine.buffers[name]) for name, buffer in plain.buffers.items())
 
 
+@pytest.mark.slow
 def test_gradients_in_64_bits_pass_gradcheck():
     torch.manual_seed(0)
     model, (x, target) = streams(layers=6, dropout=0.5, how="chunk")

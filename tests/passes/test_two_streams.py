@@ -105,6 +105,7 @@ def test_and_can_be_undone_from_there_on(name):
     laws.assert_within_budget(planned, sample)
 
 
+@pytest.mark.slow
 def test_a_small_beta_trips_the_guard():
     model, sample = resnet()
     passes = [make_reversible(alpha=1.0, beta=0.02), invert_couplings()]
