@@ -320,6 +320,7 @@ def test_unlike_blocks_need_one_program_for_each_run_of_like_ones():
     assert len(measured) == 2
 
 
+@pytest.mark.slow
 def test_choices_go_on_from_a_state():
     planned, batch = planned_net("blocks")
     child = planned.layer_skipping

@@ -166,6 +166,7 @@ def test_evaluation_names_and_export_are_the_models():
         assert torch.equal(one, two) and one is not two
 
 
+@pytest.mark.slow
 def test_adapters_are_not_exported_without_being_merged():
     model, batch = made("vit")
     planned = memplan.optimize(model, batch, passes=[add_lora(rank=2)])

@@ -138,6 +138,7 @@ def test_the_first_training_call_measures_drift_and_leaves_nothing_behind():
     assert drift.is_within_tolerance and 0 < drift.worst < 1e-5
 
 
+@pytest.mark.slow
 def test_a_coefficient_of_a_tenth_at_12_layers_trips_the_guard():
     planned, model, sample = unsettled(0.1)
     drift = check_drift(planned, sample)
@@ -256,6 +257,7 @@ def test_a_grid_begins_where_the_streams_do():
     laws.assert_close(laws.step(model, sample), laws.step(full, sample), 1e-2)
 
 
+@pytest.mark.slow
 def test_drift_is_seen_in_64_bits_and_beside_gradients_that_are_there():
     torch.manual_seed(0)
     model, (x, target) = streams(how="scale", layers=8, coefficient=0.5)

@@ -126,6 +126,7 @@ def test_the_solver_improves_what_was_found_or_keeps_it():
     assert proven.peak_bytes <= budget
 
 
+@pytest.mark.slow
 def test_the_frontier_trades_memory_for_time():
     program = chain(32)
     costs, recoveries = unit_costs(program), recompute_all(program)
