@@ -14,6 +14,7 @@ from memplan.errors import (
     MemplanError,
     NotPlannedYet,
     PlanMismatch,
+    UnfaithfulCapture,
     UnitsError,
 )
 from memplan.module import PlannedModule
@@ -43,6 +44,7 @@ __all__ = [
     "PlannedModule",
     "Profile",
     "Sample",
+    "UnfaithfulCapture",
     "UnitsError",
     "WithLoss",
     "compare",

@@ -15,6 +15,10 @@ class CaptureError(MemplanError):
     """The model's step cannot be captured as a program."""
 
 
+class UnfaithfulCapture(CaptureError):
+    """A planned step left other results behind than the untouched module."""
+
+
 class PlanMismatch(MemplanError):
     """A plan is used for something that it was not made for."""
 

@@ -135,6 +135,13 @@ def digest(tensor: torch.Tensor) -> str:
     return found.hexdigest()
 
 
+def same_bits(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether two tensors have equal shapes, dtypes and bits, or there are none."""
+    if one is None or other is None:
+        return one is other
+    return digest(one) == digest(other)
+
+
 def kept(tensor: torch.Tensor) -> Array:
     """A copy of a tensor's bits, outside of torch's memory."""
     return _bits(tensor.detach()).copy()

@@ -14,6 +14,7 @@ from memplan.accumulation import accumulate
 from memplan.capture import Captured, call_of, reads_kept, source_of_call, update_parameter
 from memplan.program import Op, Role
 from memplan.schedule import Catalog, Free, Step
+from memplan.torch_internals import Origin
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ class Segment:
                 self.views.pop(step.value, None)
             else:
                 op = self.catalog.ops[step.op]
-                self.bind(op, self.call(op, step.over), step.binds)
+                call = self.call(op, step.over)
+                call.meta["origin"] = Origin(op.module, op.source)
+                self.bind(op, call, step.binds)
                 if step.over is not None and step.over not in step.binds:
                     self.copies.pop(step.over)
                     self.views.pop(step.over, None)

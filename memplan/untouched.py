@@ -17,7 +17,7 @@ from torch import nn
 
 from memplan.capture import (
     Decision,
-    Replay,
+    replayed,
     unchanged_attributes,
     unchanged_randomness,
     without_data_of,
@@ -162,8 +162,8 @@ def peak_bytes(call: Call, run: Run = forward_alone) -> int:
         without_checks_of_values(),
         without_data_of(call.model, call.sample) as (given, _),
         seeming_real(),
-        Replay(call.decisions),
         following,
+        replayed(call.decisions),
     ):
         output = run(call.model, given)
         found = with_kernels(

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from memplan import whole_step
 from memplan.capture import tensors_of
-from memplan.errors import CaptureError
+from memplan.errors import CaptureError, UnfaithfulCapture
 from memplan.finished import Finished
 from memplan.outcome import Outcome, digest
 from memplan.program import Phase
@@ -50,7 +50,7 @@ def first_call(step: PlannedStep, call: Call, finished: Finished) -> tuple[Plann
     """The step, compared, and what its call returns.
 
     Raises:
-        CaptureError: if anything differs by more than rounding.
+        UnfaithfulCapture: if anything differs by more than rounding.
     """
     if step.compares == "step":
         step = whole_step.compared(step, call, finished)
@@ -92,7 +92,8 @@ def after(step: PlannedStep, call: Call, expected: Outcome | str, output: list[A
         output: what the call returned, alone in a list, which is emptied where it is of no use.
 
     Raises:
-        CaptureError: if it differs by more than rounding.
+        UnfaithfulCapture: if it differs by more than rounding.
+        CaptureError: if the untouched module does not repeat itself, or keeps state that counts.
     """
     checked = replace(step, compares="none")
     if isinstance(expected, str):
@@ -102,7 +103,7 @@ def after(step: PlannedStep, call: Call, expected: Outcome | str, output: list[A
     error = found.error(expected) if what == "its output" else 0.0
     if what and not (what == "its output" and error <= expected.rounding):
         output.clear()  # there is room then, and to look for the place nothing else is needed
-        raise CaptureError(_fault(step, call, what))
+        raise _fault(step, call, what)
     if not expected.is_steady:
         raise CaptureError(
             f"what {type(call.model).__name__} returns depends on what the call before left in its "
@@ -138,16 +139,16 @@ def _rounded(step: PlannedStep, call: Call, error: float) -> PlannedStep:
     return noted(replace(step, plan=replace(step.plan, captured_effect=Effect.ROUNDING)), what)
 
 
-def _fault(step: PlannedStep, call: Call, what: str) -> str:
+def _fault(step: PlannedStep, call: Call, what: str) -> CaptureError:
     """What to say of a step whose first call was another; the forwards run once more for it."""
     name = type(call.model).__name__
     if not repeats_itself(call):
-        return (
+        return CaptureError(
             f"the untouched forward of {name} does not repeat itself, so that the planned one "
             'cannot be compared with it. Options(verify="none") runs the plan all the same.'
         )
     place = _first_difference(step, call)
-    return (
+    return UnfaithfulCapture(
         f"the planned forward of {name} is not the untouched one: {what} differs"
         f"{f', first in {place}' if place else ''}. Something is lost when it is captured; please "
         'report it. Options(verify="none") runs the plan all the same.'

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from memplan.errors import CaptureError
+from memplan.errors import UnfaithfulCapture
 from memplan.finished import Finished
 from memplan.outcome import Outcome
 from memplan.runtime import PlannedStep, noted
@@ -38,7 +38,7 @@ def compared(step: PlannedStep, call: Call, finished: Finished) -> PlannedStep:
     """The step: its gradients are the untouched module's, or it is said.
 
     Raises:
-        CaptureError: if they differ by more than rounding.
+        UnfaithfulCapture: if they differ by more than rounding.
     """
     run = partial(_run, step)
     reason = _why_not(step, call, run)
@@ -57,7 +57,7 @@ def compared(step: PlannedStep, call: Call, finished: Finished) -> PlannedStep:
     if not repeats_itself(call, run):
         return noted(step, f"{what} differs from run to run without a plan")
     if error > expected.rounding:
-        raise CaptureError(
+        raise UnfaithfulCapture(
             f"the planned step of {type(call.model).__name__} is not the untouched one: {what} "
             "differs. Something is lost when it is captured; please report it. "
             'Options(verify="none") runs the plan all the same.'

@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.nn import functional
 
 import memplan
 from memplan.capture import flat, joint, refusals
+from memplan.cli import main
 from memplan.outcome import Outcome, digest, kept, write
 from memplan.profiler import measure
 from memplan.profiler.step import run_step
@@ -100,6 +102,31 @@ MORE_THAN_ROUNDING = {
     "draws in place": "its output differs",
     "seeds": "its output differs|random state differs",
 }
+
+
+DRAWING = """
+import torch
+from torch import nn
+
+class Drawing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Linear(6, 7)
+
+    def forward(self, x):
+        return (self.inside(x).t() * torch.empty(5, 7).t().bernoulli_(0.5)).sum()
+
+def make():
+    return Drawing(), torch.randn(5, 6)
+"""
+
+
+def test_a_fault_ends_a_command_with_4(tmp_path, monkeypatch):
+    (tmp_path / "drawing.py").write_text(DRAWING)
+    monkeypatch.setattr(flat, "DrawsInPlace", nothing)
+    result = CliRunner().invoke(main, ["compare", f"{tmp_path / 'drawing.py'}:make"])
+    assert result.exit_code == 4, result.output
+    assert "is not the untouched one" in result.stderr
 
 
 @pytest.mark.parametrize("name", MORE_THAN_ROUNDING)

@@ -4,7 +4,7 @@ from memplan.capture.as_on_cuda import CudaDropout, as_on_cuda
 from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.call import OpCall, call_of, made_up_kept, reads_kept, source_of_call
 from memplan.capture.captured import Captured, Primal, tensors_of
-from memplan.capture.decisions import Decision, Replay
+from memplan.capture.decisions import Decision, replayed
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.fuse import fuse, needs_one, orders
 from memplan.capture.joint import Traced, rewrite, trace
@@ -28,7 +28,6 @@ __all__ = [
     "OpCall",
     "OutputLeaf",
     "Primal",
-    "Replay",
     "Traced",
     "as_on_cuda",
     "attributes_of",
@@ -40,6 +39,7 @@ __all__ = [
     "other_layouts",
     "read",
     "reads_kept",
+    "replayed",
     "rewrite",
     "run_without_data",
     "running",

@@ -8,17 +8,18 @@ depends on parameters or on random numbers changes from step to step, and cannot
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from memplan.capture.known import Computed, Evaluation, Given, Known
 from memplan.capture.sizes import SIZED_BY_VALUES
 from memplan.errors import CaptureError
 from memplan.torch_internals import (
@@ -27,9 +28,6 @@ from memplan.torch_internals import (
     as_if_traced,
     is_fake,
     storage_key,
-    without_autocast,
-    without_modes,
-    writes_its_first_alone,
 )
 
 _ASKING = frozenset(
@@ -46,23 +44,6 @@ _ASKING = frozenset(
     }
 )
 """Functions that turn tensors into plain values."""
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """A tensor that is there before the step: of the sample by its position, a buffer by name."""
-
-    key: int | str
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Computed:
-    """What a function returns, or item ``index`` of it; its arguments hold more of these."""
-
-    target: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +64,7 @@ class Decision:
         """Whether these inputs and buffers give the same answer."""
         if not self.is_guard:
             return True
-        found = _Evaluation(inputs, buffers)(self.question)
+        found = Evaluation(inputs, buffers)(self.question)
         # As text, so that 0.0 is not -0.0, and NaN is NaN.
         return type(found) is type(self.answer) and repr(found) == repr(self.answer)
 
@@ -100,7 +81,7 @@ def decide(
     owners = Counter(
         storage_key(tensor) for tensor in (*inputs, *flat.parameters(), *flat.buffers())
     )
-    known = _Known()
+    known = Known()
     recorder = _Recorder(known, inputs, buffers)
     with as_if_traced(flat, inputs, known) as (state, copies):
         for index, (given, copy) in enumerate(zip(inputs, copies, strict=True)):
@@ -110,7 +91,7 @@ def decide(
         for name, buffer in flat.named_buffers():
             if owners[storage_key(buffer)] == 1 and not is_fake(buffer):
                 known.learn(state[name], Given(names[id(buffer)]))
-        with recorder:
+        with recorder, _AskedByKernels(recorder):
             torch.func.functional_call(flat, state, tuple(copies), tie_weights=False)
     shared = Counter(map(storage_key, inputs))
     pairs = zip(inputs, copies, strict=True)
@@ -219,9 +200,38 @@ def _count(mask: torch.Tensor) -> int:
     return int(mask.count_nonzero())
 
 
-class Replay(_Answering):
-    """Inside, questions get the answers that were found before, in the same order."""
+_ASKED_BY_KERNELS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
+
+class _AskedByKernels(DispatchMode):
+    """Inside, numbers that torch's compiled code asks for get answers, too: ``istft``, ``cov``."""
+
+    def __init__(self, answering: _Answering) -> None:
+        super().__init__()
+        self.answering = answering
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        if func in _ASKED_BY_KERNELS:
+            return self.answering.answer(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def replayed(decisions: Sequence[Decision]) -> Iterator[None]:
+    """Inside, questions get the answers that were found before, in the same order."""
+    replay = _Replay(decisions)
+    with replay, _AskedByKernels(replay):
+        yield
+
+
+class _Replay(_Answering):
     def __init__(self, decisions: Sequence[Decision]) -> None:
         super().__init__()
         self.decisions: Iterator[Decision] = iter(decisions)
@@ -230,9 +240,9 @@ class Replay(_Answering):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """The next answer."""
-        del func, args, kwargs
+        del args, kwargs
         decision = next(self.decisions, None)
-        if decision is None:
+        if decision is None or decision.question.target != func:
             raise CaptureError(
                 "the forward asks for more values of tensors in one run than in another; what it "
                 "does must follow from its inputs alone"
@@ -245,7 +255,7 @@ class _Recorder(_Answering):
 
     def __init__(
         self,
-        known: _Known,
+        known: Known,
         inputs: Sequence[torch.Tensor],
         buffers: Mapping[str, torch.Tensor],
     ) -> None:
@@ -263,129 +273,9 @@ class _Recorder(_Answering):
         question = self.known.expression(func, args, kwargs)
         if question is None:
             return func(*args, **kwargs)
-        evaluation = _Evaluation(self.inputs, self.buffers)
+        evaluation = Evaluation(self.inputs, self.buffers)
         answer = evaluation(question)
         if not isinstance(answer, bool):
             self.numbers_read |= {key for key in evaluation.read if isinstance(key, str)}
         self.decisions.append(Decision(question, answer, bool(evaluation.read)))
         return answer
-
-
-class _Known(DispatchMode):
-    """Inside, notes how tensors follow from the inputs and constants, where they do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: list[torch.Tensor] = []  # so that no storage's key is used again
-        self.known: dict[int, dict[Hashable, Given | Computed]] = {}
-        self.written: set[int] = set()
-
-    def learn(self, tensor: torch.Tensor, expression: Given | Computed) -> None:
-        """Note what a tensor is."""
-        self.kept.append(tensor)
-        self.known.setdefault(storage_key(tensor), {})[_place(tensor)] = expression
-
-    def look_up(self, value: object) -> object:
-        """What a tensor is; None if not known. Anything else, real tensors too, is itself."""
-        if not isinstance(value, torch.Tensor) or not is_fake(value):
-            return value
-        return self.known.get(storage_key(value), {}).get(_place(value))
-
-    def expression(
-        self, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Computed | None:
-        """A call as an expression, or None if it has an operand that is not known."""
-        is_known = True
-
-        def look_up(value: object) -> object:
-            nonlocal is_known
-            found = self.look_up(value)
-            is_known = is_known and not (found is None and value is not None)
-            return found
-
-        known_args, known_kwargs = _map(look_up, (tuple(args), dict(kwargs)))
-        return Computed(target, known_args, known_kwargs) if is_known else None
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        expression = None
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            target = partial(_on_a_copy, func) if func._schema.is_mutable else func
-            expression = self.expression(target, args, kwargs)
-        if func._schema.is_mutable:
-            if not writes_its_first_alone(func):
-                _map(self.forget, (args, dict(kwargs)))
-                return result
-            self.forget(args[0])
-        if expression is not None and isinstance(result, torch.Tensor):
-            self.learn(result, expression)
-        elif expression is not None and isinstance(result, tuple | list):
-            for index, item in enumerate(result):
-                if isinstance(item, torch.Tensor):
-                    self.learn(item, replace(expression, index=index))
-        return result
-
-    def forget(self, value: object) -> None:
-        """All that was known of a tensor's storage."""
-        if isinstance(value, torch.Tensor):
-            self.known.pop(storage_key(value), None)
-            self.written.add(storage_key(value))
-
-
-def _on_a_copy(func: OpOverload, written: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What an op makes of its first argument, which is left as it is."""
-    return func(written.clone(), *args, **kwargs)
-
-
-class _Evaluation:
-    """Evaluates expressions on inputs and buffers, each part once."""
-
-    def __init__(self, inputs: Sequence[torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
-        self.inputs = inputs
-        self.buffers = buffers
-        self.results: dict[int, Any] = {}
-        self.read: set[int | str] = set()
-
-    def __call__(self, question: Computed) -> Any:
-        """The value of an expression."""
-        with without_modes(), without_autocast(), torch.no_grad():
-            return self.value(question)
-
-    def value(self, part: object) -> Any:
-        """The value of a part of an expression; anything else is itself."""
-        if isinstance(part, Given):
-            key = part.key
-            self.read.add(key)
-            return self.buffers[key] if isinstance(key, str) else self.inputs[key]
-        if not isinstance(part, Computed):
-            return part
-        # Items of one result share its arguments, not the expression.
-        number = id(part.args)
-        if number not in self.results:
-            args, kwargs = _map(self.value, (part.args, dict(part.kwargs)))
-            self.results[number] = part.target(*args, **kwargs)
-        result = self.results[number]
-        return result if part.index is None else result[part.index]
-
-
-def _place(tensor: torch.Tensor) -> Hashable:
-    """Equal for tensors that are the same part of the same storage."""
-    layout = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
-    return layout, tensor.is_conj(), tensor.is_neg()
-
-
-def _map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply a function to the leaves of nested tuples, lists and dicts."""
-    if isinstance(tree, tuple | list):
-        return type(tree)([_map(function, item) for item in tree])
-    if isinstance(tree, dict):
-        return {key: _map(function, item) for key, item in tree.items()}
-    return function(tree)

@@ -13,7 +13,7 @@ from torch import nn
 from memplan.capture.assigned_data import AssignedData
 from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.casts import CastOnce
-from memplan.capture.decisions import Decision, Replay
+from memplan.capture.decisions import Decision, replayed
 from memplan.capture.draws import DrawsInPlace
 from memplan.capture.losses import LossesAsEager
 from memplan.capture.python_state import Reads, noting, with_attributes_of
@@ -110,7 +110,7 @@ class Flat(nn.Module):
             for leaf in self.sample_leaves
         ]
         args, kwargs = unflatten(leaves, self.sample_spec)
-        replay = contextlib.nullcontext() if self.decisions is None else Replay(self.decisions)
+        replay = contextlib.nullcontext() if self.decisions is None else replayed(self.decisions)
         with (
             CastOnce(self._leaves(tensors)),
             self.autocast.again(),

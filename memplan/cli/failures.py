@@ -8,7 +8,13 @@ from pathlib import Path
 
 import click
 
-from memplan.errors import InfeasibleBudget, MemplanError, PlanMismatch, UnitsError
+from memplan.errors import (
+    InfeasibleBudget,
+    MemplanError,
+    PlanMismatch,
+    UnfaithfulCapture,
+    UnitsError,
+)
 
 NOT_FITTING = 3
 """Too little memory for a step, or for every plan of it."""
@@ -28,20 +34,26 @@ class InfeasibleError(click.ClickException):
 
 
 class MismatchError(click.ClickException):
-    """A plan is for another step."""
+    """A plan is for another step, or does other than the untouched module."""
 
     exit_code = MISMATCH
 
 
 @contextlib.contextmanager
 def failures() -> Iterator[None]:
-    """Inside, what memplan raises ends the command: 2 wrong usage, 3 no plan fits, 1 the rest."""
+    """Inside, what memplan raises ends the command.
+
+    With 2 for wrong usage, 3 where no plan fits, 4 for a step that is not the untouched one, 1 for
+    the rest.
+    """
     try:
         yield
     except UnitsError as error:
         raise click.BadParameter(str(error), param_hint="--budget or --memory") from error
     except InfeasibleBudget as error:
         raise InfeasibleError(str(error)) from error
+    except UnfaithfulCapture as error:
+        raise MismatchError(str(error)) from error
     except MemplanError as error:
         raise click.ClickException(str(error)) from error
 

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from memplan.program import Phase
-from memplan.torch_internals import SPAN_PREFIX, AllocatorEvent, Enclosing, Recorded, is_composite
+from memplan.torch_internals import (
+    SPAN_PREFIX,
+    AllocatorEvent,
+    Enclosing,
+    Origin,
+    Recorded,
+    is_composite,
+)
 from memplan.trace import (
     SAVED,
     TEMPORARY,
@@ -23,35 +30,7 @@ from memplan.trace import (
 END = "end"
 """The phase in which all is given back."""
 
-_NOTE = "memplan@"
 _ENGINE = "autograd::engine"
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a call of a torch function comes from.
-
-    Attributes:
-        module: FQN of the innermost module that runs.
-        source: ``file.py:line`` of the user's code.
-        function: what is called.
-    """
-
-    module: str = ""
-    source: str = ""
-    function: str = ""
-
-    def as_note(self) -> str:
-        """The name under which the call is recorded."""
-        return f"{_NOTE}{self.module}\t{self.source}\t{self.function}"
-
-    @classmethod
-    def of(cls, calls: Iterable[Enclosing]) -> Origin | None:
-        """The innermost that was noted among calls."""
-        for call in calls:
-            if call.name.startswith(_NOTE):
-                return cls(*call.name.removeprefix(_NOTE).split("\t"))
-        return None
 
 
 @dataclass(frozen=True)
@@ -205,8 +184,8 @@ def _op_of(event: AllocatorEvent, origin: Origin) -> str:
     kernel = _kernel_of(event)
     if kernel is not None:
         return kernel.name
-    calls = (c.name for c in event.enclosing if not c.name.startswith((SPAN_PREFIX, _NOTE)))
-    return next(calls, origin.function)
+    calls = (call.name for call in event.enclosing if not Origin.is_noted_by(call))
+    return next((name for name in calls if not name.startswith(SPAN_PREFIX)), origin.function)
 
 
 def _category(

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from memplan.errors import MemplanError
 from memplan.module import PlannedModule
+from memplan.outcome import same_bits
 from memplan.profiler.measure import Profile, describe, read_memory, time_step
 from memplan.profiler.step import preserved, run_step, unchanged_inputs
 from memplan.rng import RandomStates, random_states, set_random_states
@@ -191,7 +192,7 @@ def _differences(mine: _Outcome, theirs: _Outcome, untrained: int) -> dict[str, 
     if any(isinstance(gradient, SpentGradient) for gradient in theirs.gradients.values()):
         pairs = ({**mine.parameters}, {**theirs.parameters})
     return {
-        "loss_equal": torch.equal(mine.loss, theirs.loss),
+        "loss_equal": same_bits(mine.loss, theirs.loss),
         "gradients_equal": _all_equal(*pairs),
         "buffers_equal": _all_equal(mine.buffers, theirs.buffers),
         "parameters_equal": _all_equal(mine.parameters, theirs.parameters),
@@ -227,10 +228,7 @@ def _all_equal(
 ) -> bool:
     if mine.keys() != theirs.keys():
         return False
-    pairs = [(mine[name], theirs[name]) for name in mine]
-    return all(
-        a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
-    )
+    return all(same_bits(mine[name], theirs[name]) for name in mine)
 
 
 def _error(mine: dict[str, torch.Tensor | None], theirs: dict[str, torch.Tensor | None]) -> float:

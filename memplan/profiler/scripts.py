@@ -132,8 +132,8 @@ class _Recorder:
     """Counts optimizer steps, times the one after the step that is looked at, and ends the script.
 
     All is recorded from the start on, so that what Python does not see is known by where it was
-    made. Where that would be too much, it is begun anew two steps before the end. Nowhere else: a
-    call that one record saw begin must not end in another.
+    made. Where that would be too much, or memplan itself measures, it is begun anew two steps
+    before the end. Nowhere else: a call that one record saw begin must not end in another.
     """
 
     def __init__(self, step: int) -> None:
@@ -152,6 +152,7 @@ class _Recorder:
         self.calls = 0
         self.process = os.getpid()
         self.is_recording = True
+        self.interrupted_by = ""
         self.record: torch.profiler.profile | None = None
         self.open = contextlib.ExitStack()
         self.stepping = contextlib.ExitStack()
@@ -169,7 +170,7 @@ class _Recorder:
                 running_anywhere(self.known),
                 noting_in(self.known.running, self.noted, self.is_noted),
             ):
-                self.record = self.open.enter_context(recording())
+                self.record = self.open.enter_context(recording(self.give_way))
                 yield
         finally:
             self.stepping.close()
@@ -209,9 +210,17 @@ class _Recorder:
     def noted(self, text: str) -> AbstractContextManager[object]:
         self.calls += 1
         if self.calls == _MOST_CALLS and self.count < self.step - 2:
-            self.open.close()
-            self.is_recording = False
+            self.interrupt(f"the script made {_MOST_CALLS} calls")
         return note(text)
+
+    def give_way(self) -> None:
+        self.interrupt("memplan measured kernels, or a step,")
+
+    def interrupt(self, reason: str) -> None:
+        """End the record, for this reason."""
+        self.open.close()
+        self.is_recording = False
+        self.interrupted_by = reason
 
     def after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         del args, kwargs
@@ -227,11 +236,11 @@ class _Recorder:
         if self.count == self.step - 2:
             gc.collect()
             if not self.is_recording:
-                self.record = self.open.enter_context(recording())
+                self.record = self.open.enter_context(recording(self.give_way))
                 self.is_recording = True
                 warnings.warn(
-                    f"the script made {_MOST_CALLS} calls before step {self.count}: of what was "
-                    "made until then, only what Python sees is counted",
+                    f"{self.interrupted_by} before step {self.count} had ended: of what was made "
+                    "until then, only what Python sees is counted",
                     stacklevel=2,
                 )
             mark("before")
@@ -310,6 +319,11 @@ class _Recorder:
 
     def profile(self) -> ScriptProfile:
         assert self.record is not None
+        if not self.is_recording:
+            raise MemplanError(
+                f"{self.interrupted_by} while step {self.step} was recorded, and torch has but one "
+                "profiler; record another with --step"
+            )
         found = recorded(self.record, self.device())
         if not {"before", "start", "end", *(one.mark for one in self.named)} <= found.marks.keys():
             raise MemplanError(

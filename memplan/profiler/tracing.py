@@ -15,15 +15,18 @@ from torch.overrides import TorchFunctionMode
 
 from memplan.capture import running, users_line
 from memplan.collector import paused_collector
-from memplan.profiler.attribution import Named, Origin, attributed
+from memplan.profiler.attribution import Named, attributed
 from memplan.profiler.step import clear_gradients, preserved, run_step, unchanged_inputs
 from memplan.program import Phase, Role
 from memplan.sample import Sample
 from memplan.torch_internals import (
     SPAN_PREFIX,
+    Origin,
     flatten,
+    is_noting_origins,
     mark,
     note,
+    noting_origins,
     recorded,
     recording,
     storage_key,
@@ -98,13 +101,15 @@ def noting(
         yield
 
 
+@contextlib.contextmanager
 def noting_in(
     running: Callable[[], str],
     note: Callable[[str], AbstractContextManager[object]] = note,
     is_on: Callable[[], bool] = lambda: True,
-) -> AbstractContextManager[object]:
+) -> Iterator[None]:
     """The same, while ``is_on``; the innermost module goes by the name that is returned."""
-    return _Notes(running, note, is_on)
+    with noting_origins(is_on), _Notes(running, note):
+        yield
 
 
 class _Notes(TorchFunctionMode):
@@ -112,12 +117,10 @@ class _Notes(TorchFunctionMode):
         self,
         running: Callable[[], str],
         note: Callable[[str], AbstractContextManager[object]],
-        is_on: Callable[[], bool],
     ) -> None:
         super().__init__()
         self.running = running
         self.note = note
-        self.is_on = is_on
 
     def __torch_function__(
         self,
@@ -127,7 +130,7 @@ class _Notes(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         del types
-        if torch.compiler.is_compiling() or not self.is_on():
+        if torch.compiler.is_compiling() or not is_noting_origins():
             return func(*args, **(kwargs or {}))
         place = users_line()
         origin = Origin(

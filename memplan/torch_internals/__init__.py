@@ -83,10 +83,13 @@ from memplan.torch_internals.optimizers import attributes_without_hooks, defined
 from memplan.torch_internals.recorded import (
     AllocatorEvent,
     Enclosing,
+    Origin,
     Recorded,
     is_composite,
+    is_noting_origins,
     mark,
     note,
+    noting_origins,
     recorded,
 )
 from memplan.torch_internals.spent import SpentGradient
@@ -131,6 +134,7 @@ __all__ = [
     "JointOutput",
     "KernelCall",
     "OpOverload",
+    "Origin",
     "OwnHook",
     "Recorded",
     "Relay",
@@ -166,6 +170,7 @@ __all__ = [
     "is_composite",
     "is_fake",
     "is_map_style",
+    "is_noting_origins",
     "is_plain_tensor",
     "is_under_autocast",
     "leads_to",
@@ -176,6 +181,7 @@ __all__ = [
     "memory_format_of",
     "negated_view",
     "note",
+    "noting_origins",
     "order_of_making",
     "peak_requested_bytes",
     "phase",

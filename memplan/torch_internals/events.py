@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from itertools import accumulate
 from typing import Any
 
@@ -17,17 +18,33 @@ SPAN_PREFIX = "memplan#"
 """Of the names under which phases are recorded."""
 
 
+def _stay() -> None:
+    """Nothing to end."""
+
+
+_GIVE_WAY: ContextVar[Callable[[], None]] = ContextVar("give_way", default=_stay)
+
+
 @contextlib.contextmanager
-def recording() -> Iterator[torch.profiler.profile]:
+def recording(give_way: Callable[[], None] = _stay) -> Iterator[torch.profiler.profile]:
     """Record the CPU's allocator events inside (torch 2.13-2.15).
 
     Kineto announces each start and stop on stderr unless this variable tells it not to.
+
+    Args:
+        give_way: ends this recording; called where another one begins inside of it, as torch has
+            but one profiler.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        yield profile
+    _GIVE_WAY.get()()
+    token = _GIVE_WAY.set(give_way)
+    try:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            yield profile
+    finally:
+        _GIVE_WAY.reset(token)
 
 
 def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:

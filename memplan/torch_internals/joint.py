@@ -11,6 +11,8 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx, nn
 from torch._functorch._aot_autograd.descriptors import (
+    BackwardTokenAOTInput,
+    BackwardTokenAOTOutput,
     BufferAOTInput,
     ForwardTokenAOTInput,
     ForwardTokenAOTOutput,
@@ -26,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.graph import _BoxedCodeGen
 
 from memplan.torch_internals.fake import Relay, fake_mode_of
+from memplan.torch_internals.recorded import is_noting_origins, run_noted
 from memplan.torch_internals.state import storage_key
 
 PrimalKind = Literal["parameter", "buffer", "input", "constant", "gradient"]
@@ -127,6 +130,7 @@ def trace_joint(
         joint = aot_export_joint_with_descriptors(stack, module, fakes)
     graph = joint.graph_module.graph
     _without_tokens(graph)
+    _as_backward(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = [_joint_input(node) for node in placeholders]
     by_descriptor = {node.meta["desc"]: node for node in placeholders}
@@ -166,14 +170,28 @@ def _without_tokens(graph: fx.Graph) -> None:
         graph.erase_node(node)
     end = graph.output_node()
     pairs = list(zip(_as_list(end.args[0]), end.meta["desc"], strict=True))
-    kept = [pair for pair in pairs if not isinstance(pair[1], ForwardTokenAOTOutput)]
+    kept = [pair for pair in pairs if not isinstance(pair[1], _TOKENS)]
     values: list[Any] = [value for value, _ in kept]
     end.args = (values,)
     end.meta["desc"] = [descriptor for _, descriptor in kept]
     for node in list(graph.nodes):
-        if node.op == "placeholder" and isinstance(node.meta["desc"], ForwardTokenAOTInput):
+        if node.op == "placeholder" and isinstance(node.meta["desc"], _TOKENS):
             graph.erase_node(node)
 
+
+def _as_backward(graph: fx.Graph) -> None:
+    """Mark what follows from the backward: views of gradients, made at its end, have no mark."""
+    for node in graph.nodes:
+        if node.op == "call_function" and any(is_backward(one) for one in node.all_input_nodes):
+            node.meta["partitioner_tag"] = "is_backward"
+
+
+_TOKENS = (
+    ForwardTokenAOTInput,
+    ForwardTokenAOTOutput,
+    BackwardTokenAOTInput,
+    BackwardTokenAOTOutput,
+)
 
 CHECK_OF_LINALG = torch.ops.aten._linalg_check_errors.default
 """Raises an error for what could not be inverted, solved or taken apart, and returns nothing."""
@@ -283,5 +301,9 @@ def boxed(graph: fx.Graph) -> Callable[[list[Any]], Any]:
     """
     graph.set_codegen(_BoxedCodeGen())
     module = fx.GraphModule({}, graph)
-    function: Callable[[list[Any]], Any] = module.forward
-    return function
+    compiled: Callable[[list[Any]], Any] = module.forward
+
+    def run(arguments: list[Any]) -> Any:
+        return run_noted(module, arguments) if is_noting_origins() else compiled(arguments)
+
+    return run

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
 import torch
+from torch import fx
 from torch._C._profiler import _EventType, _RecordFunctionFast
 
 
@@ -63,6 +65,80 @@ class Recorded:
 def note(text: str) -> AbstractContextManager[object]:
     """A call of this name, for the record (torch 2.13-2.15)."""
     return cast("AbstractContextManager[object]", _RecordFunctionFast(text))
+
+
+_NOTE = "memplan@"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a call of a torch function comes from.
+
+    Attributes:
+        module: FQN of the innermost module that runs.
+        source: ``file.py:line`` of the user's code.
+        function: what is called.
+    """
+
+    module: str = ""
+    source: str = ""
+    function: str = ""
+
+    def as_note(self) -> str:
+        """The name under which the call is recorded."""
+        return f"{_NOTE}{self.module}\t{self.source}\t{self.function}"
+
+    @classmethod
+    def of(cls, calls: Iterable[Enclosing]) -> Origin | None:
+        """The innermost that was noted among calls."""
+        noted = next((call for call in calls if cls.is_noted_by(call)), None)
+        return None if noted is None else cls(*noted.name.removeprefix(_NOTE).split("\t"))
+
+    @staticmethod
+    def is_noted_by(call: Enclosing) -> bool:
+        """Whether a call is a note of where others come from."""
+        return call.name.startswith(_NOTE)
+
+
+_NOTING: ContextVar[Callable[[], bool]] = ContextVar("noting", default=lambda: False)
+
+
+@contextmanager
+def noting_origins(is_on: Callable[[], bool]) -> Iterator[None]:
+    """Inside, in this thread, calls are to be noted with their origins while ``is_on``."""
+    token = _NOTING.set(is_on)
+    try:
+        yield
+    finally:
+        _NOTING.reset(token)
+
+
+def is_noting_origins() -> bool:
+    """Whether calls are to be noted with their origins."""
+    return _NOTING.get()()
+
+
+def run_noted(module: fx.GraphModule, arguments: list[Any]) -> Any:
+    """Run a graph call by call, each under the ``Origin`` that its node has as "origin".
+
+    Memory is taken and given back as by its compiled code: the list is emptied, and a value goes at
+    its last use (torch 2.13-2.15).
+    """
+    given = [node for node in module.graph.nodes if node.op == "placeholder"]
+    values = {node: value for node, value in zip(given, arguments, strict=True) if node.users}
+    arguments.clear()
+    with noting_origins(lambda: False):
+        return _Noted(module).run(initial_env=values, enable_io_processing=False)
+
+
+class _Noted(fx.Interpreter):
+    def run_node(self, node: fx.Node) -> Any:
+        origin: Origin | None = node.meta.get("origin")
+        with nullcontext() if origin is None else note(origin.as_note()):
+            return super().run_node(node)
+
+    def placeholder(self, *_target: object) -> None:
+        """Nothing for an argument that is not used: the others are there already."""
 
 
 _MARK = "memplan!"

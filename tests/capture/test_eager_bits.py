@@ -448,6 +448,7 @@ LINALG = {
     "cholesky": lambda m, a, b: torch.linalg.cholesky(square(a)).sum() + b.sum(),
     "determinant": lambda m, a, b: torch.linalg.slogdet(square(a))[1] + torch.linalg.det(square(b)),
     "eigenvalues": lambda m, a, b: torch.linalg.eigh(square(a))[0].sum() + b.sum(),
+    "any eigenvalues": lambda m, a, b: torch.linalg.eigvals(a[:6]).abs().sum() + b.sum(),
 }
 
 
@@ -455,6 +456,32 @@ LINALG = {
 @pytest.mark.parametrize("name", LINALG)
 def test_matrices_that_are_taken_apart(name):
     assert_eager_bits(Model(LINALG[name]), torch.randn(7, 5))
+
+
+class InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        made = torch.empty_like(gradient)
+        made[:, :2] = gradient[:, :2] * 2
+        made[:, 2:] = gradient[:, 2:] * 2
+        return made
+
+
+class OneRow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return (InParts.apply(self.weight.unsqueeze(0)).sin() * x).sum()
+
+
+def test_a_gradient_that_is_a_view_of_what_the_backward_writes_in_parts():
+    assert_eager_bits(OneRow(), torch.randn(1, 5))
 
 
 def test_a_singular_matrix_is_an_error_as_in_eager():

@@ -59,10 +59,25 @@ SIZED = {
         ).sum(),
         (LABELS,),
     ),
+    "a covariance": (lambda m, a, b: torch.cov(a).square().sum(), ()),
+    "a part that starts where a tensor says": (
+        lambda m, a, b, i: a.narrow(0, i, 3).square().sum(),
+        (torch.tensor(2),),
+    ),
+    "a sound and back": (
+        lambda m, a, b, w: (
+            torch.istft(torch.stft(a.flatten(), 8, window=w, return_complex=True) * 2, 8, window=w)
+            .square()
+            .sum()
+        ),
+        (torch.hann_window(8),),
+    ),
 }
 
 
-@pytest.mark.by_default("one_hot", "repeat_interleave", "split", "ctc_loss", "a branch on a buffer")
+@pytest.mark.by_default(
+    "one_hot", "repeat_interleave", "split", "ctc_loss", "a branch on a buffer", "a sound and back"
+)
 @pytest.mark.parametrize("name", SIZED)
 def test_sizes_that_follow_from_values(name):
     loss, others = SIZED[name]

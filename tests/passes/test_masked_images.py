@@ -62,6 +62,7 @@ def test_a_decoder_puts_patches_where_they_were_and_is_judged_by_hidden_ones(num
     assert head(tokens, sample) == 0
 
 
+@pytest.mark.slow
 def test_each_prefix_of_a_masked_autoencoder_is_trained():
     torch.manual_seed(0)
     model, batch = masked()

@@ -150,6 +150,7 @@ def test_a_coefficient_of_a_tenth_at_12_layers_trips_the_guard():
     laws.assert_close(laws.step(model, sample), laws.step(planned, sample), 1e-3)
 
 
+@pytest.mark.slow
 def test_streams_are_kept_as_often_as_the_tolerance_asks_for():
     planned, _, sample = unsettled(0.5, tolerance=1e-6)
     assert check_drift(planned, sample).worst > 1e-6

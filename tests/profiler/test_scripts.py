@@ -310,3 +310,33 @@ def test_sparse_tensors_are_counted(tmp_path):
     gradients = [block for block in trace.blocks if block.category == "gradient"]
     assert {block.name for block in gradients} == {"weight"}
     assert trace.unexplained_bytes == 0
+
+
+PLANNED = """
+import memplan
+net = memplan.optimize(Net(), budget="90%")
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+while True:
+    net(torch.randn({rows}, 64)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.mark.filterwarnings("ignore:memplan measured kernels")
+def test_a_planned_step_has_modules_and_lines(tmp_path):
+    trace = profiled(tmp_path, PLANNED.format(rows=251))  # of which no kernel was measured yet
+    made = {(block.phase, block.module) for block in trace.blocks if block.op == "aten::mm"}
+    assert made >= {("backward", "head"), ("backward", "body.2")}
+    lines = {block.source.rpartition(":")[0] for block in trace.blocks if block.module == "head"}
+    assert lines == {str(tmp_path / "script.py")}
+    assert trace.unexplained_bytes == 0
+
+
+def test_planning_in_the_step_that_is_recorded_is_said(tmp_path):
+    script = "import itertools\nrows = itertools.count(257)\n" + PLANNED.format(rows="next(rows)")
+    with (
+        pytest.warns(UserWarning, match="only what Python sees"),
+        pytest.raises(MemplanError, match="while step 4 was recorded"),
+    ):
+        profiled(tmp_path, script)

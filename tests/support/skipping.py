@@ -7,8 +7,19 @@ from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import memplan
+from memplan.passes import skip_layers
+
+from support.local import SMALLEST
 
 DEPTH = 4
+
+MODES = {
+    "subset": {"mode": "subset", "rate": 0.4},
+    "blocks": {"mode": "blocks", "rate": 0.5},
+    "decaying": {"mode": "blocks", "rate": 0.5, "linear_decay": True},
+    "gated": {"mode": "gated", "capacity": 0.5},
+    "recurrent": {"mode": "gated", "capacity": 0.25, "gate": "recurrent"},
+}
 
 
 class Attention(nn.Module):
@@ -125,3 +136,26 @@ def through_gates(planned, batch, capacity, cost):
 
 def _each(block, x, mask):
     return enumerate((block(x[n : n + 1])[0], bool(mask[n])) for n in range(len(x)))
+
+
+def planned_net(mode, *, budget=None, dropout=0.1, **others):
+    model, batch = net_and_batch(dropout=dropout)
+    passes = [skip_layers(**{**MODES[mode], **others})]
+    return memplan.optimize(model, batch, budget=budget, passes=passes, options=SMALLEST), batch
+
+
+class InPlace(nn.Module):
+    """Adds the stream to the change in place, as torchvision writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        out = self.two(self.one(x))
+        out += x
+        return out
+
+
+def optimized(model, batch, **arguments):
+    return memplan.optimize(model, batch, passes=[skip_layers(**arguments)])
