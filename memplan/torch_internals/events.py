@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch._C._profiler import _EventType
+from torch.autograd import _profiler_enabled
+
+from memplan.errors import MemplanError
 
 SPAN_PREFIX = "memplan#"
 """Of the names under which phases are recorded."""
@@ -34,9 +37,18 @@ def recording(give_way: Callable[[], None] = _stay) -> Iterator[torch.profiler.p
     Args:
         give_way: ends this recording; called where another one begins inside of it, as torch has
             but one profiler.
+
+    Raises:
+        MemplanError: if a profiler runs that is not memplan's; what it has recorded would be lost.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     _GIVE_WAY.get()()
+    if _profiler_enabled():
+        raise MemplanError(
+            "torch's profiler is running, and memplan measures with it, of which only one can run. "
+            "Turn it off, or let memplan plan and measure before it starts: "
+            "memplan.optimize(model, sample), or model.prepare(memplan.Sample.of(batch))."
+        )
     token = _GIVE_WAY.set(give_way)
     try:
         with torch.profiler.profile(

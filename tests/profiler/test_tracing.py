@@ -152,3 +152,13 @@ def test_what_a_checkpoint_runs_again_is_its_own():
         assert again == {"body.0", "body.2"}
         # The state of the generator, which the checkpoint keeps.
         assert trace.unexplained_bytes <= 5056
+
+
+def test_a_profile_of_the_users_is_not_lost():
+    model, x = nn.Linear(64, 1), torch.randn(512, 64)
+    scalar = memplan.WithLoss(model, nn.functional.mse_loss)
+    with torch.profiler.profile() as theirs:
+        with pytest.raises(memplan.MemplanError, match="profiler is running"):
+            memplan.profile(scalar, (x, torch.randn(512, 1)))
+        model(x)
+    assert any(event.name == "aten::linear" for event in theirs.events())
