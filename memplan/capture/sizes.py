@@ -103,6 +103,50 @@ def _masked_select(
     return input[places.unbind(1)]
 
 
+def _unique(
+    ask: Ask, function: Callable[..., Any], input: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    given = {**_UNIQUE, **dict(zip(_UNIQUE, args, strict=False)), **kwargs}
+    if given["dim"] is not None or not given["sorted"] or not input.numel():
+        return function(input, **given)
+    ordered, order = input.detach().reshape(-1).sort()
+    values, run, counts = _runs(ask, ordered)
+    inverse = torch.empty_like(run).scatter(0, order, run).view(input.shape)
+    return _asked_for(given, values, inverse, counts)
+
+
+def _unique_consecutive(
+    ask: Ask, function: Callable[..., Any], input: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    given = {**_CONSECUTIVE, **dict(zip(_CONSECUTIVE, args, strict=False)), **kwargs}
+    if given["dim"] is not None or not input.numel():
+        return function(input, **given)
+    values, run, counts = _runs(ask, input.detach().reshape(-1))
+    return _asked_for(given, values, run.view(input.shape), counts)
+
+
+_CONSECUTIVE = {"return_inverse": False, "return_counts": False, "dim": None}
+_UNIQUE = {"sorted": True, **_CONSECUTIVE}
+
+
+def _runs(ask: Ask, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each run of equal entries the value, of each entry its run's number, and their lengths."""
+    first = torch.ones(1, dtype=torch.bool, device=row.device)
+    begins = torch.cat([first, row[1:] != row[:-1]])
+    places = torch.nonzero_static(begins, size=ask(_count, begins)).squeeze(1)
+    ends = torch.cat([places[1:], places.new_full((1,), len(row))])
+    return row[places], begins.cumsum(0) - 1, ends - places
+
+
+def _asked_for(
+    given: Mapping[str, Any], values: torch.Tensor, inverse: torch.Tensor, counts: torch.Tensor
+) -> Any:
+    found = [values]
+    found += [inverse] if given["return_inverse"] else []
+    found += [counts] if given["return_counts"] else []
+    return tuple(found) if len(found) > 1 else values
+
+
 def _count(mask: torch.Tensor) -> int:
     return int(mask.count_nonzero())
 
@@ -130,5 +174,7 @@ SIZED_BY_VALUES: Mapping[str, Callable[..., Any]] = {
     "one_hot": _one_hot,
     "repeat_interleave": _repeat_interleave,
     "tensor_split": _tensor_split,
+    "unique": _unique,
+    "unique_consecutive": _unique_consecutive,
 }
 """By the name of the function that the user calls."""

@@ -132,6 +132,10 @@ def run_noted(module: fx.GraphModule, arguments: list[Any]) -> Any:
 
 
 class _Noted(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # errors say what they say without it
+
     def run_node(self, node: fx.Node) -> Any:
         origin: Origin | None = node.meta.get("origin")
         with nullcontext() if origin is None else note(origin.as_note()):

@@ -59,6 +59,27 @@ SIZED = {
         ).sum(),
         (LABELS,),
     ),
+    "unique": (
+        lambda m, a, b, i: (
+            (a[:, :4] * i.unique(return_inverse=True)[1][:, None]).sum()
+            + (a[:4] * torch.unique(i)[:, None]).sum()
+        ),
+        (LABELS,),
+    ),
+    "unique, counted": (
+        lambda m, a, b, i: sum(
+            (a[: len(counts)] * (values * counts)[:, None]).sum()
+            for values, counts in (
+                torch.unique(i.view(1, -1), return_counts=True),
+                torch.unique_consecutive(i // 2, return_counts=True),
+            )
+        ),
+        (LABELS,),
+    ),
+    "a range up to a value": (
+        lambda m, a, b, i: (a[0, torch.arange(i.max())] ** 2).sum(),
+        (LABELS,),
+    ),
     "a covariance": (lambda m, a, b: torch.cov(a).square().sum(), ()),
     "a part that starts where a tensor says": (
         lambda m, a, b, i: a.narrow(0, i, 3).square().sum(),
