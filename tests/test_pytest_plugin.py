@@ -7,7 +7,11 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
+from torch import nn
 
+import memplan
+from memplan.profiler.limits import measured
 from pytest_memplan import _limit_of
 
 UNMARKED = """
@@ -149,3 +153,16 @@ def test_other_markers_are_refused(marker, message):
     with pytest.raises(pytest.UsageError, match=message) as caught:
         _limit_of(Item(marker))
     assert "test_one.py::test_two" in str(caught.value)
+
+
+def test_planning_inside_a_limit_is_an_error_and_not_a_peak_of_zero():
+    model, batch = memplan.WithLoss(nn.Linear(59, 3), nn.functional.mse_loss), torch.randn(7, 59)
+    planned = memplan.optimize(model, (batch, torch.randn(7, 3)))
+    with measured(torch.device("cpu")) as usage:
+        planned(batch, torch.randn(7, 3)).backward()
+    assert usage().peak_bytes > 0
+    with (
+        pytest.raises(memplan.MemplanError, match="Plan the model before"),
+        measured(torch.device("cpu")),
+    ):
+        memplan.profile(planned, (batch, torch.randn(7, 3)), steps=1)

@@ -107,7 +107,8 @@ def _unique(
     ask: Ask, function: Callable[..., Any], input: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     given = {**_UNIQUE, **dict(zip(_UNIQUE, args, strict=False)), **kwargs}
-    if given["dim"] is not None or not given["sorted"] or not input.numel():
+    is_plain = given["sorted"] and given["dim"] is None and not input.is_floating_point()
+    if not is_plain or not input.numel():
         return function(input, **given)
     ordered, order = input.detach().reshape(-1).sort()
     values, run, counts = _runs(ask, ordered)

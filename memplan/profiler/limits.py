@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from memplan.collector import paused_collector
+from memplan.errors import MemplanError
 from memplan.profiler.attribution import attributed
 from memplan.profiler.tracing import noting
 from memplan.torch_internals import peak_requested_bytes, recorded, recording, requested_bytes
@@ -59,11 +60,18 @@ def measured(device: torch.device) -> Iterator[Callable[[], Usage]]:
         peak = peak_bytes if is_cuda else max([0, *totals])
         return Usage(peak, tuple(blocks))
 
-    with paused_collector(), recording() as profile, noting(nn.Module()):
+    with paused_collector(), recording(_refuse) as profile, noting(nn.Module()):
         yield usage
     if is_cuda:
         torch.cuda.synchronize(device)
         peak_bytes = max(0, peak_requested_bytes(device) - before)
+
+
+def _refuse() -> None:
+    raise MemplanError(
+        "memplan measures kernels inside of code whose tensor memory is measured, and torch has "
+        "but one profiler. Plan the model before: in a fixture, or above the limited block."
+    )
 
 
 def describe_excess(usage: Usage, limit_bytes: int) -> str:

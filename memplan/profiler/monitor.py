@@ -173,7 +173,7 @@ def _read_cpu() -> Callable[[], int]:
     # What was garbage before must not be freed, and counted, in the step.
     gc.collect()
     stack = contextlib.ExitStack()
-    profile = stack.enter_context(recording())
+    profile = stack.enter_context(recording(stack.close))
 
     def stop() -> int:
         stack.close()
