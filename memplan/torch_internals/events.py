@@ -12,8 +12,8 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch._C._autograd import _profiler_enabled
 from torch._C._profiler import _EventType
-from torch.autograd import _profiler_enabled
 
 from memplan.errors import MemplanError
 
