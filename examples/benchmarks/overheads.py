@@ -54,10 +54,8 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any, nn.Module]]] = {
 def main() -> None:
     """Print one line for each model."""
     transformers.utils.logging.set_verbosity_error()
-    print(
-        "| model | ops | planned cold | planned warm | step | check | share | comparison | with a budget |"
-    )
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    titles = "model | ops | cold | warm | step | check | share | comparison | with budget"
+    print(f"| {titles} |\n|---{'|--:' * 8}|")
     for name in sys.argv[1:] or MODELS:
         model, batch, _ = MODELS[name]()
         sample = memplan.Sample.of(batch)
