@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -126,13 +126,23 @@ def _largest(array: Array) -> float:
 def digest(tensor: torch.Tensor) -> str:
     """Equal for tensors of equal shapes, dtypes and bits."""
     found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-    bits = _bits(tensor.detach())
-    if bits.size and not bits.flags.c_contiguous and bits.nbytes > _CHUNK_BYTES and len(tensor) > 1:
-        for row in tensor.detach():  # no copy of the whole
-            found.update(digest(row).encode())
-    else:
-        found.update(np.ascontiguousarray(bits).data)
+    for part in _in_order(_bits(tensor.detach())):
+        found.update(part.data)
     return found.hexdigest()
+
+
+def _in_order(bits: Array) -> Iterator[Array]:
+    """All entries in the order of their indices, with no copy of the whole."""
+    if bits.flags.c_contiguous or bits.nbytes <= _CHUNK_BYTES:
+        yield np.ascontiguousarray(bits)
+        return
+    rows = _CHUNK_BYTES * len(bits) // bits.nbytes
+    if rows == 0:
+        for row in bits:
+            yield from _in_order(row)
+    else:
+        for start in range(0, len(bits), rows):
+            yield np.ascontiguousarray(bits[start : start + rows])
 
 
 def same_bits(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -1,7 +1,7 @@
 """The first call of each plan, compared with the untouched module's forward, bit by bit.
 
-The untouched forward runs first, within the budget. Autograd's graph of it is made, since modules
-may ask whether gradients are enabled, and nothing is saved for a backward.
+The untouched forward runs first, and within the budget if one is named. Autograd's graph of it is
+made, since modules may ask whether gradients are enabled, and nothing is saved for a backward.
 """
 
 from __future__ import annotations
@@ -74,14 +74,22 @@ def before(step: PlannedStep, call: Call) -> Outcome | str:
         return "it writes its inputs"
     if step.plan.budget_bytes is None:  # it takes no more than it would take in a step of its own
         return untouched_outcome(call)
-    try:
-        needed_bytes = peak_bytes(call) + step.captured.program.resident_bytes
-    except Exception as error:  # whatever a forward without data may meet
-        _LOG.debug("the untouched forward cannot be followed: %s", error)
+    above_bytes = _needed_bytes(call)
+    if above_bytes is None:
         return "what it takes cannot be known without running it"
+    needed_bytes = above_bytes + step.captured.program.resident_bytes
     if needed_bytes > allowed_bytes(step.plan):
         return f"that may take {format_bytes(needed_bytes)}"
     return untouched_outcome(call)
+
+
+def _needed_bytes(call: Call) -> int | None:
+    """What the untouched forward takes above what is there; None if it cannot be known."""
+    try:
+        return peak_bytes(call)
+    except Exception as error:  # whatever a forward without data may meet
+        _LOG.debug("the untouched forward cannot be followed: %s", error)
+        return None
 
 
 def after(step: PlannedStep, call: Call, expected: Outcome | str, output: list[Any]) -> PlannedStep:
@@ -132,7 +140,8 @@ def _rounded(step: PlannedStep, call: Call, error: float) -> PlannedStep:
         what = "the output differs from the untouched forward's, by less than could be seen"
     else:
         what = f"the output differs from the untouched forward's by {error:.1e} of its largest"
-    if step.room_bytes < peak_bytes(call):
+    needed_bytes = _needed_bytes(call)
+    if needed_bytes is None or step.room_bytes < needed_bytes:
         what += " (there was no room to see whether that repeats itself)"
     elif not repeats_itself(call):
         return noted(step, "the untouched forward's output differs from run to run")

@@ -155,7 +155,7 @@ def test_other_markers_are_refused(marker, message):
     assert "test_one.py::test_two" in str(caught.value)
 
 
-def test_planning_inside_a_limit_is_an_error_and_not_a_peak_of_zero():
+def test_measuring_inside_a_limit_is_an_error_and_not_a_peak_of_zero():
     model, batch = memplan.WithLoss(nn.Linear(59, 3), nn.functional.mse_loss), torch.randn(7, 59)
     planned = memplan.optimize(model, (batch, torch.randn(7, 3)))
     with measured(torch.device("cpu")) as usage:

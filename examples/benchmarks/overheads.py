@@ -5,8 +5,8 @@
 Planning: seconds of ``memplan.optimize`` with no measured costs at hand (cold), and with all of
 them (warm). The check: every call of a planned module compares shapes, modes and flags with those
 that were planned for, and values that the model branches on; its share of the step's time. The
-comparison: the first call of a plan runs the untouched forward as well, and where a budget is named
-it is followed without data before (budget); what that takes, in forwards of the untouched module.
+comparison: the first call of a plan runs the untouched forward as well, which is followed without
+data before where a budget is named (with budget); what that takes, in untouched forwards.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from memplan.capture.known import Computed, Evaluation, Given, Known
+from memplan.capture.expressions import Computed, Evaluation, Expressions, Given
 from memplan.capture.sizes import SIZED_BY_VALUES
 from memplan.errors import CaptureError
 from memplan.torch_internals import (
@@ -81,7 +81,7 @@ def decide(
     owners = Counter(
         storage_key(tensor) for tensor in (*inputs, *flat.parameters(), *flat.buffers())
     )
-    known = Known()
+    known = Expressions()
     recorder = _Recorder(known, inputs, buffers)
     with as_if_traced(flat, inputs, known) as (state, copies):
         for index, (given, copy) in enumerate(zip(inputs, copies, strict=True)):
@@ -244,7 +244,7 @@ class _Replay(_Answering):
         decision = next(self.decisions, None)
         if decision is None or decision.question.target != func:
             raise CaptureError(
-                "the forward asks for more values of tensors in one run than in another; what it "
+                "the forward asks for other values of tensors in one run than in another; what it "
                 "does must follow from its inputs alone"
             )
         return decision.answer
@@ -255,7 +255,7 @@ class _Recorder(_Answering):
 
     def __init__(
         self,
-        known: Known,
+        known: Expressions,
         inputs: Sequence[torch.Tensor],
         buffers: Mapping[str, torch.Tensor],
     ) -> None:

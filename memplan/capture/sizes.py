@@ -120,9 +120,9 @@ def _unique_consecutive(
     ask: Ask, function: Callable[..., Any], input: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     given = {**_CONSECUTIVE, **dict(zip(_CONSECUTIVE, args, strict=False)), **kwargs}
-    if given["dim"] is not None or not input.numel():
+    if given["dim"] is not None or input.requires_grad or not input.numel():
         return function(input, **given)
-    values, run, counts = _runs(ask, input.detach().reshape(-1))
+    values, run, counts = _runs(ask, input.reshape(-1))
     return _asked_for(given, values, run.view(input.shape), counts)
 
 

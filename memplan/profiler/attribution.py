@@ -170,7 +170,7 @@ def _origin(found: Recorded, event: AllocatorEvent) -> Origin:
     for position, call in enumerate(event.enclosing):
         if call.name.startswith(_ENGINE):
             maker = found.makers.get(call.sequence_number, ())
-            return Origin.of(event.enclosing[:position]) or Origin.of(maker) or Origin()
+            return Origin.of([*event.enclosing[:position], *maker]) or Origin()
     return Origin.of(event.enclosing) or Origin()
 
 

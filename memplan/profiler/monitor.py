@@ -23,6 +23,7 @@ from memplan.plan import Plan
 from memplan.program import Phase, Role
 from memplan.torch_internals import (
     allocations,
+    is_profiling,
     peak_requested_bytes,
     recording,
     requested_bytes,
@@ -38,7 +39,8 @@ def log_memory(planned: PlannedModule, every: int = 100) -> MemoryLog:
 
     A context, or close it by hand. Steps are calls of the module with gradients enabled, and last
     until the optimizer's step, which is measured if the plan covers it, or until the next call.
-    The others cost nothing. A step for which a plan is made is passed over for the next.
+    The others cost nothing. A step for which a plan is made is passed over for the next, and so is
+    one in which something else is measured.
 
     On the CPU, one step is recorded with torch's profiler, of which only one can run at a time;
     on CUDA, torch's peak statistics are reset.
@@ -93,7 +95,7 @@ class MemoryLog:
             return
         self._step += 1
         self._is_due = self._is_due or self._step % self._every == 0
-        if self._is_due:
+        if self._is_due and not is_profiling():
             self._reading = _Reading(self._planned, self._finish)
 
     def _finish(self) -> None:
@@ -101,7 +103,7 @@ class MemoryLog:
         if reading is None:
             return
         plan, above_bytes = reading.plan, reading.stop()
-        if plan is None:
+        if plan is None or above_bytes is None:
             return
         self._is_due = False
         planned_state = plan.categories.get(Role.OPTIMIZER_STATE.value, 0)
@@ -143,8 +145,8 @@ class _Reading:
         plan = self._planned.plan
         return plan if any(plan is known for known in self._known) else None
 
-    def stop(self) -> int:
-        """The most bytes above those at the start."""
+    def stop(self) -> int | None:
+        """The most bytes above those at the start; None if something else was measured since."""
         above_bytes = self._stop()
         for hook in self._hooks:
             hook.remove()
@@ -168,15 +170,23 @@ class _Reading:
         return self.plan is not None and Phase.OPTIMIZER.value in self.plan.phases
 
 
-def _read_cpu() -> Callable[[], int]:
+def _read_cpu() -> Callable[[], int | None]:
     """Start to record; what is returned ends it, and tells the most bytes above those here."""
     # What was garbage before must not be freed, and counted, in the step.
     gc.collect()
     stack = contextlib.ExitStack()
-    profile = stack.enter_context(recording(stack.close))
+    given_way: list[bool] = []
 
-    def stop() -> int:
+    def give_way() -> None:
+        given_way.append(True)
         stack.close()
+
+    profile = stack.enter_context(recording(give_way))
+
+    def stop() -> int | None:
+        stack.close()
+        if given_way:
+            return None
         return max(accumulate((nbytes for _, nbytes in allocations(profile)), initial=0))
 
     return stop

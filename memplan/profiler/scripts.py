@@ -218,8 +218,11 @@ class _Recorder:
 
     def interrupt(self, reason: str) -> None:
         """End the record, for this reason."""
+        if self.is_over:
+            return
         self.open.close()
         self.is_recording = False
+        self.named.clear()
         self.interrupted_by = reason
 
     def after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -274,6 +277,8 @@ class _Recorder:
                 self.known.learn(root)
 
     def know_gradients(self) -> None:
+        if not self.is_recording:
+            return
         self.marks += 1
         text = f"gradients {self.marks}"
         mark(text)
@@ -321,8 +326,8 @@ class _Recorder:
         assert self.record is not None
         if not self.is_recording:
             raise MemplanError(
-                f"{self.interrupted_by} while step {self.step} was recorded, and torch has but one "
-                "profiler; record another with --step"
+                f"{self.interrupted_by} before step {self.step}, which is recorded, had ended; "
+                "torch has but one profiler. Record another step with --step"
             )
         found = recorded(self.record, self.device())
         if not {"before", "start", "end", *(one.mark for one in self.named)} <= found.marks.keys():

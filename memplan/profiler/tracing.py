@@ -23,10 +23,10 @@ from memplan.torch_internals import (
     SPAN_PREFIX,
     Origin,
     flatten,
-    is_noting_origins,
+    is_noting_planned,
     mark,
     note,
-    noting_origins,
+    noting_planned,
     recorded,
     recording,
     storage_key,
@@ -108,7 +108,7 @@ def noting_in(
     is_on: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
     """The same, while ``is_on``; the innermost module goes by the name that is returned."""
-    with noting_origins(is_on), _Notes(running, note):
+    with noting_planned(note, is_on), _Notes(running, note, is_on):
         yield
 
 
@@ -117,10 +117,12 @@ class _Notes(TorchFunctionMode):
         self,
         running: Callable[[], str],
         note: Callable[[str], AbstractContextManager[object]],
+        is_on: Callable[[], bool],
     ) -> None:
         super().__init__()
         self.running = running
         self.note = note
+        self.is_on = is_on
 
     def __torch_function__(
         self,
@@ -130,7 +132,7 @@ class _Notes(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         del types
-        if torch.compiler.is_compiling() or not is_noting_origins():
+        if torch.compiler.is_compiling() or is_noting_planned() or not self.is_on():
             return func(*args, **(kwargs or {}))
         place = users_line()
         origin = Origin(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from itertools import accumulate
 from typing import Any
 
@@ -25,7 +25,13 @@ def _stay() -> None:
     """Nothing to end."""
 
 
-_GIVE_WAY: ContextVar[Callable[[], None]] = ContextVar("give_way", default=_stay)
+class _Running(threading.local):
+    """The recording of a thread, which may begin in one context of Python's and end in another."""
+
+    give_way: Callable[[], None] = staticmethod(_stay)
+
+
+_RUNNING = _Running()
 
 
 @contextlib.contextmanager
@@ -42,21 +48,26 @@ def recording(give_way: Callable[[], None] = _stay) -> Iterator[torch.profiler.p
         MemplanError: if a profiler runs that is not memplan's; what it has recorded would be lost.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    _GIVE_WAY.get()()
-    if _profiler_enabled():
+    _RUNNING.give_way()
+    if is_profiling():
         raise MemplanError(
             "torch's profiler is running, and memplan measures with it, of which only one can run. "
             "Turn it off, or let memplan plan and measure before it starts: "
             "memplan.optimize(model, sample), or model.prepare(memplan.Sample.of(batch))."
         )
-    token = _GIVE_WAY.set(give_way)
+    before, _RUNNING.give_way = _RUNNING.give_way, give_way
     try:
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as profile:
             yield profile
     finally:
-        _GIVE_WAY.reset(token)
+        _RUNNING.give_way = before
+
+
+def is_profiling() -> bool:
+    """Whether a profiler of torch's runs (torch 2.13-2.15)."""
+    return _profiler_enabled()
 
 
 def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:

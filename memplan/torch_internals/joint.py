@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.graph import _BoxedCodeGen
 
 from memplan.torch_internals.fake import Relay, fake_mode_of
-from memplan.torch_internals.recorded import is_noting_origins, run_noted
+from memplan.torch_internals.recorded import noted
 from memplan.torch_internals.state import storage_key
 
 PrimalKind = Literal["parameter", "buffer", "input", "constant", "gradient"]
@@ -301,9 +301,4 @@ def boxed(graph: fx.Graph) -> Callable[[list[Any]], Any]:
     """
     graph.set_codegen(_BoxedCodeGen())
     module = fx.GraphModule({}, graph)
-    compiled: Callable[[list[Any]], Any] = module.forward
-
-    def run(arguments: list[Any]) -> Any:
-        return run_noted(module, arguments) if is_noting_origins() else compiled(arguments)
-
-    return run
+    return noted(module, module.forward)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -68,6 +68,7 @@ def note(text: str) -> AbstractContextManager[object]:
 
 
 _NOTE = "memplan@"
+_WITHIN = "memplan@@"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +89,26 @@ class Origin:
         """The name under which the call is recorded."""
         return f"{_NOTE}{self.module}\t{self.source}\t{self.function}"
 
+    def as_note_within(self) -> str:
+        """The same, of a module that goes by its name in a planned one, which is noted around."""
+        return f"{_WITHIN}{self.module}\t{self.source}\t{self.function}"
+
     @classmethod
     def of(cls, calls: Iterable[Enclosing]) -> Origin | None:
         """The innermost that was noted among calls."""
-        noted = next((call for call in calls if cls.is_noted_by(call)), None)
-        return None if noted is None else cls(*noted.name.removeprefix(_NOTE).split("\t"))
+        inner: Origin | None = None
+        for call in calls:
+            if call.name.startswith(_WITHIN):
+                inner = inner or cls(*call.name.removeprefix(_WITHIN).split("\t"))
+            elif call.name.startswith(_NOTE):
+                outer = cls(*call.name.removeprefix(_NOTE).split("\t"))
+                return outer if inner is None else inner.within(outer)
+        return inner
+
+    def within(self, outer: Origin) -> Origin:
+        """The origin with its module's name from where ``outer`` is seen."""
+        module = ".".join(name for name in (outer.module, self.module) if name)
+        return Origin(module, self.source or outer.source, self.function)
 
     @staticmethod
     def is_noted_by(call: Enclosing) -> bool:
@@ -100,49 +116,74 @@ class Origin:
         return call.name.startswith(_NOTE)
 
 
-_NOTING: ContextVar[Callable[[], bool]] = ContextVar("noting", default=lambda: False)
+Note = Callable[[str], AbstractContextManager[object]]
+"""Notes what runs inside under a name."""
+
+
+class _Noting(threading.local):
+    """How planned code of a thread is to be noted now, and whether it runs so."""
+
+    find: Callable[[], Note | None] = staticmethod(lambda: None)
+    is_inside: bool = False
+
+
+_NOTING = _Noting()
 
 
 @contextmanager
-def noting_origins(is_on: Callable[[], bool]) -> Iterator[None]:
-    """Inside, in this thread, calls are to be noted with their origins while ``is_on``."""
-    token = _NOTING.set(is_on)
+def noting_planned(note: Note, is_on: Callable[[], bool]) -> Iterator[None]:
+    """Inside, in this thread, planned code notes the origins of its calls while ``is_on``."""
+    before, _NOTING.find = _NOTING.find, lambda: note if is_on() else None
     try:
         yield
     finally:
-        _NOTING.reset(token)
+        _NOTING.find = before
 
 
-def is_noting_origins() -> bool:
-    """Whether calls are to be noted with their origins."""
-    return _NOTING.get()()
+def is_noting_planned() -> bool:
+    """Whether planned code runs, and notes the origins of its calls itself."""
+    return _NOTING.is_inside
 
 
-def run_noted(module: fx.GraphModule, arguments: list[Any]) -> Any:
-    """Run a graph call by call, each under the ``Origin`` that its node has as "origin".
+def noted(module: fx.GraphModule, compiled: Boxed) -> Boxed:
+    """A graph's compiled code; or, where planned code is to be noted, the graph call by call.
 
-    Memory is taken and given back as by its compiled code: the list is emptied, and a value goes at
-    its last use (torch 2.13-2.15).
+    Memory is taken and given back alike: the list is emptied, and a value goes at its last use
+    (torch 2.13-2.15).
     """
-    given = [node for node in module.graph.nodes if node.op == "placeholder"]
-    values = {node: value for node, value in zip(given, arguments, strict=True) if node.users}
-    arguments.clear()
-    with noting_origins(lambda: False):
-        return _Noted(module).run(initial_env=values, enable_io_processing=False)
+
+    def run(arguments: list[Any]) -> Any:
+        note = _NOTING.find()
+        if note is None or _NOTING.is_inside:
+            return compiled(arguments)
+        given = [node for node in module.graph.nodes if node.op == "placeholder"]
+        values = dict(zip(given, arguments, strict=True))
+        arguments.clear()
+        _NOTING.is_inside = True
+        try:
+            return _Noted(module, note).run(initial_env=values, enable_io_processing=False)
+        finally:
+            _NOTING.is_inside = False
+
+    return run
+
+
+Boxed = Callable[[list[Any]], Any]
+"""Takes a list of arguments, and empties it."""
 
 
 class _Noted(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, note: Note) -> None:
         super().__init__(module)
+        self.note = note
         self.extra_traceback = False  # errors say what they say without it
 
     def run_node(self, node: fx.Node) -> Any:
         origin: Origin | None = node.meta.get("origin")
-        with nullcontext() if origin is None else note(origin.as_note()):
-            return super().run_node(node)
-
-    def placeholder(self, *_target: object) -> None:
-        """Nothing for an argument that is not used: the others are there already."""
+        with nullcontext() if origin is None else self.note(origin.as_note_within()):
+            result = super().run_node(node)
+        # Compiled code lets go at once of what a call without readers returns.
+        return result if node.users or node.op == "output" else None
 
 
 _MARK = "memplan!"

@@ -177,3 +177,22 @@ def test_nothing_is_logged_once_it_is_closed(lines):
 def test_every_zero_steps_is_refused():
     with pytest.raises(memplan.MemplanError, match="every=1"):
         memplan.log_memory(memplan.optimize(Net()), every=0)
+
+
+def test_a_step_in_which_something_else_is_measured_is_passed_over(lines):
+    one, other = memplan.optimize(Net(), X), memplan.optimize(Net(), X)
+    with memplan.log_memory(one, every=1), memplan.log_memory(other, every=1):
+        first = one(X)
+        other(X).backward()
+        first.backward()
+    assert len(lines()) == 1
+
+
+def test_a_profile_of_the_users_is_left_alone(lines):
+    planned = memplan.optimize(Net(), X)
+    with memplan.log_memory(planned, every=1):
+        with torch.profiler.profile() as theirs:
+            planned(X).backward()
+        assert theirs.events() and lines() == []
+        planned(X).backward()
+    assert len(lines()) == 1

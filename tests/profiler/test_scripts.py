@@ -323,9 +323,9 @@ while True:
 """
 
 
-@pytest.mark.filterwarnings("ignore:memplan measured kernels")
 def test_a_planned_step_has_modules_and_lines(tmp_path):
-    trace = profiled(tmp_path, PLANNED.format(rows=251))  # of which no kernel was measured yet
+    with pytest.warns(UserWarning, match="only what Python sees"):
+        trace = profiled(tmp_path, PLANNED.format(rows=251))  # no kernel of it was measured yet
     made = {(block.phase, block.module) for block in trace.blocks if block.op == "aten::mm"}
     assert made >= {("backward", "head"), ("backward", "body.2")}
     lines = {block.source.rpartition(":")[0] for block in trace.blocks if block.module == "head"}
@@ -337,6 +337,84 @@ def test_planning_in_the_step_that_is_recorded_is_said(tmp_path):
     script = "import itertools\nrows = itertools.count(257)\n" + PLANNED.format(rows="next(rows)")
     with (
         pytest.warns(UserWarning, match="only what Python sees"),
-        pytest.raises(MemplanError, match="while step 4 was recorded"),
+        pytest.raises(MemplanError, match="before step 4, which is recorded"),
     ):
         profiled(tmp_path, script)
+
+
+INTERRUPTED = {
+    "by a closure": """
+import memplan
+net, data = memplan.optimize(Net()), torch.randn(253, 64)
+optimizer = torch.optim.LBFGS(net.parameters(), lr=1e-3, max_iter=2)
+
+def closure():
+    optimizer.zero_grad()
+    loss = net(data)
+    loss.backward()
+    return loss
+
+while True:
+    optimizer.step(closure)
+""",
+    "after the first step": """
+import memplan
+net = memplan.optimize(Net())
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+for step in range(99):
+    net(torch.randn(254 if step == 0 else 255, 64)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+""",
+    "in a task": """
+import asyncio
+import memplan
+
+async def main():
+    net = memplan.optimize(Net())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    while True:
+        net(torch.randn(252, 64)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+asyncio.run(main())
+""",
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_memplan_may_measure_before_the_steps_that_matter(name, tmp_path):
+    with pytest.warns(UserWarning, match="only what Python sees"):
+        trace = profiled(tmp_path, INTERRUPTED[name])
+    gradients = {block.name for block in trace.blocks if block.category == "gradient"}
+    assert gradients >= {"body.0.weight", "head.weight"}
+    assert trace.unexplained_bytes == 0
+
+
+PLANNED_INSIDE = """
+import memplan
+
+class Trainer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = memplan.optimize(Net())
+        self.last = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.last(self.net(x)[None]).sum()
+
+trainer = Trainer()
+optimizer = torch.optim.SGD(trainer.parameters(), lr=0.1)
+while True:
+    trainer(torch.randn(256, 64)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.mark.filterwarnings("ignore:memplan measured kernels")
+def test_modules_of_a_planned_part_go_by_their_whole_name(tmp_path):
+    trace = profiled(tmp_path, PLANNED_INSIDE)
+    made = {(block.phase, block.module) for block in trace.blocks if block.op == "aten::mm"}
+    assert made >= {("backward", "net.head"), ("backward", "net.body.2")}

@@ -75,6 +75,25 @@ def test_a_prediction_and_its_plan_account_alike(name):
     assert trace_memory(planned, batch).peak_bytes == trace.peak_bytes
 
 
+class Discarding(nn.Module):
+    """Draws numbers that nothing reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        torch.rand(64, 4096)
+        return self.linear(self.linear(x).tanh()).square().mean()
+
+
+def test_what_nothing_reads_is_gone_in_a_traced_step_as_in_any():
+    model, batch = Discarding(), torch.randn(512, 64)
+    planned = memplan.optimize(model, batch)
+    measured = memplan.profile(planned, batch, steps=1)
+    assert trace_memory(planned, batch).peak_bytes == measured.peak_bytes == planned.plan.peak_bytes
+
+
 def test_op_line_and_bytes_at_the_peak_are_known():
     trace = trace_memory(Outer(), torch.zeros(256, 1024))
     lines, first = inspect.getsourcelines(Known)

@@ -37,7 +37,7 @@ class Computed:
     index: int | None = None
 
 
-class Known(DispatchMode):
+class Expressions(DispatchMode):
     """Inside, notes how tensors follow from the inputs and constants, where they do."""
 
     def __init__(self) -> None:
