@@ -63,12 +63,22 @@ class Known:
         self.fqns: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
     def learn(self, root: nn.Module) -> None:
-        """A module that is part of no other; what was taken for one may be part of it."""
-        for child in root.modules():
-            self.roots.pop(child, None)
-        self.roots[root] = type(root).__name__ if self.roots else ""
-        for name, child in root.named_modules(prefix=self.roots[root]):
-            self.fqns[child] = name
+        """A module that is part of no other; what was taken for one may be part of it.
+
+        Modules that share their children, as a planned one and its original, go by one name.
+        """
+        known = {id(other._modules): name for other, name in self.fqns.items()}
+        if id(root._modules) in known:
+            self.fqns[root] = known[id(root._modules)]
+            return
+        parts = {id(child._modules) for child in root.modules()}
+        for other in [other for other in self.roots if id(other._modules) in parts]:
+            self.roots.pop(other)
+        prefix = self.roots[root] = type(root).__name__ if self.roots else ""
+        names = {id(child._modules): name for name, child in root.named_modules(prefix=prefix)}
+        for child in [*root.modules(), *self.fqns]:
+            if id(child._modules) in names:
+                self.fqns[child] = names[id(child._modules)]
 
     def running(self) -> str:
         """The name of the innermost module of which a method runs now, called or not; or ""."""
