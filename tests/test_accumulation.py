@@ -35,7 +35,7 @@ def assert_same(mine, theirs):
         assert gradient is None or torch.equal(gradient, other), name
 
 
-SHORT = ("mlp", "unet", "returns_dict")
+SHORT = ("mlp", "returns_dict")
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ MAIN_ROWS = (
 ORDERED = ("packed masks", "freeze, biases", "subset, lora", "batches, lora")
 """Pairs that are tried in the other order by default."""
 
-ALONE = ("freeze, biases", "two streams, inverted", "parts, lora", "gates")
+ALONE = ("freeze, biases", "two streams, inverted", "parts, lora")
 """Rows that are saved and copied by default."""
 
 FAILED = ("checkpoints", "freeze, biases", "two streams, inverted", "blocks", "gates")

@@ -16,7 +16,7 @@ from support.rows import MODELS
 
 SMALLEST = memplan.Options(on_infeasible="smallest")
 RECURRENT = ("gru", "lstm")
-SHORT = ("mlp", "unet", "returns_dict")
+SHORT = ("mlp", "returns_dict")
 
 
 def rows(*left_out):

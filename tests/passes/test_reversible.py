@@ -165,6 +165,7 @@ def test_a_budget_that_the_drift_does_not_allow_is_refused_with_the_reason():
         planned(*sample)
 
 
+@pytest.mark.slow
 def test_a_saved_plan_runs_and_one_that_drifts_is_refused():
     torch.manual_seed(0)
     for coefficient in (1.0, 0.1):

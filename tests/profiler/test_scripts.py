@@ -383,6 +383,7 @@ asyncio.run(main())
 }
 
 
+@pytest.mark.by_default("by a closure")
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_memplan_may_measure_before_the_steps_that_matter(name, tmp_path):
     with pytest.warns(UserWarning, match="only what Python sees"):
