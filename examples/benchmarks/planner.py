@@ -249,9 +249,11 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--limit-s", type=float, default=30.0, help="of each bound and proof")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--json", type=Path, help="write the numbers here; of models, theirs alone")
     parser.add_argument("--figure", type=Path, help="draw the peers' curves here")
     arguments = parser.parse_args()
+    if arguments.what == "optimality" and arguments.models:
+        parser.error("optimality has programs of its own, and takes no models")
     if arguments.what == "bounds":
         rows = bounds(arguments.models, arguments.limit_s)
         print(summary(rows))
@@ -272,6 +274,11 @@ def main() -> None:
             peer_tables.figure(rows, arguments.figure)
     if arguments.json is not None:
         machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        if arguments.models and arguments.json.exists():
+            known = json.loads(arguments.json.read_text())["rows"]
+            order = list(dict.fromkeys(row["model"] for row in (*known, *rows)))
+            rows += [row for row in known if row["model"] not in arguments.models]
+            rows.sort(key=lambda row: order.index(row["model"]))
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
