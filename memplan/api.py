@@ -1,37 +1,28 @@
-"""``optimize``, ``plan``, ``frontier``: each reads as the main path.
+"""``optimize``, ``plan``, ``frontier``: passes change the model, and steps are built for it.
 
-capture -> Program + Costs -> passes offer recoveries -> planner chooses a Schedule -> emit ->
-PlannedModule -> measure.
+How one step is built, from the trace to what runs, is in ``compiler.build``.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterable
 from functools import partial
 
 from torch import nn
 
-from memplan import verifying
-from memplan.changing import changing
-from memplan.choosing import best, choose, exact_schedule
-from memplan.collector import paused_collector
-from memplan.drift import Guard, rounded
-from memplan.emit import emit
+from memplan.capture import ONE_AT_A_TIME
+from memplan.capture.sample import Sample
+from memplan.compiler.autosize import fitted, make_plan
+from memplan.compiler.build import build_step
+from memplan.compiler.lower import prepare
+from memplan.compiler.request import make_request
 from memplan.errors import MemplanError
-from memplan.fitting import fitted
-from memplan.module import PlannedModule
 from memplan.options import Options
-from memplan.passing import Pass
-from memplan.plan import Plan
 from memplan.planner import frontier as find_frontier
-from memplan.preparing import Prepared, prepare
-from memplan.request import Request, make_request
-from memplan.runtime import PlannedStep, check_emitted
-from memplan.sample import Sample
-
-_LOG = logging.getLogger("memplan")
+from memplan.planner.plan import Plan
+from memplan.runtime.module import PlannedModule
+from memplan.transforms.apply import changing
+from memplan.transforms.passes import Pass
 
 
 def optimize(
@@ -79,9 +70,9 @@ def optimize(
         options=options,
     )
     batch = None if sample is None else Sample.of(sample)
-    request = fitted(model, batch, request, make_plan)
+    request = fitted(model, batch, request)
     with changing(model, batch, request.passes, is_lasting=True) as changed:
-        request = request.with_optimizer_of(changed.model).for_changed_model
+        request = request.with_optimizer_of(changed.model)
         build = partial(build_step, request=request)
         planned = PlannedModule(
             model, build, request.options.cache_size, request.optimizer, changed
@@ -110,7 +101,6 @@ def plan(
         passes=passes,
         default_passes=default_passes,
         optimizer=optimizer,
-        plan=None,
         options=options,
     )
     return make_plan(model, Sample.of(sample), request)[1]
@@ -144,15 +134,14 @@ def frontier(
         raise MemplanError(f"a frontier has at least 2 points, got {points}")
     request = make_request(
         model,
-        budget=None,
-        max_slowdown=None,
         passes=passes,
         default_passes=default_passes,
         optimizer=optimizer,
-        plan=None,
         options=options,
     )
-    step = prepare(model, Sample.of(sample), request)
+    batch = Sample.of(sample)
+    with ONE_AT_A_TIME, changing(model, batch, request.passes) as changed:
+        step = prepare(changed, batch, request.with_optimizer_of(changed.model))
     solutions = find_frontier(
         step.captured.program,
         step.costs,
@@ -161,51 +150,3 @@ def frontier(
         points=points,
     )
     return [step.describe(one.schedule, budget_bytes=one.peak_bytes) for one in solutions]
-
-
-def build_step(model: nn.Module, sample: Sample, request: Request) -> PlannedStep:
-    """Capture, plan and emit one step."""
-    if request.options.device is not None:
-        raise MemplanError(
-            f"Options(device={request.options.device!r}) makes plans for reading: memplan.plan. "
-            "What is to run is planned for the device that the model is on."
-        )
-    return _emitted(*make_plan(model, sample, request), request)
-
-
-def _emitted(prepared: Prepared, chosen: Plan, request: Request) -> PlannedStep:
-    """The step that runs a plan."""
-    captured, recoveries = prepared.captured, prepared.recoveries
-    in_backward = request.in_backward
-    update = None if in_backward is None else in_backward.updating()
-    emitted = emit(captured, recoveries, chosen.schedule, update)
-    guard = None
-    if rounded(recoveries, chosen.schedule):
-        guard = Guard(
-            again=lambda anchors: _emitted(prepared, choose(prepared, request, anchors), request),
-            reference=partial(exact_schedule, prepared, chosen),
-            is_fixed=request.plan is not None,
-        )
-    step = PlannedStep(
-        captured,
-        recoveries,
-        prepared.costs,
-        emitted,
-        chosen,
-        in_backward,
-        guard,
-        compares=verifying.what_is_due(request.options.verify, chosen.effects),
-    )
-    check_emitted(step)
-    for difference in captured.differences:
-        if difference.is_warned_of:
-            warnings.warn(difference.reason, stacklevel=6)
-    _LOG.info("%s", chosen)
-    return step
-
-
-@paused_collector()
-def make_plan(model: nn.Module, sample: Sample, request: Request) -> tuple[Prepared, Plan]:
-    """Capture a step and choose how it runs."""
-    request = fitted(model, sample, request, make_plan)
-    return best(prepare(model, sample, request), request)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from memplan.capture import Differentiable
-from memplan.program import Costs
+from memplan.ir.program import Costs
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Keep the state of a random generator, and run an op under a kept state."""
+"""States of random generators, and draws of dropout."""
 
 from __future__ import annotations
 
@@ -29,23 +29,6 @@ def set_random_states(states: RandomStates) -> None:
     torch.set_rng_state(states[0])
     for index, state in enumerate(states[1:]):
         torch.cuda.set_rng_state(state, index)
-
-
-def redraw(
-    state: torch.Tensor, device: str, op: Callable[..., Any] | str, /, *args: Any, **kwargs: Any
-) -> Any:
-    """Run a random op as it ran under ``state``; the generator is left as it was found.
-
-    An op of this file goes by its name: generated code cannot hold Python functions.
-    """
-    call = OWN_DRAWS[op] if isinstance(op, str) else op
-    is_cuda = torch.device(device).type == "cuda"
-    now = save_rng_state(device)
-    try:
-        torch.cuda.set_rng_state(state, device) if is_cuda else torch.set_rng_state(state)
-        return call(*args, **kwargs)
-    finally:
-        torch.cuda.set_rng_state(now, device) if is_cuda else torch.set_rng_state(now)
 
 
 def dropout(x: torch.Tensor, probability: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The techniques, one file each. A pass is made by its factory: ``add_lora(rank=8)``."""
+"""The techniques, one file or folder each. A pass is made by its factory: ``add_lora(rank=8)``."""
 
 from collections.abc import Callable
 from typing import Final
@@ -8,18 +8,22 @@ from memplan.passes.checkpointing import checkpoint_activations
 from memplan.passes.dead_operands import drop_dead_operands
 from memplan.passes.dropout import split_dropout
 from memplan.passes.freezing import freeze, train_biases_only, unfreeze
-from memplan.passes.gated_blocks import skipped_flops
 from memplan.passes.in_place import reuse_operands
-from memplan.passes.layer_skipping import skip_layers
+from memplan.passes.layer_skipping import skip_layers, skipped_flops
 from memplan.passes.local_learning import learn_locally
-from memplan.passes.lora import add_lora, merge_lora, unmerge_lora
-from memplan.passes.lora_files import load_lora, lora_like, save_lora
+from memplan.passes.lora import (
+    add_lora,
+    load_lora,
+    lora_like,
+    merge_lora,
+    save_lora,
+    unmerge_lora,
+)
 from memplan.passes.minibatch_dropping import drop_minibatches
 from memplan.passes.packed_masks import pack_masks
-from memplan.passes.reversible import check_drift, invert_couplings
+from memplan.passes.reversible import check_drift, invert_couplings, make_reversible
 from memplan.passes.signs import keep_signs
-from memplan.passes.two_streams import make_reversible
-from memplan.passing import Pass
+from memplan.transforms.passes import Pass
 
 PASSES: Final[dict[str, Callable[..., Pass]]] = {
     "add_adapters": add_adapters,

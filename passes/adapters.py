@@ -8,7 +8,7 @@ before it is added to the residual stream.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from memplan.adapting import after_calls, hang
 from memplan.analysis import (
     Patterns,
     as_texts,
@@ -26,10 +25,11 @@ from memplan.analysis import (
     targeted_layers,
 )
 from memplan.errors import MemplanError
-from memplan.passing import Change, Effect, ModelContext, Pass
+from memplan.transforms.module_hooks import after_calls, hang
+from memplan.transforms.passes import Change, Effect, ModelContext, Pass, arguments_of
 
 if TYPE_CHECKING:
-    from memplan.sample import Sample
+    from memplan.capture.sample import Sample
 
 _CHILD = "adapters"
 _SUBLAYERS = "sublayers"
@@ -72,22 +72,20 @@ def add_adapters(
         raise MemplanError(f"size is a number of at least 1, got {size!r}")
     if activation not in _ACTIVATIONS:
         raise MemplanError(f"activation is one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-    settings = _Settings(size, activation, as_texts(targets), as_texts(also_train))
-    arguments = {
-        name: list(one) if isinstance(one, tuple) else one for name, one in asdict(settings).items()
-    }
-    return Pass("add_adapters", Effect.RESTRICTED, arguments, change=partial(_change, settings))
+    settings = _AdapterSettings(size, activation, as_texts(targets), as_texts(also_train))
+    change = partial(_change, settings)
+    return Pass("add_adapters", Effect.RESTRICTED, arguments_of(settings), change=change)
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
+class _AdapterSettings:
     size: int
     activation: str
     targets: tuple[str, ...]
     also_train: tuple[str, ...]
 
 
-def _change(settings: _Settings, model: nn.Module, context: ModelContext) -> Change:
+def _change(settings: _AdapterSettings, model: nn.Module, context: ModelContext) -> Change:
     targets = settings.targets
     if _SUBLAYERS in targets:
         ends = last_layers(model, context.forward)

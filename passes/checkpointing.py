@@ -12,21 +12,29 @@ Not offered: ops that write in place, and ops that read what the step overwrites
 
 from __future__ import annotations
 
-from itertools import count
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from memplan.passing import Effect, Pass, RecoveryContext
-from memplan.program import Op, Phase, Role, Value
-from memplan.schedule import Recovery
+from memplan.capture import OpCall, first_tensor, items_of, source_of_call
+from memplan.ir.program import Memory, Op, Phase, Role, Value
+from memplan.ir.schedule import Recovery
+from memplan.rng import OWN_DRAWS, save_rng_state
+from memplan.transforms.passes import Effect, Pass, RecoveryContext
 
 if TYPE_CHECKING:
     from memplan.capture import Captured
 
 _NAME = "checkpoint_activations"
+_SAVE_STATE, _REDRAW = "memplan.save_rng_state", "memplan.redraw"
+_NORMALISE = "memplan.batch_norm_without_statistics"
 _BATCH_NORM = "aten._native_batch_norm_legit_functional.default"
+_CUDA_STATE_BYTES = 16
+"""Of a GPU's generator: its seed, and how far it is."""
+
 _TRAINING = 5
 """Which argument of it says that it takes the batch's statistics."""
 
@@ -37,26 +45,67 @@ def checkpoint_activations() -> Pass:
     Returns:
         A pass of effect ``EXACT``.
     """
-    return Pass(_NAME, Effect.EXACT, recoveries=_recoveries)
+    lowerings = {
+        _SAVE_STATE: _call_of_save,
+        _REDRAW: _call_of_redraw,
+        _NORMALISE: _call_of_batch_norm,
+    }
+    return Pass(_NAME, Effect.EXACT, recoveries=_recoveries, lowerings=lowerings)
+
+
+def redraw(
+    state: torch.Tensor, device: str, op: Callable[..., Any] | str, /, *args: Any, **kwargs: Any
+) -> Any:
+    """Run a random op as it ran under ``state``; the generator is left as it was found.
+
+    One of ``OWN_DRAWS`` goes by its name: generated code cannot hold Python functions.
+    """
+    call = OWN_DRAWS[op] if isinstance(op, str) else op
+    is_cuda = torch.device(device).type == "cuda"
+    now = save_rng_state(device)
+    try:
+        torch.cuda.set_rng_state(state, device) if is_cuda else torch.set_rng_state(state)
+        return call(*args, **kwargs)
+    finally:
+        torch.cuda.set_rng_state(now, device) if is_cuda else torch.set_rng_state(now)
+
+
+def _call_of_save(captured: Captured, op: Op, stashed: Sequence[Any]) -> OpCall:
+    del stashed
+    return OpCall(save_rng_state, (str(first_tensor(source_of_call(captured, op)).device),))
+
+
+def _call_of_redraw(captured: Captured, op: Op, stashed: Sequence[Any]) -> OpCall:
+    source = source_of_call(captured, op)
+    names = {function: name for name, function in OWN_DRAWS.items()}
+    drawn = names.get(source.target, source.target)  # type: ignore[arg-type]
+    args = (stashed[0], str(first_tensor(source).device), drawn, *source.args)
+    return OpCall(redraw, args, dict(source.kwargs), items=items_of(captured, op))
+
+
+def _call_of_batch_norm(captured: Captured, op: Op, stashed: Sequence[Any]) -> OpCall:
+    del stashed
+    x, weight, bias, _, _, training, momentum, eps = source_of_call(captured, op).args
+    target = torch.ops.aten._native_batch_norm_legit.no_stats
+    args = (x, weight, bias, training, momentum, eps)
+    return OpCall(target, args, items=items_of(captured, op))
 
 
 def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery, ...]:
     program = captured.program
     # What the backward overwrites is read by nothing after it.
     overwritten = {value for op in program.ops if op.phase is Phase.FORWARD for value in op.mutates}
-    op_ids, value_ids = count(context.first_op), count(context.first_value)
     offered = []
     for op in program.ops:
         if op.phase is not Phase.FORWARD or not op.results or op.mutates:
             continue
         if op.target == _BATCH_NORM and captured.calls[op.id].args[_TRAINING]:
-            offered.append(_batch_norm(captured, op, next(op_ids)))
+            offered.append(_batch_norm(captured, op, next(context.op_ids)))
             continue
         if overwritten.intersection(op.operands):
             continue
         if op.is_random:
-            new = next(op_ids), next(op_ids), next(value_ids)
-            offered.append(_redraw(op, *new, captured.device))
+            offered.append(_redraw(op, captured.device, context))
         else:
             offered.append(Recovery(_NAME, op.results, op))
     return tuple(offered)
@@ -66,50 +115,24 @@ def _batch_norm(captured: Captured, op: Op, id: int) -> Recovery:
     """Normalise again, without reading or making running statistics: those are made once."""
     node = captured.calls[op.id]
     read = [captured.storage[arg] for arg in node.args[:3] if isinstance(arg, fx.Node)]
-    return Recovery(
-        pass_name=_NAME,
-        restores=op.results[:3],
-        restore=Op(
-            id=id,
-            target="memplan.batch_norm_without_statistics",
-            operands=tuple(dict.fromkeys(read)),
-            results=op.results[:3],
-            phase=Phase.BACKWARD,
-            module=op.module,
-            source=op.source,
-            signature=f"memplan.batch_norm_without_statistics({op.signature})",
-            variant_of=op.id,
-        ),
-    )
+    results = op.results[:3]
+    return Recovery(_NAME, results, op.variant(id, _NORMALISE, read, results))
 
 
-def _redraw(op: Op, save: int, draw: int, state: int, device: torch.device) -> Recovery:
+def _redraw(op: Op, device: torch.device, context: RecoveryContext) -> Recovery:
     """Keep the state of the generator before a random op; draw again under it."""
     # That of a GPU's generator is kept in the host's memory.
-    nbytes = 0 if device.type == "cuda" else torch.get_rng_state().nbytes
+    is_cuda = device.type == "cuda"
+    nbytes = _CUDA_STATE_BYTES if is_cuda else torch.get_rng_state().nbytes
+    memory = Memory.HOST if is_cuda else Memory.DEVICE
+    state, save = next(context.value_ids), next(context.op_ids)
+    prepare = op.variant(save, _SAVE_STATE, (), [state], phase=Phase.FORWARD)
     return Recovery(
         pass_name=_NAME,
         restores=op.results,
-        restore=Op(
-            id=draw,
-            target="memplan.redraw",
-            operands=(state, *op.operands),
-            results=op.results,
-            phase=Phase.BACKWARD,
-            module=op.module,
-            source=op.source,
-            signature=f"memplan.redraw({op.signature})",
-            variant_of=op.id,
+        restore=op.variant(
+            next(context.op_ids), _REDRAW, (state, *op.operands), op.results, is_random=True
         ),
-        prepare=Op(
-            id=save,
-            target="memplan.save_rng_state",
-            operands=(),
-            results=(state,),
-            module=op.module,
-            source=op.source,
-            signature="memplan.save_rng_state()",
-            variant_of=op.id,
-        ),
-        keeps=(Value(state, nbytes, Role.KEPT, producer=save, module=op.module),),
+        prepare=replace(prepare, signature=f"{_SAVE_STATE}()"),  # it costs the same for each op
+        keeps=(Value(state, nbytes, Role.KEPT, save, op.module, device=memory),),
     )

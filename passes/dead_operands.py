@@ -26,7 +26,7 @@ from memplan.analysis import (
     is_backward,
     operand_memory,
 )
-from memplan.passing import Effect, Pass
+from memplan.transforms.passes import Effect, Pass
 
 if TYPE_CHECKING:
     from memplan.capture import Captured

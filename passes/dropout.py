@@ -17,8 +17,9 @@ from operator import getitem
 import torch
 from torch import fx
 
-from memplan.passing import Effect, InPlace, Pass
+from memplan.capture import InPlace
 from memplan.rng import apply_mask, draw_mask, dropout
+from memplan.transforms.passes import Effect, Pass
 
 _NAME = "split_dropout"
 _FORWARD = torch.ops.aten.native_dropout.default

@@ -17,10 +17,10 @@ from torch import nn
 
 from memplan.analysis import Patterns, as_texts, called_modules, select_parameters
 from memplan.errors import MemplanError
-from memplan.passing import Change, Effect, ModelContext, Pass
+from memplan.transforms.passes import Change, Effect, ModelContext, Pass
 
 if TYPE_CHECKING:
-    from memplan.module import PlannedModule
+    from memplan.runtime.module import PlannedModule
 
 
 def train_biases_only(also_train: Patterns = ()) -> Pass:

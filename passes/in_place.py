@@ -16,7 +16,8 @@ from typing import Final, TypeAlias
 import torch
 from torch import fx
 
-from memplan.passing import Effect, InPlace, Pass
+from memplan.capture import InPlace
+from memplan.transforms.passes import Effect, Pass
 
 _NAME = "reuse_operands"
 _Into: TypeAlias = tuple[Callable[..., object], str, tuple[int, ...]]

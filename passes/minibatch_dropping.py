@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from memplan.errors import MemplanError
-from memplan.loading import PassingLoader, Updates
-from memplan.passing import Change, Effect, ModelContext, Pass, Schedule
+from memplan.transforms.data_loader import PassingLoader, Updates
+from memplan.transforms.passes import Change, Effect, LRSchedule, ModelContext, Pass
 
 if TYPE_CHECKING:
     from memplan.capture import Captured
@@ -72,7 +72,7 @@ def _notes(p: float, captured: Captured) -> tuple[str, ...]:
 
 
 def _loop(
-    model: nn.Module, loader: Iterable[Any], accumulate: int | None, schedule: Schedule | None
+    model: nn.Module, loader: Iterable[Any], accumulate: int | None, schedule: LRSchedule | None
 ) -> Batches:
     dropping = model.get_submodule(_CHILD)
     assert isinstance(dropping, MinibatchDropping)
@@ -158,7 +158,7 @@ class Batches:
         dropping: MinibatchDropping,
         parameters: tuple[nn.Parameter, ...],
         accumulate: int | None,
-        schedule: Schedule | None,
+        schedule: LRSchedule | None,
     ) -> None:
         self._dropping = dropping
         self._loader = PassingLoader(loader)

@@ -8,21 +8,32 @@ it again, frees more. All are offered, and the plan says where one is worth it.
 
 from __future__ import annotations
 
-from itertools import count
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from memplan.passing import Effect, Pass, RecoveryContext
-from memplan.program import Op, Phase, Role, Value
-from memplan.schedule import Recovery
+from memplan.capture import OpCall, first_tensor, source_of_call
+from memplan.ir.program import Op, Phase
+from memplan.ir.schedule import Recovery
+from memplan.transforms.passes import Effect, Pass, RecoveryContext
 
 if TYPE_CHECKING:
     from memplan.capture import Captured
 
 _NAME = "pack_masks"
+_PACK, _UNPACK = "memplan.pack_mask", "memplan.unpack_mask"
 _LEAST_BYTES = 4096
 """Smaller masks take about as long to pack as to make."""
+
+_GATHER: Final = 0x0102040810204080
+"""Times eight bytes of 0 or 1, this has them as the bits of the highest byte."""
+
+_SPREAD: Final = 0x0101010101010101
+"""Times a byte, this is the byte eight times."""
+
+_ONE_EACH: Final = 0x8040201008040201 - (1 << 64)
+"""Bit i of byte i, for all eight, as a signed integer."""
 
 
 def pack_masks() -> Pass:
@@ -31,15 +42,37 @@ def pack_masks() -> Pass:
     Returns:
         A pass of effect ``EXACT``.
     """
-    return Pass(_NAME, Effect.EXACT, recoveries=_recoveries)
+    lowerings = {_PACK: _call_of_pack, _UNPACK: _call_of_unpack}
+    return Pass(_NAME, Effect.EXACT, recoveries=_recoveries, lowerings=lowerings)
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """Bits [n / 8] of a boolean tensor of n elements, a multiple of 8, that fill its storage."""
+    words = mask.as_strided((mask.numel(),), (1,), 0).view(torch.int64) * _GATHER
+    return words.bitwise_right_shift_(56).to(torch.uint8)
+
+
+def unpack(packed: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """The boolean tensor that was packed, of its shape and layout."""
+    words = packed.to(torch.int64).mul_(_SPREAD).bitwise_and_(_ONE_EACH)
+    return words.view(torch.uint8).clamp_(max=1).view(torch.bool).as_strided(shape, strides)
+
+
+def _call_of_pack(captured: Captured, op: Op, stashed: Sequence[Any]) -> OpCall:
+    del stashed
+    return OpCall(pack, (source_of_call(captured, op),))
+
+
+def _call_of_unpack(captured: Captured, op: Op, stashed: Sequence[Any]) -> OpCall:
+    mask = first_tensor(source_of_call(captured, op))
+    return OpCall(unpack, (stashed[0], tuple(mask.shape), mask.stride()))
 
 
 def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery, ...]:
-    op_ids, value_ids = count(context.first_op), count(context.first_value)
     ops = captured.program.ops
     read = {value for op in ops if op.phase is Phase.BACKWARD for value in op.operands}
     return tuple(
-        _packed(op, next(op_ids), next(op_ids), next(value_ids), nbytes)
+        context.stash(_NAME, op, op.results[0], nbytes // 8, stash=_PACK, restore=_UNPACK)
         for op in ops
         if op.phase is Phase.FORWARD
         and not read.isdisjoint(op.results)
@@ -54,27 +87,3 @@ def _mask_bytes(value: object) -> int | None:
     nbytes = value.untyped_storage().nbytes()
     is_dense = nbytes == value.numel() and value.device.type == "cpu"
     return nbytes if is_dense and nbytes % 8 == 0 and nbytes >= _LEAST_BYTES else None
-
-
-def _packed(op: Op, save: int, restore: int, bits: int, nbytes: int) -> Recovery:
-    def call(id: int, target: str, reads: int, makes: int, phase: Phase) -> Op:
-        return Op(
-            id=id,
-            target=target,
-            operands=(reads,),
-            results=(makes,),
-            phase=phase,
-            module=op.module,
-            source=op.source,
-            signature=f"{target}({op.signature})",
-            variant_of=op.id,
-        )
-
-    mask = op.results[0]
-    return Recovery(
-        pass_name=_NAME,
-        restores=op.results,
-        restore=call(restore, "memplan.unpack_mask", bits, mask, Phase.BACKWARD),
-        prepare=call(save, "memplan.pack_mask", mask, bits, Phase.FORWARD),
-        keeps=(Value(bits, nbytes // 8, Role.KEPT, producer=save, module=op.module),),
-    )

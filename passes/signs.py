@@ -30,7 +30,8 @@ from memplan.analysis import (
     is_backward,
     memory_of,
 )
-from memplan.passing import Effect, InPlace, Pass
+from memplan.capture import InPlace
+from memplan.transforms.passes import Effect, Pass
 
 _NAME = "keep_signs"
 _PARTS = 8

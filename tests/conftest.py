@@ -18,8 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 from hypothesis import settings
 
-from memplan import verifying
 from memplan.planner import search
+from memplan.runtime import first_call
 
 settings.register_profile("short", max_examples=40)
 settings.register_profile("full", max_examples=2000)
@@ -51,7 +51,7 @@ def search_effort(request):
             for name in ("_CALLS", "_FEWEST_TIMES", "_MOST_TIMES"):
                 patch.setattr(search, name, getattr(search, name) // 10)
             if not getattr(request.module, "COMPARED", False):
-                patch.setattr(verifying, "what_is_due", lambda asked, effects: "none")
+                patch.setattr(first_call, "what_is_due", lambda asked, effects: "none")
         yield
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import memplan
+from memplan.ir.program import OpCost
 from memplan.passes import checkpoint_activations
-from memplan.program import OpCost
 
 from support import laws
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import memplan
-from memplan.outcome import same_bits
+from memplan.runtime.outcome import same_bits
 
 from support import databases
 from support.databases import Case

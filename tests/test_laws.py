@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import memplan
-from memplan.schedule import Schedule
+from memplan.ir.schedule import Schedule
 
 from support import laws
 from support.rows import DEEP, MODELS

@@ -19,6 +19,7 @@ from torch import nn
 
 import memplan
 from memplan import Effect, Pass, PlannedModule
+from memplan.ir.program import Costs
 from memplan.passes import (
     add_adapters,
     add_lora,
@@ -36,7 +37,6 @@ from memplan.passes import (
     split_dropout,
     train_biases_only,
 )
-from memplan.program import Costs
 
 from models.reversible import ResNet
 from support import couplings, laws, local, rows

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import memplan
-from memplan.finished import scale
+from memplan.runtime.fused_gradients import scale
 
 from support import laws
 from support.rows import MODELS

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import memplan
 
@@ -17,10 +20,19 @@ PRIVATE = re.compile(
 )
 
 
+PASSES = Path(memplan.passes.__file__).parent
+"""Inside of the kernel's folder, or, in a checkout, beside it."""
+
+
 def sources() -> list[Path]:
-    found = sorted(path for path in KERNEL.rglob("*.py") if "__pycache__" not in path.parts)
+    found = {path for folder in (KERNEL, PASSES) for path in folder.rglob("*.py")}
     assert len(found) > 30
-    return found
+    return sorted(path for path in found if "__pycache__" not in path.parts)
+
+
+def sources_of(folder: str) -> list[Path]:
+    root = PASSES if folder == "passes" else KERNEL / folder
+    return [path for path in sources() if root in path.parents]
 
 
 def test_private_names_of_torch_are_in_one_package():
@@ -37,6 +49,43 @@ def test_private_names_of_torch_are_in_one_package():
 def test_files_are_short():
     long = {path.name: len(path.read_text().splitlines()) for path in sources()}
     assert not {name: lines for name, lines in long.items() if lines > 400}
+
+
+def test_the_root_is_small():
+    assert len([path for path in KERNEL.glob("*.py") if path in sources()]) <= 10
+
+
+MAY_IMPORT = {
+    "passes": {"analysis", "capture", "errors", "ir", "passes", "rng", "transforms", "with_loss"},
+    "report": {"advise", "errors", "ir", "planner", "profiler", "report", "tables", "units"},
+}
+"""What a folder may import of the package; when only types are checked, anything below it."""
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_what_folders_may_import(folder):
+    found = set()
+    for path in sources_of(folder):
+        tree = ast.parse(path.read_text())
+        typed = {
+            id(one)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for one in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and id(node) not in typed and node.module:
+                found |= set(re.findall(r"^memplan\.(\w+)", node.module))
+    assert found and found <= MAY_IMPORT[folder]
+
+
+def test_no_class_name_is_defined_twice():
+    places: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path.name)
+    assert not {name: files for name, files in places.items() if len(files) > 1}
 
 
 def test_only_the_command_line_prints():

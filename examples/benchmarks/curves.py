@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from memplan.compiler.lower import Prepared
+from memplan.ir.liveness import floor_bytes
 from memplan.planner import Solution, solve
-from memplan.preparing import Prepared
-from memplan.timeline import floor_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from steps import models, prepared

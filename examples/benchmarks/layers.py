@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from memplan.program import Costs, Op, OpCost, Phase, Program, Role, Value
-from memplan.schedule import Recovery
+from memplan.ir.program import Costs, Op, OpCost, Phase, Program, Role, Value
+from memplan.ir.schedule import Recovery
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import published

@@ -36,11 +36,11 @@ from torch import nn
 
 import memplan
 from memplan.capture import source_of_call
+from memplan.compiler.lower import Prepared
+from memplan.ir.liveness import ScheduledStep, floor_bytes
+from memplan.ir.program import Costs, Op, OpCost, Phase, Program
+from memplan.ir.schedule import Catalog
 from memplan.planner import keep_all, solve
-from memplan.preparing import Prepared
-from memplan.program import Costs, Op, OpCost, Phase, Program
-from memplan.schedule import Catalog
-from memplan.timeline import floor_bytes, simulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -83,7 +83,7 @@ def in_layers(name: str) -> dict[str, Any]:
     weights = sum(t.numel() for t in [*model.parameters(), *model.buffers()] if t.dim() > 0)
     room = BYTES - 2 * FLOAT_BYTES * weights
     kept = everything_kept(program)
-    keep_all_bytes = simulate(kept, Catalog.of(kept, ()), keep_all(kept, costs), costs).peak_bytes
+    keep_all_bytes = ScheduledStep(kept, (), costs, keep_all(kept, costs)).peak_bytes
     start = time.perf_counter()
     limit = extra_forward(program, costs)
     found = solve(program, costs, recoveries, max_slowdown=limit)

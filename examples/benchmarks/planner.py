@@ -28,14 +28,14 @@ from typing import Any
 
 import torch
 
-from memplan.collector import paused_collector
+from memplan.gc_pause import paused_collector
+from memplan.ir.liveness import ScheduledStep, floor_bytes
+from memplan.ir.program import Costs, Program
+from memplan.ir.schedule import Recovery
 from memplan.planner import bound_seconds, keep_all, solve
 from memplan.planner.exact import solve_exactly
 from memplan.planner.lowering import keep_everything, lower
 from memplan.planner.problem import make_problem
-from memplan.program import Costs, Program
-from memplan.schedule import Recovery
-from memplan.timeline import floor_bytes, seconds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -62,7 +62,7 @@ def bounds(names: Iterable[str], limit_s: float) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         step = prepared(*made[name]()[:2])
         program, costs, recoveries = step.captured.program, step.costs, step.recoveries
-        base = seconds(keep_all(program, costs), costs)
+        base = ScheduledStep(program, (), costs, keep_all(program, costs)).seconds
         resident = program.resident_bytes
         floor = floor_bytes(program, recoveries, costs) - resident
         for share in SHARES:

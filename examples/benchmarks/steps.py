@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 import memplan
-from memplan.preparing import Prepared, prepare
-from memplan.request import make_request
+from memplan.compiler.lower import Prepared, prepare
+from memplan.compiler.request import make_request
+from memplan.transforms.apply import changing
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,7 +31,9 @@ def models() -> Mapping[str, Callable[[], Any]]:
 def prepared(model: nn.Module, sample: Any, **options: Any) -> Prepared:
     """A step under the default passes, captured and priced."""
     request = make_request(
-        model, budget=None, max_slowdown=None, passes=(), default_passes=True,
-        optimizer=None, plan=None, options=memplan.Options(**options),
-    )  # fmt: skip
-    return prepare(model, memplan.Sample.of(sample), request)
+        model,
+        options=memplan.Options(**options),
+    )
+    batch = memplan.Sample.of(sample)
+    with changing(model, batch, request.passes) as changed:
+        return prepare(changed, batch, request)

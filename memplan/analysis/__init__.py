@@ -3,7 +3,6 @@
 from memplan.analysis.blocks import Block, find_blocks, own_tensors
 from memplan.analysis.branches import Branch, Branches, Expected, find_branches
 from memplan.analysis.calls import Key, Record, flops_of
-from memplan.analysis.couplings import SUMS, Chain, Coupling, Couplings, find_couplings
 from memplan.analysis.cuts import Cut, balanced, find_cuts
 from memplan.analysis.memory import backward_readers, given_memory, memory_of, views_of
 from memplan.analysis.operands import can_drop, drop, operand_memory
@@ -24,13 +23,9 @@ from memplan.analysis.selecting import (
 from memplan.torch_internals import is_backward
 
 __all__ = [
-    "SUMS",
     "Block",
     "Branch",
     "Branches",
-    "Chain",
-    "Coupling",
-    "Couplings",
     "Cut",
     "Expected",
     "Key",
@@ -46,7 +41,6 @@ __all__ = [
     "drop",
     "find_blocks",
     "find_branches",
-    "find_couplings",
     "find_cuts",
     "flops_of",
     "given_memory",

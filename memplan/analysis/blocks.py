@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from memplan.analysis.branches import Branch
-from memplan.analysis.calls import Given, ModuleCall, Record, Tensor
+from memplan.analysis.calls import ModuleCall, Record, TensorArg, TensorRef
 from memplan.analysis.selecting import list_members
 from memplan.torch_internals import TreeSpec, flatten, unflatten
 
@@ -159,7 +159,7 @@ def _block(
     )
 
 
-def _batch_dim(one: Given, other: Given) -> int | str | None:
+def _batch_dim(one: TensorArg, other: TensorArg) -> int | str | None:
     differing = [d for d, size in enumerate(one.shape) if other.shape[d : d + 1] != (size,)]
     if not differing:
         return None
@@ -171,7 +171,9 @@ def _batch_dim(one: Given, other: Given) -> int | str | None:
 _RELUS = (torch.relu, torch.Tensor.relu, torch.relu_, torch.Tensor.relu_, nn.functional.relu)
 
 
-def _is_identity(record: Record, end: Tensor, stream: Tensor, branches: Sequence[Branch]) -> bool:
+def _is_identity(
+    record: Record, end: TensorRef, stream: TensorRef, branches: Sequence[Branch]
+) -> bool:
     """Whether the end is the stream itself if nothing is added to it on the way.
 
     A ReLU of what is a ReLU's result already changes nothing.
@@ -213,7 +215,7 @@ def renamed(name: str, block: str, other: str) -> str:
     return name
 
 
-def _kind(model: nn.Module, record: Record, call: ModuleCall, stream: Given) -> object:
+def _kind(model: nn.Module, record: Record, call: ModuleCall, stream: TensorArg) -> object:
     """All that a block computes, with its parameters by their names inside."""
     name = call.scope[0]
     own = own_tensors(model, name)
@@ -240,7 +242,7 @@ def _kind(model: nn.Module, record: Record, call: ModuleCall, stream: Given) -> 
     )
 
 
-def _relative(call: ModuleCall, stream: Given, one: Given) -> object:
+def _relative(call: ModuleCall, stream: TensorArg, one: TensorArg) -> object:
     """A tensor in the terms of its block."""
     if one.is_custom:
         return call.scope[0], "an autograd function, whose backward is not seen"

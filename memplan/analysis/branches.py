@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from memplan.analysis.calls import Call, Key, Record, Scope
+from memplan.analysis.calls import FunctionCall, Key, Record, Scope
 from memplan.analysis.residuals import ADDITIONS
 
 SUMS: Final = ADDITIONS | {torch.Tensor.add_}
@@ -240,7 +240,7 @@ class _Finder:
             if is_alike and len(sizes[1]) == len(theirs[1]):
                 yield Expected(call.key, inside.get(number), sizes, theirs)
 
-    def _with_sides(self, total: Call, inside: frozenset[int]) -> frozenset[int]:
+    def _with_sides(self, total: FunctionCall, inside: frozenset[int]) -> frozenset[int]:
         """With what modules inside compute of the batch from other tensors (cross attention)."""
         own = self._own_scopes(total, inside)
         found, stack = set(inside), list(inside)
@@ -254,12 +254,12 @@ class _Finder:
                     stack.append(source)
         return frozenset(found)
 
-    def _own_scopes(self, total: Call, inside: frozenset[int]) -> set[Scope]:
+    def _own_scopes(self, total: FunctionCall, inside: frozenset[int]) -> set[Scope]:
         """Calls of modules that are made between the stream and the sum."""
         scopes = {scope for one in inside for scope in self.calls[one].scopes}
         return scopes - set(total.scopes)
 
-    def _depends_on_batch(self, call: Call) -> bool:
+    def _depends_on_batch(self, call: FunctionCall) -> bool:
         other = self.larger.get(call.key)
         return other is None or other.results != call.results
 
@@ -281,7 +281,7 @@ class _Finder:
     def _asks(self, number: int, start: int) -> bool:
         return any(one.tensor[0] == start for one in self.calls[number].given)
 
-    def _batch_dim(self, call: Call, place: int) -> int | None:
+    def _batch_dim(self, call: FunctionCall, place: int) -> int | None:
         """The dimension of an argument that is the batch; None if none is."""
         other = self.larger.get(call.key)
         if other is None or other.function != call.function:
@@ -299,5 +299,5 @@ class _Finder:
         return dim
 
 
-def _sizes(call: Call) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+def _sizes(call: FunctionCall) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
     return tuple(tuple(one.shape) for one in call.given), call.numbers

@@ -10,11 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from memplan.torch_internals import OwnHook, TreeSpec, flatten, version_of
+from memplan.torch_internals import FunctionMode, OwnHook, TreeSpec, flatten, version_of
 
 Scope: TypeAlias = tuple[str, int]
 """FQN of a module, and which of its calls it is."""
@@ -25,12 +24,12 @@ call in it. It is the same in every forward that runs the same code there."""
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
-Tensor: TypeAlias = tuple[int, int]
+TensorRef: TypeAlias = tuple[int, int]
 """Which call made a tensor, and which of its results it is; negative calls: it was there."""
 
 
 @dataclass(frozen=True)
-class Given:
+class TensorArg:
     """A tensor among the leaves of a call's arguments.
 
     Attributes:
@@ -42,14 +41,14 @@ class Given:
     """
 
     place: int
-    tensor: Tensor
+    tensor: TensorRef
     name: str
     shape: torch.Size
     is_custom: bool
 
 
 @dataclass(frozen=True)
-class Call:
+class FunctionCall:
     """One call of a function.
 
     Attributes:
@@ -66,7 +65,7 @@ class Call:
     key: Key
     scopes: tuple[Scope, ...]
     function: Callable[..., Any]
-    given: tuple[Given, ...]
+    given: tuple[TensorArg, ...]
     constants: tuple[str, ...]
     numbers: tuple[float, ...]
     results: tuple[torch.Size, ...]
@@ -87,13 +86,13 @@ class ModuleCall:
 
     scope: Scope
     calls: range
-    given: tuple[Given, ...]
-    results: tuple[Given, ...]
+    given: tuple[TensorArg, ...]
+    results: tuple[TensorArg, ...]
     output: tuple[object, ...]
     spec: TreeSpec
 
 
-class Scopes(TorchFunctionMode):
+class Scopes(FunctionMode):
     """Inside, and in this thread, it is known which module makes a call.
 
     Args:
@@ -108,17 +107,10 @@ class Scopes(TorchFunctionMode):
         self._times: dict[str, int] = {}
         self._is_aside = False
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._is_aside or _is_remark(func, args):
-            return func(*args, **(kwargs or {}))
-        return self.called(self._next_key(), func, args, dict(kwargs or {}))
+            return func(*args, **kwargs)
+        return self.called(self._next_key(), func, args, kwargs)
 
     def called(
         self, key: Key, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -141,7 +133,7 @@ class Scopes(TorchFunctionMode):
         """Watch; use it instead of the mode itself."""
         handles = []
         for name, module in self.model.named_modules():
-            before, after = _Hook(self._begin, name), _Hook(self._end, name)
+            before, after = _RecordingHook(self._begin, name), _RecordingHook(self._end, name)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             # first, so that what other passes' hooks call is the caller's
             handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
@@ -185,15 +177,15 @@ class Record(Scopes):
         returned: the tensors that the model returns.
     """
 
-    returned: tuple[Given, ...] = ()
+    returned: tuple[TensorArg, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.calls: list[Call] = []
+        self.calls: list[FunctionCall] = []
         self.modules: list[ModuleCall] = []
-        self._known: MutableMapping[torch.Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._known: MutableMapping[torch.Tensor, TensorRef] = WeakTensorKeyDictionary()
         self._names = _names(model)
-        self._open: list[tuple[int, tuple[Given, ...]]] = []
+        self._open: list[tuple[int, tuple[TensorArg, ...]]] = []
         self._others = 0
 
     def called(
@@ -219,7 +211,7 @@ class Record(Scopes):
             self._known[tensor] = len(self.calls), place
         shapes = tuple(one.shape for one in results)
         scopes, numbers = tuple(self.scopes), numbers_of(leaves)
-        self.calls.append(Call(key, scopes, function, given, constants, numbers, shapes))
+        self.calls.append(FunctionCall(key, scopes, function, given, constants, numbers, shapes))
         return result
 
     def of(self, forward: Callable[[], Any]) -> Any:
@@ -253,9 +245,9 @@ class Record(Scopes):
                 )
             )
 
-    def _given(self, leaves: Sequence[object]) -> tuple[Given, ...]:
+    def _given(self, leaves: Sequence[object]) -> tuple[TensorArg, ...]:
         return tuple(
-            Given(
+            TensorArg(
                 place,
                 self._which(leaf),
                 self._names.get(id(leaf), ""),
@@ -266,7 +258,7 @@ class Record(Scopes):
             if isinstance(leaf, torch.Tensor)
         )
 
-    def _which(self, tensor: torch.Tensor) -> Tensor:
+    def _which(self, tensor: torch.Tensor) -> TensorRef:
         if tensor not in self._known:
             self._others += 1
             self._known[tensor] = -self._others, 0
@@ -306,7 +298,7 @@ def _names(model: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in named}
 
 
-class _Hook(OwnHook):
+class _RecordingHook(OwnHook):
     """Tells of a module's calls in the thread that made it."""
 
     def __init__(self, tell: Callable[[str, Any, Any, Any], None], name: str) -> None:

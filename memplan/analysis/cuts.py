@@ -40,7 +40,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Chain:
+class BlockChain:
     """What was found of one forward.
 
     Attributes:
@@ -116,7 +116,7 @@ class _Watch:
         self.calls.append(_Call(name, output, _nodes(ends), example, self.saved_bytes))
 
 
-def find_cuts(model: nn.Module, forward: Callable[[], object]) -> Chain:
+def find_cuts(model: nn.Module, forward: Callable[[], object]) -> BlockChain:
     """The places where a model's forward can be cut, in its order.
 
     Args:
@@ -147,7 +147,7 @@ def find_cuts(model: nn.Module, forward: Callable[[], object]) -> Chain:
     cuts, blocked = _cuts(model, watch, _nodes(losses))
     times = Counter(call.name for call in watch.calls)
     outputs = {call.name: call.output for call in watch.calls if times[call.name] == 1}
-    return Chain(
+    return BlockChain(
         cuts=tuple(cuts),
         saved_bytes=watch.saved_bytes,
         outputs=outputs,

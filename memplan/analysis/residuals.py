@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from memplan.analysis.selecting import is_linear, watched
+from memplan.torch_internals import FunctionMode
 
 ADDITIONS: Final = frozenset(
     {
@@ -24,7 +24,7 @@ ADDITIONS: Final = frozenset(
 )
 
 
-class Residuals(TorchFunctionMode):
+class Residuals(FunctionMode):
     """Inside, it is watched what is computed from what, and sums of residual blocks are noticed.
 
     Subclasses say in ``added`` what to do with them.
@@ -39,15 +39,7 @@ class Residuals(TorchFunctionMode):
         """The sum of a stream and what a block makes of it."""
         return stream + change
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
-        kwargs = dict(kwargs or {})
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = self.residual(args) if func in ADDITIONS and not kwargs else None
         result = func(*args, **kwargs) if found is None else self.added(*found)
         call = len(self.sources)

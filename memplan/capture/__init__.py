@@ -1,20 +1,26 @@
 """From a module and a sample to a program: forward graph, joint graph, ``Captured``."""
 
-from memplan.capture.as_on_cuda import CudaDropout, as_on_cuda
-from memplan.capture.attributes import unchanged_attributes
-from memplan.capture.call import OpCall, call_of, made_up_kept, reads_kept, source_of_call
-from memplan.capture.captured import Captured, Primal, tensors_of
-from memplan.capture.decisions import Decision, replayed
+from memplan.capture.call import (
+    call_of,
+    first_tensor,
+    items_of,
+    source_of_call,
+    stashed_operands,
+)
+from memplan.capture.captured import Captured, InPlace, Lowering, OpCall, Primal, tensors_of
+from memplan.capture.cuda_emulation import CudaDropout, as_on_cuda
+from memplan.capture.fake_run import run_without_data
 from memplan.capture.flat import Differentiable, OutputLeaf
 from memplan.capture.fuse import fuse, needs_one, orders
+from memplan.capture.input_guards import Decision, replayed
+from memplan.capture.isolation import ONE_AT_A_TIME, unchanged_randomness, without_data_of
 from memplan.capture.joint import Traced, rewrite, trace
 from memplan.capture.layout import other_layouts
-from memplan.capture.origins import Known, running, running_anywhere, users_line, users_place
+from memplan.capture.module_state import unchanged_attributes
+from memplan.capture.provenance import Known, running, running_anywhere, users_line, users_place
 from memplan.capture.python_state import attributes_of
 from memplan.capture.reader import read
-from memplan.capture.rehearsal import run_without_data
 from memplan.capture.relaid import Layouts
-from memplan.capture.surroundings import ONE_AT_A_TIME, unchanged_randomness, without_data_of
 from memplan.capture.updates import trained_by, update_in_backward, update_parameter
 
 __all__ = [
@@ -23,8 +29,10 @@ __all__ = [
     "CudaDropout",
     "Decision",
     "Differentiable",
+    "InPlace",
     "Known",
     "Layouts",
+    "Lowering",
     "OpCall",
     "OutputLeaf",
     "Primal",
@@ -32,19 +40,20 @@ __all__ = [
     "as_on_cuda",
     "attributes_of",
     "call_of",
+    "first_tensor",
     "fuse",
-    "made_up_kept",
+    "items_of",
     "needs_one",
     "orders",
     "other_layouts",
     "read",
-    "reads_kept",
     "replayed",
     "rewrite",
     "run_without_data",
     "running",
     "running_anywhere",
     "source_of_call",
+    "stashed_operands",
     "tensors_of",
     "trace",
     "trained_by",

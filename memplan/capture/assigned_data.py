@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from memplan.errors import CaptureError
-from memplan.torch_internals import leaves_of, storage_key
+from memplan.torch_internals import FunctionMode, leaves_of, storage_key
 
 _ASSIGN: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-class AssignedData(TorchFunctionMode):
+class AssignedData(FunctionMode):
     """Inside, buffers that are given other data are written, and nothing else may be given any."""
 
     def __init__(self, buffers: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -31,18 +30,11 @@ class AssignedData(TorchFunctionMode):
         self._read: set[int] = set()
         self._views: list[tuple[int, weakref.ref[torch.Tensor]]] = []
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function, or write a buffer."""
-        del types
         if func == _ASSIGN:
             return self._assign(*args)
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         if self._keys:
             self._note(_strided((args, kwargs)), _strided(result))
         return result

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from memplan.torch_internals import FunctionMode
 
 _MOST_FLASH_DIM = 256
 
 
-class CudaAttention(TorchFunctionMode):
+class CudaAttention(FunctionMode):
     """Inside, scaled_dot_product_attention becomes one of CUDA's fused kernels.
 
     Flash attention for 16-bit operands without a mask, else the memory-efficient kernel. The CPU
     would run it as other ops wherever there is a mask or dropout, with a matrix of scores.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return _fused(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return _fused(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _fused(  # noqa: PLR0917 - as torch has it

@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import fx
 
-from memplan.capture.decisions import Decision
 from memplan.capture.flat import Output
+from memplan.capture.input_guards import Decision
 from memplan.capture.joint import Difference
 from memplan.capture.python_state import Attribute
-from memplan.program import Program
+from memplan.ir.program import Op, Program
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """A call that writes an op's result into the memory of one of its operands, bit for bit.
+
+    In a node's ``meta["in_place"]`` these stand under the positions of the arguments that they
+    write over. Which of them are possible (same layout, memory of its own) is found by the reader,
+    and where one is worth it by the planner.
+
+    Attributes:
+        target: called with the op's arguments.
+        out: the keyword that takes the argument to write over; "" if the target does so by itself.
+    """
+
+    target: Callable[..., object]
+    out: str = ""
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """A target and arguments, in which tensors are nodes of the joint graph.
+
+    Attributes:
+        in_place: by the position of an argument, the call that writes the result over it.
+        items: for each result that is one item of what the target returns, its position there;
+            the others are what it returns. None: several results stand there in their order, and
+            one result is what it returns.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    in_place: Mapping[int, InPlace] = field(default_factory=dict)
+    items: Mapping[int, int] | None = None
+
+
+Lowering: TypeAlias = "Callable[[Captured, Op, Sequence[Any]], OpCall]"
+"""Says how an op that a pass adds is called. Takes the captured step, the op, and what stands for
+each of its operands that a recovery stashed, which the call hands on as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +96,7 @@ class Captured:
         attributes: what the forward reads of what Python holds; the step is for where they hold.
         differences: where the step may differ from the untouched module's.
         needs_one: of a fused step: why the gradient that arrives at the loss must be one; or "".
+        lowerings: by target, how ops that passes add are called.
     """
 
     program: Program
@@ -73,6 +114,7 @@ class Captured:
     attributes: tuple[Attribute, ...]
     differences: tuple[Difference, ...]
     needs_one: str = ""
+    lowerings: Mapping[str, Lowering] = field(default_factory=dict)
 
     @cached_property
     def device(self) -> torch.device:

@@ -8,11 +8,12 @@ op anew. Here the cast is shared as in eager.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from memplan.torch_internals import FunctionMode
 
 _CAST = frozenset(
     [
@@ -50,7 +51,7 @@ def cuda_casts_on_cpu() -> Iterator[None]:
         torch.autocast.__init__ = original  # type: ignore[method-assign]
 
 
-class CastOnce(TorchFunctionMode):
+class CastOnce(FunctionMode):
     """Inside, each leaf is cast once for all ops that autocast casts it for."""
 
     def __init__(self, leaves: Iterable[torch.Tensor]) -> None:
@@ -73,15 +74,7 @@ class CastOnce(TorchFunctionMode):
         self._casts.clear()
         self._clear()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
-        kwargs = dict(kwargs or {})
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(func, "__name__", "") in _CAST and torch.is_autocast_cache_enabled():
             args = tuple(map(self._cast, args))
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from memplan.capture.assigned_data import AssignedData
-from memplan.capture.attributes import unchanged_attributes
 from memplan.capture.casts import CastOnce
-from memplan.capture.decisions import Decision, replayed
 from memplan.capture.draws import DrawsInPlace
+from memplan.capture.input_guards import Decision, replayed
 from memplan.capture.losses import LossesAsEager
+from memplan.capture.module_state import unchanged_attributes
 from memplan.capture.python_state import Reads, noting, with_attributes_of
-from memplan.capture.refusals import refused_seeds
+from memplan.capture.sample import Sample
+from memplan.capture.unsupported import refused_seeds
 from memplan.errors import CaptureError
-from memplan.sample import Sample
 from memplan.torch_internals import Autocast, TreeSpec, flatten, leads_to, unflatten
 
 Differentiable = Literal["all"] | tuple[int, ...] | None

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from memplan.capture.joint import Traced
-from memplan.capture.linear import why_not_linear
+from memplan.capture.linearity import why_not_linear
 from memplan.capture.random_ops import is_random
 from memplan.errors import CaptureError
 from memplan.torch_internals import Joint, copy_joint, is_backward, storage_key

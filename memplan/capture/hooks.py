@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan.capture.attributes import Held, containers, has_own_attributes
+from memplan.capture.module_state import Held, containers, has_own_attributes
 from memplan.errors import CaptureError
 from memplan.torch_internals import OwnHook, flatten, hooks_of, version_of
 
@@ -51,10 +51,10 @@ def _watched(
             f"{where} has hooks of its backward, which a captured step would not run. Remove them, "
             "or leave this module unplanned."
         )
-    return {key: _Watched(hook, where) for key, hook in own.items()}
+    return {key: _WatchedHook(hook, where) for key, hook in own.items()}
 
 
-class _Watched:
+class _WatchedHook:
     """A hook that is refused where it does more than look."""
 
     def __init__(self, hook: Callable[..., Any], where: str) -> None:

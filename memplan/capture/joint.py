@@ -11,22 +11,22 @@ import torch
 from torch import fx, nn
 
 from memplan.capture.accumulate import accumulate
-from memplan.capture.as_on_cuda import as_on_cuda
-from memplan.capture.attributes import unchanged_attributes, unchanged_tensors
-from memplan.capture.decisions import Decision, decide
+from memplan.capture.cuda_emulation import as_on_cuda
 from memplan.capture.draws import draws_as_eager
 from memplan.capture.dropout import dropout_as_eager
 from memplan.capture.explain import explain, is_data_dependent
 from memplan.capture.flat import Differentiable, Flat, Output, own_name
 from memplan.capture.hooks import harmless_hooks
-from memplan.capture.origins import origins
+from memplan.capture.input_guards import Decision, decide
+from memplan.capture.isolation import ONE_AT_A_TIME, unchanged_randomness, without_meta
+from memplan.capture.module_state import unchanged_attributes, unchanged_tensors
+from memplan.capture.provenance import origins
 from memplan.capture.python_state import Attribute
 from memplan.capture.recurrent import OneLayerAtATime, without_flat_weights
-from memplan.capture.refusals import refuse_after, refuse_before, refused_inside
 from memplan.capture.relaid import Layouts, relaying, remember_calls
-from memplan.capture.surroundings import ONE_AT_A_TIME, unchanged_randomness, without_meta
+from memplan.capture.sample import Sample
+from memplan.capture.unsupported import refuse_after, refuse_before, refused_inside
 from memplan.errors import CaptureError, MemplanError
-from memplan.sample import Sample
 from memplan.torch_internals import (
     Joint,
     JointInput,

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 import torch
 
 from memplan.capture.captured import Captured, tensors_of
-from memplan.capture.describe import signature, source_of, target_name
+from memplan.capture.node_info import signature, source_of, target_name
 from memplan.capture.relaid import TRACED_AS, Layouts, dtype_of
 from memplan.errors import CaptureError
-from memplan.program import Costs, Layout
+from memplan.ir.program import Costs, Layout
 from memplan.torch_internals import memory_format_of
 
 

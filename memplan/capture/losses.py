@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from memplan.torch_internals import FunctionMode
 
 _FUNCTIONS = (functional.cross_entropy, functional.linear_cross_entropy)
 _LOSSES = {function: signature(function) for function in _FUNCTIONS}
 
 
-class LossesAsEager(TorchFunctionMode):
+class LossesAsEager(FunctionMode):
     """Inside, ``cross_entropy`` with weights of classes and smoothed labels is what eager runs.
 
     The mean is over the weights of the labels that count: eager picks those and sums them; where
     tensors are traced, torch sums all, with zeros for the others, in another order.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func not in _LOSSES:
             return func(*args, **kwargs)
         bound = _LOSSES[func].bind(*args, **kwargs)

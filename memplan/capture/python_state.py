@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from memplan.capture.attributes import has_own_attributes
+from memplan.capture.module_state import has_own_attributes
 from memplan.torch_internals import is_fake
 
 _PLAIN = (enum.Enum, bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.Size)

@@ -10,19 +10,19 @@ import torch
 from torch import fx
 
 from memplan.capture.captured import Captured, Primal
-from memplan.capture.describe import (
+from memplan.capture.flat import own_name
+from memplan.capture.joint import Traced
+from memplan.capture.node_info import (
     forward_origins,
     module_of,
     signature,
     source_of,
     target_name,
 )
-from memplan.capture.flat import own_name
-from memplan.capture.joint import Traced
 from memplan.capture.random_ops import is_random, schema_arguments
 from memplan.capture.updates import update_parameter
 from memplan.errors import CaptureError
-from memplan.program import Op, Phase, Program, Role, Value
+from memplan.ir.program import Op, Phase, Program, Role, Value
 from memplan.torch_internals import (
     CHECK_OF_LINALG,
     JointInput,

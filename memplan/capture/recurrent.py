@@ -7,14 +7,13 @@ at a time, with the dropout between them, the trace draws what the untouched mod
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from memplan.torch_internals import without_onednn
+from memplan.torch_internals import FunctionMode, without_onednn
 
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
@@ -33,7 +32,7 @@ def without_flat_weights() -> Iterator[None]:
         nn.RNNBase.flatten_parameters = original  # type: ignore[method-assign]
 
 
-class OneLayerAtATime(TorchFunctionMode):
+class OneLayerAtATime(FunctionMode):
     """Inside, a recurrent call with dropout between layers becomes one call a layer.
 
     Attributes:
@@ -44,14 +43,7 @@ class OneLayerAtATime(TorchFunctionMode):
         super().__init__()
         self.seen: set[str] = set()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
         if name in _RECURRENT and len(args) == 9:
             # cuDNN keeps the state of its own generator.
@@ -61,7 +53,7 @@ class OneLayerAtATime(TorchFunctionMode):
             # neither measured nor made again.
             with without_onednn():
                 return _recurrent(func, args)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _recurrent(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from memplan.capture.describe import call_signature, signature
-from memplan.program import Layout
+from memplan.capture.node_info import call_signature, signature
+from memplan.ir.program import Layout
 from memplan.torch_internals import OpOverload, Relay
 
 Layouts = Sequence[Layout | None]

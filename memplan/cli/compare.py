@@ -13,13 +13,13 @@ from memplan.cli.failures import end_if_broken, failures
 from memplan.cli.output import Format, show, with_format, with_output
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_bounds, with_target
-from memplan.module import PlannedModule
-from memplan.plan import Plan
+from memplan.ir.memory_trace import MemoryTrace
+from memplan.ir.schedule import Effect
+from memplan.planner.plan import Plan
 from memplan.profiler import Comparison, trace_memory
-from memplan.report import comparison_document, comparison_sheet
+from memplan.report import comparison_document, comparison_table
 from memplan.report.documents import PLANNED
-from memplan.schedule import Effect
-from memplan.trace import MemoryTrace
+from memplan.runtime.module import PlannedModule
 
 
 @click.command()
@@ -81,7 +81,7 @@ def show_proof(
 ) -> None:
     """Print a comparison; end the command with 4 if the plan breaks a promise."""
     document = comparison_document(comparison, plan, traces) if traces else {}
-    show(shape, [comparison_sheet(comparison, plan)], document, following, output)
+    show(shape, [comparison_table(comparison, plan)], document, following, output)
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
     end_if_broken(_broken_promises(comparison, plan))

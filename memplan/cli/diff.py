@@ -10,7 +10,7 @@ from memplan.cli.failures import MISMATCH
 from memplan.cli.output import Format, show, with_format
 from memplan.cli.report import read_file
 from memplan.errors import UnitsError
-from memplan.report import difference_document, difference_sheet, increase
+from memplan.report import difference_document, difference_table, increase
 from memplan.report.reading import UnreadableDocument
 from memplan.units import parse_share
 
@@ -39,13 +39,13 @@ def diff(before: Path, after: Path, *, limit: str | None, shape: Format) -> None
     documents = [read_file(path) for path in (before, after)]
     try:
         share = None if limit is None else parse_share(limit)
-        sheet, document = difference_sheet(*documents), difference_document(*documents)
+        table, document = difference_table(*documents), difference_document(*documents)
         grown = increase(*documents)
     except UnitsError as error:
         raise click.BadParameter(str(error), param_hint="--fail-on-increase") from error
     except UnreadableDocument as error:
         raise click.UsageError(str(error)) from error
-    show(shape, [sheet], document, f"To look at it: memplan report {after}")
+    show(shape, [table], document, f"To look at it: memplan report {after}")
     if share is not None and grown > share:
         click.echo(f"the peak grew by {grown:.1%}, more than {share:.1%}", err=True)
         raise SystemExit(MISMATCH)

@@ -14,7 +14,7 @@ from memplan.cli.output import Format, export, show, with_exports, with_format, 
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.costs import CPU, DEVICES
-from memplan.report import estimate_document, estimate_sheets, verdict
+from memplan.report import estimate_document, estimate_tables, verdict
 from memplan.units import parse_bytes
 
 
@@ -69,7 +69,7 @@ def estimate(
     ]
     show(
         shape,
-        estimate_sheets(found, memory_bytes),
+        estimate_tables(found, memory_bytes),
         estimate_document(found, memory_bytes),
         f"To make it smaller: {target.command_line('plan', bounds=bounds)}",
         output,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from memplan import costs
 from memplan.errors import (
     InfeasibleBudget,
     MemplanError,
@@ -86,11 +87,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         click.UsageError: if it cannot be written.
     """
-    new = path.with_name(f".{path.name}.new")
     try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
-        new.replace(path)
+        costs.write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
         raise click.UsageError(f"cannot write {path}: {error.strerror}") from error

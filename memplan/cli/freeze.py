@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from memplan.choices import compare_choices
+from memplan.advise.freezing import compare_choices
 from memplan.cli.failures import failures
 from memplan.cli.output import Format, show, with_format
 from memplan.cli.passes import passes_named, with_passes
@@ -12,7 +12,7 @@ from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.costs import DEVICES
 from memplan.options import Options
-from memplan.report import choices_document, choices_sheets
+from memplan.report import choices_document, choices_tables
 
 
 @click.command()
@@ -47,4 +47,4 @@ def freeze(
     best = min(choices, key=lambda one: one.peak_bytes)
     bounds = ["--pass", best.option] if best.option else []
     following = f"To plan with one of them: {target.command_line('plan', bounds=bounds)}"
-    show(shape, choices_sheets(choices), choices_document(choices), following)
+    show(shape, choices_tables(choices), choices_document(choices), following)

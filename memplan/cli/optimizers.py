@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memplan.update import resolve_optimizer
+from memplan.optimizer import resolve_optimizer
 
 _NEED_MORE = ("lbfgs", "sparseadam")
 """They need a closure, or sparse gradients."""

@@ -12,10 +12,11 @@ import click
 from rich.console import Console
 
 from memplan.cli.failures import write_whole
-from memplan.report import Sheet, chrome_trace, markdown, snapshot_bytes, terminal
+from memplan.ir.memory_trace import MemoryTrace
+from memplan.report import chrome_trace, snapshot_bytes, terminal
 from memplan.report.figures import save_figure
 from memplan.report.html import html_report
-from memplan.trace import MemoryTrace
+from memplan.tables import Table, markdown
 
 Format = Literal["table", "json", "markdown"]
 
@@ -113,7 +114,7 @@ def write_document(document: Mapping[str, object], path: Path) -> None:
 
 def show(
     shape: Format,
-    sheets: Sequence[Sheet],
+    tables: Sequence[Table],
     document: Mapping[str, object],
     following: str,
     output: Path | None = None,
@@ -126,12 +127,12 @@ def show(
     if shape == "json":
         click.echo(json.dumps(document))
     elif shape == "markdown":
-        click.echo(markdown(sheets))
+        click.echo(markdown(tables))
     else:
         # rich keeps bold where there is no colour; whoever wants none wants plain text
         colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
         console = Console(highlight=False, color_system=colours)
-        for sheet in sheets:
-            console.print(terminal(sheet))
+        for table in tables:
+            console.print(terminal(table))
     if shape == "table":
         click.echo(following)

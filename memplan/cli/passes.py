@@ -11,7 +11,7 @@ import click
 
 from memplan.errors import MemplanError
 from memplan.passes import PASSES
-from memplan.passing import Pass
+from memplan.transforms.passes import Pass
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

@@ -7,22 +7,22 @@ from pathlib import Path
 
 import click
 
-from memplan import api
+from memplan.advise.techniques import Technique, compare_techniques
+from memplan.capture.sample import Sample
 from memplan.cli.failures import failures, write_whole
 from memplan.cli.output import Format, export, show, with_exports, with_format
 from memplan.cli.passes import passes_named, with_passes
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_bounds, with_target
+from memplan.compiler import autosize
+from memplan.compiler.request import make_request
 from memplan.costs import DEVICES
 from memplan.errors import InfeasibleBudget, MemplanError
+from memplan.optimizer import like
 from memplan.options import Options
 from memplan.passes import PASSES
-from memplan.passing import Pass
-from memplan.report import plan_document, plan_sheets, techniques_document, techniques_sheet
-from memplan.request import make_request
-from memplan.sample import Sample
-from memplan.techniques import Technique, compare_techniques
-from memplan.update import like
+from memplan.report import plan_document, techniques_document, techniques_table
+from memplan.transforms.passes import Pass
 
 
 @click.command()
@@ -77,9 +77,7 @@ def plan(
             budget=budget,
             max_slowdown=max_slowdown,
             passes=named.values(),
-            default_passes=True,
             optimizer=optimizer,
-            plan=None,
             options=options,
         )
         ranked: list[Technique] = []
@@ -91,7 +89,7 @@ def plan(
                 )
         try:
             with progress():
-                prepared, found = api.make_plan(model, Sample.of(batch), request)
+                prepared, found = autosize.make_plan(model, Sample.of(batch), request)
         except InfeasibleBudget:
             # What comes nearest is the more wanted for it.
             _show_ranked(ranked, shape)
@@ -104,9 +102,9 @@ def plan(
         write_whole(output, found.to_json() + "\n")
     export(traces["planned, predicted"], snapshot, chrome_trace)
     document = plan_document(found, traces) | techniques_document(ranked)
-    sheets = [*plan_sheets(found), *([techniques_sheet(ranked)] if ranked else [])]
+    tables = [*found.tables(), *([techniques_table(ranked)] if ranked else [])]
     following = _following(target, budget, max_slowdown, device, output)
-    show(shape, sheets, document, following)
+    show(shape, tables, document, following)
     for note in (found.advice, *found.notes):
         if note:
             click.echo(f"note: {note}", err=True)
@@ -123,7 +121,7 @@ def _each() -> dict[str, Pass]:
 
 def _show_ranked(ranked: list[Technique], shape: Format) -> None:
     if ranked and shape != "json":
-        show(shape, [techniques_sheet(ranked)], {}, "")
+        show(shape, [techniques_table(ranked)], {}, "")
 
 
 def _following(

@@ -15,7 +15,7 @@ from memplan.cli.output import Format, export, show, with_exports, with_format, 
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.profiler import ScriptProfile, profile_script, time_phases, trace_memory
-from memplan.report import profile_document, profile_sheets
+from memplan.report import profile_document, profile_tables
 
 _EXPLAINED = 0.01
 
@@ -82,7 +82,7 @@ def profile(
         following = f"To see what would make it smaller: {again}"
     export(trace, snapshot, chrome_trace)
     document = profile_document(trace, seconds, growth_bytes)
-    show(shape, profile_sheets(trace, seconds, growth_bytes), document, following, output)
+    show(shape, profile_tables(trace, seconds, growth_bytes), document, following, output)
     if strict and trace.unexplained_bytes > _EXPLAINED * trace.peak_bytes:
         raise SystemExit(PARTLY)
 

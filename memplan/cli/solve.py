@@ -8,15 +8,15 @@ import click
 import torch
 
 from memplan import api, profiler
+from memplan.advise.largest_batch import MOST, largest_fitting
 from memplan.cli.failures import NOT_FITTING, failures
 from memplan.cli.output import Format, show, with_format
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.costs import DEVICES
-from memplan.largest import MOST, largest_fitting
 from memplan.options import Options
-from memplan.plan import Plan
-from memplan.report import solution_document, solution_sheet
+from memplan.planner.plan import Plan
+from memplan.report import solution_document, solution_table
 from memplan.units import parse_bytes
 
 
@@ -98,7 +98,7 @@ def solve(
     rows = {"untouched": (before, of_untouched), "planned": (after, of_planned)}
     show(
         shape,
-        [solution_sheet(field, memory_bytes, max_slowdown, rows)],
+        [solution_table(field, memory_bytes, max_slowdown, rows)],
         solution_document(field, memory_bytes, max_slowdown, rows, plans[after or multiple_of]),
         f"To plan it: {again}" if after else "Not even 1 fits.",
     )

@@ -13,7 +13,7 @@ from memplan.cli.output import Format, with_format, with_output
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.errors import PlanMismatch
-from memplan.plan import Plan
+from memplan.planner.plan import Plan
 
 
 @click.command()

@@ -1,7 +1,7 @@
 """What each op costs: seconds, flops and workspace."""
 
 from memplan.costs.analytic import analytic_costs
-from memplan.costs.cache import CostCache, cache_folder
+from memplan.costs.cache import CostCache, cache_folder, write_whole
 from memplan.costs.devices import CPU, DEVICES, Device, device_named
 from memplan.costs.kernels import KernelMemory, least_memory, measured_memory, most_memory
 from memplan.costs.measured import measured_costs
@@ -19,4 +19,5 @@ __all__ = [
     "measured_costs",
     "measured_memory",
     "most_memory",
+    "write_whole",
 ]

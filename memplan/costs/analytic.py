@@ -2,48 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from memplan.capture import Captured, source_of_call, tensors_of
+from memplan.capture import (
+    Captured,
+    OpCall,
+    call_of,
+    source_of_call,
+    stashed_operands,
+    tensors_of,
+)
 from memplan.costs.devices import CPU, Device
-from memplan.program import Costs, Op, OpCost
+from memplan.ir.program import Costs, Op, OpCost, Value
 from memplan.torch_internals import OpOverload
 
 
-def analytic_costs(captured: Captured, ops: Iterable[Op], device: Device = CPU) -> Costs:
-    """Time is the sum of launch, traffic and arithmetic. Workspace is taken to be none."""
-    by_op = {op.id: _cost(captured, op, device) for op in ops}
-    return Costs(by_op, f"analytic, {device.name}")
+def analytic_costs(
+    captured: Captured, ops: Iterable[Op], device: Device = CPU, stashed: Iterable[Value] = ()
+) -> Costs:
+    """Time is the sum of launch, traffic and arithmetic. Workspace is taken to be none.
+
+    Args:
+        captured: what the ops belong to.
+        ops: the ops.
+        device: what they are to run on.
+        stashed: what ops that passes add make and read.
+    """
+    values = {value.id: value for value in stashed}
+    return Costs(
+        {op.id: _cost(captured, op, device, values) for op in ops}, f"analytic, {device.name}"
+    )
 
 
-def _cost(captured: Captured, op: Op, device: Device) -> OpCost:
-    if op.target == "memplan.save_rng_state":
-        return OpCost(device.launch_s)
-    node = source_of_call(captured, op)
-    results = tensors_of(node.meta["val"])
-    operands = [
-        tensor for source in node.all_input_nodes for tensor in tensors_of(source.meta["val"])
-    ]
-    traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*results, *operands))
-    flops = _flops(node)
-    seconds = device.launch_s + traffic / device.bytes_per_s
+def _cost(captured: Captured, op: Op, device: Device, stashed: Mapping[int, Value]) -> OpCost:
+    """The cost of a captured op, or of one that a pass adds, by what its own call moves."""
+    given = [stashed[id] for id in stashed_operands(captured, op)]
+    call = call_of(captured, op, given)
+    nodes: dict[fx.Node, None] = {}
+    fx.map_arg((call.args, call.kwargs), nodes.setdefault)
+    operands = [tensor for node in nodes for tensor in tensors_of(node.meta["val"])]
+    result = source_of_call(captured, op).meta["val"]
+    results = tensors_of(result)
+    moved_bytes, linked_bytes = _bytes_of(operands), 0
+    if op.variant_of is None:
+        moved_bytes += _bytes_of(results)
+    else:
+        values = captured.program.values
+        moved = [*given, *(stashed[id] if id in stashed else values[id] for id in op.results)]
+        moved_bytes += sum(value.device_bytes for value in moved)
+        linked_bytes = sum(value.host_bytes for value in moved)
+    seconds = device.launch_s + moved_bytes / device.bytes_per_s
+    seconds += linked_bytes / device.link_bytes_per_s
+    flops = 0 if given else _flops(call, result)
     if flops:
         seconds += flops / device.flops_of(operands[0].dtype)
-    if op.is_random or op.target == "memplan.redraw":
+    if op.is_random:
         seconds += device.random_s * max((tensor.numel() for tensor in results), default=0)
     return OpCost(seconds, flops)
 
 
-def _flops(node: fx.Node) -> int:
-    target = node.target
-    if not isinstance(target, OpOverload):
+def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _flops(call: OpCall, result: object) -> int:
+    if not isinstance(call.target, OpOverload):
         return 0
-    formula = flop_registry.get(target.overloadpacket)
+    formula = flop_registry.get(call.target.overloadpacket)
     if formula is None:
         return 0
-    args = fx.map_arg(node.args, lambda argument: argument.meta["val"])
-    kwargs = fx.map_arg(node.kwargs, lambda argument: argument.meta["val"])
-    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    args = fx.map_arg(call.args, lambda argument: argument.meta["val"])
+    kwargs = fx.map_arg(call.kwargs, lambda argument: argument.meta["val"])
+    return int(formula(*args, **kwargs, out_val=result))

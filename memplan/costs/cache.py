@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
 import platform
-import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import platformdirs
 import torch
 
-from memplan.program import Layout, OpCost
+from memplan.ir.program import Layout, OpCost
 
 _SCHEMA = 8
 _LOG = logging.getLogger("memplan")
@@ -26,8 +28,24 @@ def cache_folder() -> Path:
     chosen = os.environ.get("MEMPLAN_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "memplan"
+    return platformdirs.user_cache_path("memplan", appauthor=False)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    new = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        new.write_bytes(data)
+        new.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
 
 
 def describe_machine(device: torch.device) -> str:
@@ -113,11 +131,7 @@ class CostCache:
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, suffix=".tmp", delete=False
-            ) as file:
-                file.write(json.dumps(data))  # faster than json.dump, which writes in small pieces
-            Path(file.name).replace(self.path)
+            write_whole(self.path, json.dumps(data))
         except OSError as error:
             _LOG.warning("measured costs are not kept: %s: %s", self.path, error)
 

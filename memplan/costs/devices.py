@@ -25,6 +25,7 @@ class Device:
         half_flops_per_s: the same in 16 bits.
         launch_s: time of an op that does nothing.
         random_s: time for each random number.
+        link_bytes_per_s: bandwidth between its memory and the host's, in one direction.
         granule_bytes: the allocator's blocks are multiples of it.
         is_cuda: whether attention runs as CUDA's fused kernels.
         memory_bytes: what the driver offers of its memory; 0 where that is the machine's own.
@@ -36,6 +37,7 @@ class Device:
     half_flops_per_s: float
     launch_s: float
     random_s: float = 0.0
+    link_bytes_per_s: float = 8e9
     granule_bytes: int = 1
     is_cuda: bool = False
     memory_bytes: int = 0
@@ -56,13 +58,16 @@ CPU: Final = Device(
 )
 
 
-def _cuda(name: str, gib: float, tb_per_s: float, tflops: float, half_tflops: float) -> Device:
+def _cuda(
+    name: str, gib: float, tb_per_s: float, tflops: tuple[float, float], link_gb_per_s: float
+) -> Device:
     return Device(
         name=name,
         bytes_per_s=_REACHED * tb_per_s * 1e12,
-        flops_per_s=_REACHED * tflops * 1e12,
-        half_flops_per_s=_REACHED * half_tflops * 1e12,
+        flops_per_s=_REACHED * tflops[0] * 1e12,
+        half_flops_per_s=_REACHED * tflops[1] * 1e12,
         launch_s=5e-6,
+        link_bytes_per_s=_REACHED * link_gb_per_s * 1e9,
         granule_bytes=512,
         is_cuda=True,
         memory_bytes=int(gib * 2**30),
@@ -71,13 +76,14 @@ def _cuda(name: str, gib: float, tb_per_s: float, tflops: float, half_tflops: fl
 
 DEVICES: Final[Mapping[str, Device]] = {
     "cpu": CPU,
-    "a100": _cuda("A100 SXM 80 GB", 79.1, 2.04, 19.5, 312),
-    "h100": _cuda("H100 SXM 80 GB", 79.1, 3.35, 67, 989),
-    "h200": _cuda("H200 SXM 141 GB", 139.8, 4.8, 67, 989),
-    "l40s": _cuda("L40S 48 GB", 44.4, 0.864, 91.6, 362),
-    "rtx4090": _cuda("GeForce RTX 4090 24 GB", 23.5, 1.008, 82.6, 165),
+    "a100": _cuda("A100 SXM 80 GB", 79.1, 2.04, (19.5, 312), 32),
+    "h100": _cuda("H100 SXM 80 GB", 79.1, 3.35, (67, 989), 64),
+    "h200": _cuda("H200 SXM 141 GB", 139.8, 4.8, (67, 989), 64),
+    "l40s": _cuda("L40S 48 GB", 44.4, 0.864, (91.6, 362), 32),
+    "rtx4090": _cuda("GeForce RTX 4090 24 GB", 23.5, 1.008, (82.6, 165), 32),
 }
-"""By name; bandwidth and dense throughput are those of NVIDIA's data sheets."""
+"""By name; bandwidth, dense throughput and half of PCIe's two directions are those of NVIDIA's data
+sheets."""
 
 
 def device_named(name: str) -> Device:

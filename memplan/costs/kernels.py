@@ -15,7 +15,7 @@ from memplan.costs.cache import CostCache
 from memplan.costs.meters import metering
 from memplan.costs.operands import filled, make_valid, other_cases
 from memplan.errors import MemplanError
-from memplan.program import OpCost
+from memplan.ir.program import OpCost
 from memplan.torch_internals import (
     KernelCall,
     OpOverload,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +14,14 @@ from torch import fx
 from memplan.capture import (
     Captured,
     call_of,
-    made_up_kept,
-    source_of_call,
+    stashed_operands,
     tensors_of,
     unchanged_randomness,
 )
 from memplan.costs.cache import CostCache
 from memplan.costs.meters import call_seconds, metering
 from memplan.costs.operands import made_up_like, make_valid, other_cases
-from memplan.program import Costs, Layout, Op, OpCost
+from memplan.ir.program import Costs, Layout, Op, OpCost
 from memplan.torch_internals import storage_key, without_autocast
 
 _ROUNDS = 2
@@ -36,24 +36,92 @@ _LOG = logging.getLogger("memplan")
 def measured_costs(captured: Captured, ops: Iterable[Op]) -> Costs:
     """Run every distinct op that is not in the cache; keep the result there.
 
-    Workspace is the exact peak of the allocator inside the op, results apart, after one run to
-    warm up. Time is the least of a few runs. An op that refuses made-up operands has a cost that
-    says so.
+    An op that reads what another one stashed stands after that one. Workspace is the exact peak of
+    the allocator inside the op, results apart, after one run to warm up. Time is the least of a few
+    runs. An op that refuses made-up operands has a cost that says so.
     """
     ops = list(ops)
     device = captured.device
     cache = CostCache.load(device)
     distinct = {op.signature: op for op in ops if op.signature not in cache.entries}
-    new = _measure(captured, distinct, cache.entries) if distinct else {}
-    cache = cache.updated({name: cost for name, cost in new.items() if not cost.refusal})
+    num_values = len(captured.program.values)
+    stashing = {id: op for op in ops for id in op.results if id >= num_values}
+    bench = _Bench(captured, stashing)
+    new = _measure(bench, distinct, cache.entries) if distinct else {}
+    cache = cache.updated(
+        {name: new[name] for name in new if _can_be_kept(distinct[name], new[name])}
+    )
     known = {**cache.entries, **new}
     return Costs({op.id: known[op.signature] for op in ops}, f"measured, {cache.machine}")
 
 
+def _can_be_kept(op: Op, cost: OpCost) -> bool:
+    """Whether a cost holds for other processes: not of an op whose code may be anyone's."""
+    is_known = op.variant_of is None or op.target.startswith("memplan.")
+    return is_known and not cost.refusal
+
+
+@dataclass(frozen=True, slots=True)
+class _Runnable:
+    """A call on made-up operands.
+
+    Attributes:
+        run: calls it.
+        operands: by the node that they stand for.
+        stashed: operands that were stashed.
+        cases: makes its operands anew, for what else a kernel may take.
+    """
+
+    run: Callable[[], Any]
+    operands: Mapping[fx.Node, Any]
+    stashed: tuple[Any, ...]
+    cases: Iterator[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """Makes ops run on their own.
+
+    Attributes:
+        captured: what they belong to.
+        stashing: by what they stash, the ops that passes add for that.
+    """
+
+    captured: Captured
+    stashing: Mapping[int, Op]
+
+    def stashes_of(self, op: Op) -> list[Op]:
+        """The ops that stash what an op reads."""
+        return [self.stashing[id] for id in stashed_operands(self.captured, op)]
+
+    def runnable(self, op: Op) -> _Runnable:
+        """The op on made-up operands of the recorded layout."""
+        stashed = tuple(self.stash(id) for id in stashed_operands(self.captured, op))
+        call = call_of(self.captured, op, stashed)
+        made: dict[fx.Node, Any] = {}
+
+        def operand(node: fx.Node) -> Any:
+            if node not in made:
+                made[node] = made_up_like(node.meta["val"])
+            return made[node]
+
+        args, kwargs = fx.map_arg(call.args, operand), fx.map_arg(call.kwargs, operand)
+        make_valid(call.target, args, kwargs)
+        cases = other_cases(call.target, args, kwargs)
+        return _Runnable(lambda: call.target(*args, **kwargs), made, stashed, cases)
+
+    def stash(self, id: int) -> Any:
+        """What is stashed of made-up operands."""
+        op = self.stashing[id]
+        items = call_of(self.captured, op).items or {}
+        result = self.runnable(op).run()
+        return result[items[id]] if id in items else result
+
+
 def _measure(
-    captured: Captured, distinct: Mapping[str, Op], entries: Mapping[str, OpCost]
+    bench: _Bench, distinct: Mapping[str, Op], entries: Mapping[str, OpCost]
 ) -> dict[str, OpCost]:
-    device = captured.device
+    captured, device = bench.captured, bench.captured.device
     elsewhere = _recorded_elsewhere(captured, entries)
     alike: dict[str, list[Op]] = {}
     for op in captured.program.ops:
@@ -64,23 +132,28 @@ def _measure(
     with unchanged_randomness(), torch.no_grad(), without_autocast(), metering(device) as meter:
         for number, (signature, op) in enumerate(distinct.items()):
             _LOG.debug("measuring op %d of %d", number + 1, len(distinct))
-            run, operands, cases = _runnable(captured, op)
-            if refusal := _refusal(captured, run, op, elsewhere):
+            unknown = [one.signature for one in bench.stashes_of(op) if one.signature in refused]
+            if unknown:
+                refused[signature] = refused[unknown[0]]
+                continue
+            runnable = bench.runnable(op)
+            if refusal := _refusal(runnable, op, elsewhere):
                 refused[signature] = OpCost(0.0, refusal=refusal)
                 continue
             with meter.during(str(number)):
-                result = run()
-                for _ in cases:
+                result = runnable.run()
+                for _ in runnable.cases:
                     del result
-                    result = run()
+                    result = runnable.run()
             tensors = _in_recorded_places(captured, op, result)
-            result_bytes[signature] = _storage_bytes(tensors, operands, device)
+            given = (*runnable.operands.values(), *runnable.stashed)
+            result_bytes[signature] = _storage_bytes(tensors, given, device)
             result_layouts[signature] = tuple(map(_layout, tensors))
             for one in alike.get(signature, ()):
                 elsewhere |= _seen_elsewhere(captured, one, result_layouts[signature])
-            del result, tensors
+            del result, tensors, runnable, given
     measured = {name: op for name, op in distinct.items() if name not in refused}
-    seconds = _seconds(captured, measured)
+    seconds = _seconds(bench, measured)
     names = [str(number) for number, name in enumerate(distinct) if name not in refused]
     peaks = meter.peaks(names)
     costs = {
@@ -95,7 +168,7 @@ def _measure(
     return {**costs, **refused}
 
 
-def _seconds(captured: Captured, measured: Mapping[str, Op]) -> dict[str, float]:
+def _seconds(bench: _Bench, measured: Mapping[str, Op]) -> dict[str, float]:
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     for number in range(_MOST_ROUNDS):
@@ -104,7 +177,7 @@ def _seconds(captured: Captured, measured: Mapping[str, Op]) -> dict[str, float]
         _LOG.debug("timing %d ops, round %d of at least %d", len(measured), number + 1, _ROUNDS)
         for signature, op in measured.items():
             with unchanged_randomness(), torch.no_grad(), without_autocast():
-                taken = call_seconds(_runnable(captured, op)[0], captured.device)
+                taken = call_seconds(bench.runnable(op).run, bench.captured.device)
             seconds[signature] = min(taken, seconds.get(signature, taken))
     return seconds
 
@@ -127,17 +200,16 @@ def _seen_elsewhere(captured: Captured, op: Op, layouts: Iterable[Layout | None]
     return {node} if moved else set()
 
 
-def _refusal(captured: Captured, run: Callable[[], object], op: Op, elsewhere: set[fx.Node]) -> str:
+def _refusal(runnable: _Runnable, op: Op, elsewhere: set[fx.Node]) -> str:
     """Run an op once, to warm up; why it refuses made-up operands, or "".
 
     Not with an operand that is recorded ``elsewhere``: a kernel that takes an address of the
     host's memory for one of the device's ends the process.
     """
-    operands = source_of_call(captured, op).all_input_nodes
-    if any({node, *node.all_input_nodes} & elsewhere for node in operands):
+    if any({node, *node.all_input_nodes} & elsewhere for node in runnable.operands):
         return f"{op.target} has an operand that is recorded on another device than it is on"
     try:
-        run()
+        runnable.run()
     except (RuntimeError, IndexError, ValueError) as error:
         cause = str(error).strip().partition("\n")[0]
         return (
@@ -185,21 +257,3 @@ def _storage_bytes(
         else:
             nbytes[key] = tensor.untyped_storage().nbytes()
     return tuple(nbytes.values())
-
-
-def _runnable(
-    captured: Captured, op: Op
-) -> tuple[Callable[[], object], Iterable[object], Iterator[None]]:
-    """The op on made-up operands of the recorded layout; the operands, and their other cases."""
-    call = call_of(captured, op, made_up_kept(captured, op))
-    made: dict[fx.Node, Any] = {}
-
-    def operand(node: fx.Node) -> Any:
-        if node not in made:
-            made[node] = made_up_like(node.meta["val"])
-        return made[node]
-
-    args, kwargs = fx.map_arg(call.args, operand), fx.map_arg(call.kwargs, operand)
-    make_valid(call.target, args, kwargs)
-    cases = other_cases(call.target, args, kwargs)
-    return lambda: call.target(*args, **kwargs), made.values(), cases

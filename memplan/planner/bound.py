@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from memplan.ir.program import Costs, Program
+from memplan.ir.schedule import Recovery
 from memplan.planner.lowering import keep_everything, lower
 from memplan.planner.problem import Problem, make_problem
 from memplan.planner.windows import Windows
-from memplan.program import Costs, Program
-from memplan.schedule import Recovery
 
 _LADDER = (1, 8, 32, 128)
 """So many moments, while there is time: each number bounds anew."""

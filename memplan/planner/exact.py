@@ -12,13 +12,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from memplan.ir.liveness import ScheduledStep
+from memplan.ir.program import Costs, Program
+from memplan.ir.schedule import Effect, Recovery, Restore, Schedule
 from memplan.planner.lowering import follow, to_schedule
 from memplan.planner.problem import Problem, inverts, make_problem
 from memplan.planner.search import Solution
 from memplan.planner.windows import Windows
-from memplan.program import Costs, Program
-from memplan.schedule import Catalog, Recovery, Restore, Schedule
-from memplan.timeline import simulate
 
 _LOG = logging.getLogger("memplan")
 
@@ -84,12 +84,18 @@ def prove(
     *,
     budget_bytes: int,
     time_limit_s: float,
+    anchors: frozenset[int] = frozenset(),
 ) -> Solution:
     """The faster of what a search found within a budget and of what ``solve_exactly`` finds.
 
-    The latter knows no recoveries that look back.
+    The latter knows no recoveries that look back. Anchors come back by exact ones alone.
     """
-    recoveries = [one for one in recoveries if not inverts(program, one)]
+    recoveries = [
+        one
+        for one in recoveries
+        if not inverts(program, one)
+        and (one.exactness is Effect.EXACT or anchors.isdisjoint(one.restores))
+    ]
     problem = make_problem(program, recoveries, costs)
     exact = solve_exactly(problem, budget_bytes - program.resident_bytes, time_limit_s)
     _LOG.info(
@@ -100,6 +106,5 @@ def prove(
     )
     if exact.schedule is None or (found.is_feasible and found.seconds <= exact.seconds):
         return found
-    catalog = Catalog.of(program, recoveries)
-    peak_bytes = simulate(program, catalog, exact.schedule, costs).peak_bytes
-    return Solution(exact.schedule, peak_bytes, exact.seconds)
+    step = ScheduledStep(program, tuple(recoveries), costs, exact.schedule)
+    return Solution(exact.schedule, step.peak_bytes, exact.seconds)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from memplan.ir.liveness import floor_bytes
+from memplan.ir.program import Costs, Program
+from memplan.ir.schedule import Recovery
 from memplan.planner.improve import add_back
-from memplan.planner.lowering import State
+from memplan.planner.lowering import Evaluated
 from memplan.planner.problem import Problem, make_problems
 from memplan.planner.search import (
     MAX_SLOWDOWN,
@@ -16,9 +19,6 @@ from memplan.planner.search import (
     solution_of,
     within,
 )
-from memplan.program import Costs, Program
-from memplan.schedule import Recovery
-from memplan.timeline import floor_bytes
 
 
 def frontier(
@@ -48,7 +48,7 @@ def frontier(
 
 def _frontier(
     problems: Sequence[Problem], floor: int, limit: float, points: int
-) -> list[tuple[Problem, State]]:
+) -> list[tuple[Problem, Evaluated]]:
     base = everything_kept(problems[0])
     lowest = descend(problems[-1], base, floor, limit)[-1]
     best = [(problems[-1], lowest)]
@@ -63,14 +63,14 @@ def _frontier(
     return best
 
 
-def _worth(found: tuple[Problem, State]) -> tuple[float, int]:
+def _worth(found: tuple[Problem, Evaluated]) -> tuple[float, int]:
     _, state = found
     return (state.seconds, state.peak)
 
 
-def _undominated(found: Sequence[tuple[Problem, State]]) -> list[tuple[Problem, State]]:
+def _undominated(found: Sequence[tuple[Problem, Evaluated]]) -> list[tuple[Problem, Evaluated]]:
     """Those that are faster than all of lower peaks, by ascending peak."""
-    kept: list[tuple[Problem, State]] = []
+    kept: list[tuple[Problem, Evaluated]] = []
     for problem, state in sorted(found, key=lambda one: (one[1].peak, one[1].seconds)):
         if not kept or state.seconds < kept[-1][1].seconds:
             kept.append((problem, state))

@@ -7,11 +7,13 @@ earlier; the value is then held for a moment. It costs no time.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from memplan.planner.lowering import Call, Decisions, Lowered
+from memplan.ir.schedule import Restore, Run
+from memplan.planner.lowering import Decisions, Lowered, ScheduledCall
 from memplan.planner.problem import Problem
-from memplan.schedule import Restore, Run
 
 _REACH = 4
 """So many ops earlier, at most."""
@@ -44,7 +46,7 @@ def hoist(
                     breaks.add((value, at))
         early |= {(value, at) for value in wanted}
         early -= {(value, time) for value in wanted}
-    changed = Decisions(decisions.evicted, frozenset(breaks), frozenset(early))
+    changed = replace(decisions, breaks=frozenset(breaks), early=frozenset(early))
     return None if changed == decisions else changed
 
 
@@ -55,7 +57,7 @@ def _earliest(problem: Problem, wanted: set[int], time: int) -> int:
     return max([problem.part.index(problem.part[time]), *made])
 
 
-def _wanted(problem: Problem, group: list[Call], time: int) -> set[int]:
+def _wanted(problem: Problem, group: list[ScheduledCall], time: int) -> set[int]:
     """What an op, or a later one, needs of what is restored before it."""
     made = {value for call in group for value in problem.results[call.op]}
     read = {value for call in group for value in problem.operands[call.op]}

@@ -14,18 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
+from memplan.ir.schedule import Restore, Run
 from memplan.planner.lowering import (
-    Call,
     Decisions,
     Effort,
+    Evaluated,
     Lowered,
-    State,
+    ScheduledCall,
     keep_everything,
     lower,
 )
 from memplan.planner.problem import Problem
 from memplan.planner.repair import Greed, repair
-from memplan.schedule import Restore, Run
 
 Drop: TypeAlias = tuple[int, int]
 """A value, and the captured op for which it is made again, or -1 at the boundary."""
@@ -40,19 +40,24 @@ _SHARES = (0.3, 0.6, 1.0)
 _PATIENCE = 100
 """Steps of the search without an improvement, after which it ends."""
 
+_CHOOSING = 0.3
+"""Where values have several recoveries, the search chooses among them when so much of its effort is
+left, or when half of its patience is gone."""
+
 _SLACK = 0.02
 """How much slower, as a part of the restores' time, a step of the search may be at first."""
 
 
 def add_back(
-    problem: Problem, state: State, target: int, effort: Effort, tries: int | None = None
-) -> State:
+    problem: Problem, state: Evaluated, target: int, effort: Effort, tries: int | None = None
+) -> Evaluated:
     """Undo drops that the target does not need, the dearest for their bytes first."""
     lowered = lower(problem, state.decisions)
+    chosen = problem.choosing(state.decisions.via).recovery
 
     def worth(drop: tuple[Drop, slice]) -> tuple[float, Drop]:
         value, _ = drop[0]
-        seconds = problem.op_seconds[problem.recovery[value].restore.id]
+        seconds = problem.op_seconds[chosen[value].restore.id]
         return (-seconds / max(problem.nbytes[value], 1), drop[0])
 
     for drop, gap in sorted(dropped_gaps(problem, lowered).items(), key=worth):
@@ -67,14 +72,14 @@ def add_back(
         effort.spend(len(tried.calls))
         tries = None if tries is None else tries - 1
         if tried.peak <= target and tried.seconds <= state.seconds:
-            lowered, state = tried, State.of(changed, tried)
+            lowered, state = tried, Evaluated.of(changed, tried)
     return state
 
 
 def dropped_gaps(problem: Problem, lowered: Lowered) -> dict[Drop, slice]:
     """Where each dropped value is missing: positions from its last use to its next making."""
     runs = {call.op: call for call in lowered.calls if call.kind is Run}
-    end: dict[int, Call] = {}
+    end: dict[int, ScheduledCall] = {}
     gaps: dict[Drop, slice] = {}
     for copy in sorted(lowered.copies, key=lambda copy: copy.made.position):
         if copy.made.kind is Restore:
@@ -88,7 +93,7 @@ def dropped_gaps(problem: Problem, lowered: Lowered) -> dict[Drop, slice]:
     return gaps
 
 
-def search_nearby(problem: Problem, state: State, target: int, effort: Effort) -> State:
+def search_nearby(problem: Problem, state: Evaluated, target: int, effort: Effort) -> Evaluated:
     """The fastest state within the target that is found near one, itself included."""
     whole = effort.left
     draw = random.Random(0)
@@ -106,7 +111,11 @@ def search_nearby(problem: Problem, state: State, target: int, effort: Effort) -
             continue
         slack = _SLACK * effort.left / whole * draw.random()
         allowed = current.seconds + slack * (best.seconds - base)
-        found = _repaired(problem, _without(current.decisions, undone), target, draw, effort)
+        may_choose = problem.has_options and (
+            effort.left < _CHOOSING * whole or stale > _PATIENCE // 2
+        )
+        without = _without(current.decisions, undone)
+        found = _repaired(problem, without, target, draw, effort, may_choose=may_choose)
         if found is None or found.seconds - base > 1.3 * (current.seconds - base):
             continue
         found = add_back(problem, found, target, effort, _TRIES)
@@ -118,17 +127,24 @@ def search_nearby(problem: Problem, state: State, target: int, effort: Effort) -
 
 
 def _repaired(
-    problem: Problem, start: Decisions, target: int, draw: random.Random, effort: Effort
-) -> State | None:
+    problem: Problem,
+    start: Decisions,
+    target: int,
+    draw: random.Random,
+    effort: Effort,
+    *,
+    may_choose: bool,
+) -> Evaluated | None:
     last = None
     greed = Greed(
         share=draw.choice(_SHARES),
         is_sharing=draw.random() < 0.7,
         may_stretch=draw.random() < 0.7,
+        may_choose=may_choose,
         weigh=_random_weights(draw),
     )
     for decisions, lowered in repair(problem, start, target, effort, greed):
-        last = State.of(decisions, lowered)
+        last = Evaluated.of(decisions, lowered)
     return last if last is not None and last.peak <= target else None
 
 

@@ -16,8 +16,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from memplan.planner.problem import Problem
-from memplan.schedule import Free, Prepare, Restore, Run, Schedule, Step
+from memplan.ir.schedule import Free, Prepare, Restore, Run, Schedule, Step
+from memplan.planner.problem import Problem, Via
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +31,20 @@ class Decisions:
             it was not made for ``t`` itself, make it again then instead of having held it.
         early: pairs (value, t): if the value is missing when captured op ``t`` is to run, make it
             then, for a later op.
+        via: for values that come back by another recovery than the one that the problem chooses,
+            its restore op.
     """
 
     evicted: frozenset[int]
     breaks: frozenset[tuple[int, int]]
     early: frozenset[tuple[int, int]] = frozenset()
+    via: frozenset[Via] = frozenset()
 
 
 Kind: TypeAlias = type[Run] | type[Prepare] | type[Restore]
 
 
-class Call:
+class ScheduledCall:
     """One run of an op, for captured op ``time``."""
 
     __slots__ = ("kind", "op", "over", "position", "time")
@@ -59,11 +62,11 @@ class Copy:
 
     __slots__ = ("made", "time", "uses", "value")
 
-    def __init__(self, value: int, made: Call) -> None:
+    def __init__(self, value: int, made: ScheduledCall) -> None:
         self.value = value
         self.made = made
         self.time = made.time
-        self.uses: list[Call] = []
+        self.uses: list[ScheduledCall] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Lowered:
         seconds: time of all calls.
     """
 
-    calls: list[Call]
+    calls: list[ScheduledCall]
     copies: list[Copy]
     before_bytes: NDArray[np.int64]
     peak_bytes: NDArray[np.int64]
@@ -91,7 +94,7 @@ class Lowered:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class Evaluated:
     """Decisions, and what they come to.
 
     Attributes:
@@ -105,7 +108,7 @@ class State:
     seconds: float
 
     @classmethod
-    def of(cls, decisions: Decisions, lowered: Lowered) -> State:
+    def of(cls, decisions: Decisions, lowered: Lowered) -> Evaluated:
         """The decisions with their account."""
         return cls(decisions, lowered.peak, lowered.seconds)
 
@@ -148,7 +151,7 @@ def keep_everything(problem: Problem) -> Decisions:
 
 def lower(problem: Problem, decisions: Decisions) -> Lowered:
     """Follow the captured order, restoring what is missing where it is needed."""
-    sweep = _Sweep(problem, decisions)
+    sweep = _Sweep(problem.choosing(decisions.via), decisions)
     sweep.run()
     return _account(problem, sweep.finish(), sweep.copies, sweep.overwriting)
 
@@ -157,7 +160,7 @@ def follow(problem: Problem, calls: Iterable[tuple[Kind, int, int]]) -> Lowered:
     """Account for calls that were chosen: kind, op, and the captured op that each is for."""
     sweep = _Sweep(problem, Decisions(frozenset(), frozenset()))
     for kind, op, time in calls:
-        sweep.call(Call(kind, op, time))
+        sweep.call(ScheduledCall(kind, op, time))
     for position, call in enumerate(sweep.calls):
         call.position = position
     return _account(problem, sweep.calls, sweep.copies, sweep.overwriting)
@@ -177,14 +180,14 @@ class _Sweep:
         self.early: dict[int, list[int]] = {}
         for value, time in sorted(decisions.early):
             self.early.setdefault(time, []).append(value)
-        self.calls: list[Call] = []
+        self.calls: list[ScheduledCall] = []
         self.copies: list[Copy] = []
         self.current: dict[int, Copy] = {}
-        self.prepared: dict[int, Call] = {}
+        self.prepared: dict[int, ScheduledCall] = {}
         self.first: dict[int, Copy] = {}
         self.read_after = {v for op in problem.prepared_after for v in problem.operands[op]}
         self.held = problem.program.held
-        self.overwriting: list[tuple[Call, tuple[Copy, ...]]] = []
+        self.overwriting: list[tuple[ScheduledCall, tuple[Copy, ...]]] = []
 
     def run(self) -> None:
         """Run every captured op; a search spends most of its time here."""
@@ -203,7 +206,7 @@ class _Sweep:
                 # a restore may have made what stood there before anew
                 for value in operands:
                     current[value].time = time
-            self.call(Call(Run, time, time))
+            self.call(ScheduledCall(Run, time, time))
 
     def is_there(self, value: int, time: int) -> bool:
         """Whether the current copy of a value serves a need at ``time``; then it is held so far."""
@@ -237,10 +240,10 @@ class _Sweep:
                 continue
             if recovery.prepare is not None:
                 self.prepare(recovery.prepare.id)
-            self.call(Call(Restore, op, time))
+            self.call(ScheduledCall(Restore, op, time))
             stack.pop()
 
-    def call(self, call: Call) -> None:
+    def call(self, call: ScheduledCall) -> None:
         """Run an op on the current copies; what it makes is current from then on."""
         problem, current, op = self.problem, self.current, call.op
         self.calls.append(call)
@@ -262,7 +265,7 @@ class _Sweep:
         if op in self.prepared:
             return
         kept = self.problem.results[op]
-        call = Call(Prepare, op, self.problem.producer[kept[0]])
+        call = ScheduledCall(Prepare, op, self.problem.producer[kept[0]])
         self.prepared[op] = call
         for value in self.problem.operands[op]:
             self.first[value].uses.insert(0, call)
@@ -270,13 +273,13 @@ class _Sweep:
             copy = self.current[value] = Copy(value, call)
             self.copies.append(copy)
 
-    def finish(self) -> list[Call]:
-        before: dict[int, list[Call]] = {}
-        after: dict[int, list[Call]] = {}
+    def finish(self) -> list[ScheduledCall]:
+        before: dict[int, list[ScheduledCall]] = {}
+        after: dict[int, list[ScheduledCall]] = {}
         for call in self.prepared.values():
             beside = after if call.op in self.problem.prepared_after else before
             beside.setdefault(call.time, []).append(call)
-        ordered: list[Call] = [] if self.prepared else self.calls
+        ordered: list[ScheduledCall] = [] if self.prepared else self.calls
         for call in self.calls if self.prepared else ():
             is_run = call.kind is Run
             if is_run and call.time in before:
@@ -291,9 +294,9 @@ class _Sweep:
 
 def _account(
     problem: Problem,
-    calls: list[Call],
+    calls: list[ScheduledCall],
     copies: list[Copy],
-    overwriting: list[tuple[Call, tuple[Copy, ...]]],
+    overwriting: list[tuple[ScheduledCall, tuple[Copy, ...]]],
 ) -> Lowered:
     held, sizes = problem.program.held, problem.nbytes
     for call, over in overwriting:
@@ -320,7 +323,7 @@ def _account(
     return Lowered(calls, needed, before, before + np.array(during, dtype=np.int64), seconds)
 
 
-def first_of_backward(problem: Problem, calls: list[Call]) -> int:
+def first_of_backward(problem: Problem, calls: list[ScheduledCall]) -> int:
     """Position of the first call for an op of the backward."""
     turn = problem.program.turn
     for call in calls:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import networkx as nx
 
-from memplan.program import Costs, Phase, Program, Role
-from memplan.schedule import Catalog, Recovery
-from memplan.timeline import tangent_bytes
+from memplan.ir.liveness import tangent_bytes
+from memplan.ir.program import Costs, Phase, Program, Role
+from memplan.ir.schedule import Catalog, Effect, Recovery
+
+Via: TypeAlias = tuple[int, int]
+"""A value, and the op that restores it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A program with the one recovery chosen for each value. Residents do not appear.
+    """A program with the recoveries of each value, and one of them chosen. Residents do not appear.
 
     Attributes:
         program: the step to schedule.
@@ -26,8 +30,10 @@ class Problem:
         may_overwrite: op id to the operands in whose memory its result can be written.
         call_bytes: op id to the bytes of its results and workspace.
         op_seconds: op id to its time.
-        nbytes: value id to its size.
-        recovery: value id to its recovery, for values that have one.
+        nbytes: value id to what it takes of the memory that is planned.
+        options: value id to its recoveries by their restore ops, the one that is chosen first.
+        has_options: whether any value has several of them.
+        recovery: value id to the recovery that is chosen, for values that have one.
         inverted: values whose recovery reads what the forward makes after them, with the captured
             op that makes the last of that. They are not dropped before the backward, nor before
             that op.
@@ -50,6 +56,8 @@ class Problem:
     call_bytes: dict[int, int]
     op_seconds: dict[int, float]
     nbytes: dict[int, int]
+    options: dict[int, dict[int, Recovery]]
+    has_options: bool
     recovery: dict[int, Recovery]
     inverted: dict[int, int]
     latest: dict[int, int]
@@ -57,6 +65,13 @@ class Problem:
     prepared_after: frozenset[int]
     tangent_bytes: int
     part: tuple[int, ...]
+
+    def choosing(self, via: frozenset[Via]) -> Problem:
+        """The same with other recoveries chosen."""
+        if not via:
+            return self
+        chosen = {value: self.options[value][op] for value, op in via}
+        return replace(self, recovery={**self.recovery, **chosen})
 
     def crosses(self, before: int, time: int) -> bool:
         """Whether the step turns from forward to backward between two ops."""
@@ -69,20 +84,23 @@ class Problem:
     def can_come_back(self, value: int, time: int) -> bool:
         """Whether what a value is made of again is there when a captured op is to run."""
         recovery = self.recovery.get(value)
-        if recovery is None or time > self.latest.get(recovery.restore.id, time):
+        return recovery is not None and self.can_come_back_by(recovery, value, time)
+
+    def can_come_back_by(self, recovery: Recovery, value: int, time: int) -> bool:
+        """The same of one of its recoveries."""
+        if time > self.latest.get(recovery.restore.id, time):
             return False
         made = self.inverted.get(value)
         return made is None or (time > made and self.is_backward(time))
 
-    def restore_seconds(self, value: int) -> float:
-        """Time of the restore of a value, and of what prepares it."""
-        recovery = self.recovery[value]
+    def restore_seconds(self, recovery: Recovery) -> float:
+        """Time of a restore, and of what prepares it."""
         prepare = 0.0 if recovery.prepare is None else self.op_seconds[recovery.prepare.id]
         return prepare + self.op_seconds[recovery.restore.id]
 
-    def kept_bytes(self, value: int) -> int:
-        """What the recovery of a value keeps instead of it."""
-        return sum(kept.nbytes for kept in self.recovery[value].keeps)
+    def kept_bytes(self, recovery: Recovery) -> int:
+        """What a recovery keeps instead of a value."""
+        return sum(self.nbytes[kept.id] for kept in recovery.keeps)
 
     @property
     def num_ops(self) -> int:
@@ -104,44 +122,29 @@ def make_problem(
     is_inverting: bool = False,
     anchors: frozenset[int] = frozenset(),
 ) -> Problem:
-    """Tabulate, and choose one recovery for each value.
+    """Tabulate, and choose a recovery for each value to begin with.
 
     The cheapest, or, for a problem that is lean, the one that keeps the fewest bytes; among equals
-    the other counts, and then the first offered is chosen. Recoveries that look back (``inverts``)
-    are chosen before all others by a problem that is inverting, and by no other; then what they
-    read and nothing gives back is kept, and so are the ``anchors``.
+    the other counts, then whether it is exact, and then the first offered is chosen. In a problem
+    that is inverting, recoveries that look back (``inverts``) are the only ones of what they
+    restore; what they read and nothing gives back is kept, and so are the ``anchors``. Elsewhere
+    they are left out, and anchors come back by exact recoveries alone.
     """
     catalog = Catalog.of(program, recoveries)
     never = {v.id for v in program.values if v.role.is_resident or v.role is Role.TANGENT}
-    nbytes = {value.id: value.nbytes for value in catalog.values.values()}
-
-    def rank(recovery: Recovery) -> tuple[float, float]:
-        seconds = _cost(recovery, costs)
-        kept_bytes = sum(value.nbytes for value in recovery.keeps)
-        return (kept_bytes, seconds) if is_lean else (seconds, kept_bytes)
+    nbytes = {value.id: value.device_bytes for value in catalog.values.values()}
 
     inverting = [one for one in recoveries if inverts(program, one)]
     others = [one for one in recoveries if one not in inverting]
-    chosen: dict[int, Recovery] = {}
-    for recovery in others:
-        for id in recovery.restores:
-            current = chosen.get(id)
-            if id in program.held:
-                continue
-            if current is None or rank(recovery) < rank(current):
-                chosen[id] = recovery
+    options = _options(program, others, costs, anchors, is_lean=is_lean)
+    chosen = {id: next(iter(of.values())) for id, of in options.items()}
     inverted: dict[int, int] = {}
     if is_inverting:
         inverted = {
             id: max(_later_sources(program, chosen[id]).values())
             for id in sorted(_invert(program, inverting, anchors, chosen))
         }
-    producer: dict[int, int] = {}
-    for recovery in recoveries:
-        for kept in recovery.keeps:
-            made_by = program.values[recovery.restores[0]].producer
-            assert made_by is not None, "a recovery restores what an op produced"
-            producer[kept.id] = made_by
+    options = _without_cycles(program, options, chosen, inverted)
     return Problem(
         program=program,
         recoveries=tuple(recoveries),
@@ -157,16 +160,80 @@ def make_problem(
         },
         op_seconds={op.id: costs.by_op[op.id].seconds for op in catalog.ops.values()},
         nbytes=nbytes,
+        options=options,
+        has_options=any(len(of) > 1 for of in options.values()),
         recovery=chosen,
         inverted=inverted,
         latest=_latest(program, recoveries),
-        producer=producer,
+        producer=_producers(program, recoveries),
         prepared_after=frozenset(
             r.prepare.id for r in recoveries if r.prepare is not None and r.prepare.operands
         ),
         tangent_bytes=tangent_bytes(program),
         part=_parts(program),
     )
+
+
+def _options(
+    program: Program,
+    recoveries: Sequence[Recovery],
+    costs: Costs,
+    anchors: frozenset[int],
+    *,
+    is_lean: bool,
+) -> dict[int, dict[int, Recovery]]:
+    """The recoveries of each value by their restore ops, the best first."""
+
+    def rank(recovery: Recovery) -> tuple[float, float, bool]:
+        seconds = _cost(recovery, costs)
+        kept_bytes = sum(value.device_bytes for value in recovery.keeps)
+        order = (kept_bytes, seconds) if is_lean else (seconds, kept_bytes)
+        return (*order, recovery.exactness is not Effect.EXACT)
+
+    options: dict[int, dict[int, Recovery]] = {}
+    for recovery in sorted(recoveries, key=rank):
+        for id in recovery.restores:
+            is_close = recovery.exactness is Effect.EXACT or id not in anchors
+            if id not in program.held and is_close:
+                options.setdefault(id, {}).setdefault(recovery.restore.id, recovery)
+    return options
+
+
+def _without_cycles(
+    program: Program,
+    options: dict[int, dict[int, Recovery]],
+    chosen: dict[int, Recovery],
+    inverted: dict[int, int],
+) -> dict[int, dict[int, Recovery]]:
+    """The recoveries of each chosen value, such that no value is made of itself.
+
+    Where nothing reads what was made after what it restores, that cannot be.
+    """
+    kept = {
+        id: {one.restore.id: one} if id in inverted else options[id] for id, one in chosen.items()
+    }
+    every = (one for of in kept.values() for one in of.values())
+    if not any(inverts(program, one) for one in every):
+        return kept
+    reads = nx.DiGraph(
+        (id, read)
+        for id, of in kept.items()
+        for one in of.values()
+        for read in one.restore.operands
+    )
+    for component in nx.strongly_connected_components(reads):
+        if len(component) > 1:
+            kept |= {id: {chosen[id].restore.id: chosen[id]} for id in component if id in kept}
+    return kept
+
+
+def _producers(program: Program, recoveries: Sequence[Recovery]) -> dict[int, int]:
+    """Of what recoveries keep, the captured op beside which it is made."""
+    found: dict[int, int] = {}
+    for recovery in recoveries:
+        made_by = _made_by(program, recovery)
+        found |= dict.fromkeys((kept.id for kept in recovery.keeps), made_by)
+    return found
 
 
 def make_problems(
@@ -221,19 +288,30 @@ def inverts(program: Program, recovery: Recovery) -> bool:
     return bool(_later_sources(program, recovery))
 
 
+def _made_by(program: Program, recovery: Recovery) -> int:
+    """The captured op that makes what a recovery restores."""
+    made_by = program.values[recovery.restores[0]].producer
+    assert made_by is not None, "a recovery restores what an op produced"
+    return made_by
+
+
 def _later_sources(program: Program, recovery: Recovery) -> dict[int, int]:
-    """What a recovery reads and an op made that itself reads what is restored; and those ops."""
+    """What a recovery reads of what was computed from what it restores; and the ops that made it.
+
+    That is what ops made that read it themselves; where it reads none of that, all that was made
+    after it.
+    """
     restored = set(recovery.restores)
     made = {
         id: program.values[id].producer
         for id in recovery.restore.operands
         if id < len(program.values)
     }
-    return {
-        id: producer
-        for id, producer in made.items()
-        if producer is not None and restored.intersection(program.ops[producer].operands)
+    later = {
+        id: by for id, by in made.items() if by is not None and by > _made_by(program, recovery)
     }
+    direct = {id: by for id, by in later.items() if restored.intersection(program.ops[by].operands)}
+    return direct or later
 
 
 def _invert(
@@ -263,7 +341,7 @@ def _overwritable(
 
     What a result without bytes of its own was made of may live on in it, and is left alone.
     """
-    sizes = {value.id: value.nbytes for value in catalog.values.values()}
+    sizes = {value.id: value.device_bytes for value in catalog.values.values()}
     alias = {id for op in program.ops if 0 in map(sizes.get, op.results) for id in op.operands}
     kept = never | alias | program.held
     offered = {

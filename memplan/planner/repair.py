@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from memplan.ir.schedule import Effect, Recovery, Restore, Run
 from memplan.planner.hoist import hoist
-from memplan.planner.lowering import Call, Decisions, Effort, Lowered, lower
+from memplan.planner.lowering import Decisions, Effort, Lowered, ScheduledCall, lower
 from memplan.planner.problem import Problem
-from memplan.schedule import Run
 
 _MAX_CHAIN = 400
 """Longest chain of parents that one drop may recompute."""
@@ -44,6 +44,8 @@ class Greed:
             made now and held. Better at budgets that are not tight, worse at others.
         may_stretch: whether a missing parent may be held longer instead of being made again. Two
             drops can then undo each other: a repair ends without.
+        may_choose: whether a value that is dropped nowhere yet may come back by another recovery
+            than the one that is chosen.
         weigh: a factor for the score of a value made again for an op, for another choice.
         most_seconds: predicted time past which the repair is given up.
     """
@@ -51,6 +53,7 @@ class Greed:
     share: float
     is_sharing: bool
     may_stretch: bool = True
+    may_choose: bool = False
     weigh: Callable[[int, int], float] | None = None
     most_seconds: float = math.inf
 
@@ -68,6 +71,7 @@ class Candidate:
         score: seconds per byte and position of excess, weighed.
         parents: parents to be made again for it.
         stretched: parents to be held to the next use instead.
+        recovery: how it is made again.
         sources: what all that is made of, and must be alive at the next use.
     """
 
@@ -80,6 +84,13 @@ class Candidate:
     parents: tuple[int, ...]
     stretched: tuple[int, ...]
     sources: frozenset[int]
+    recovery: Recovery
+
+    @property
+    def order(self) -> tuple[float, bool, int, int, int]:
+        """The best first; of alike ones the exact."""
+        is_inexact = self.recovery.exactness is not Effect.EXACT
+        return self.score, is_inexact, self.value, self.time, self.recovery.restore.id
 
 
 def repair(
@@ -112,7 +123,8 @@ def repair(
                 decisions, lowered = hoisted, tried
                 yield decisions, lowered
                 continue
-        updated = _apply(decisions, _choose(problem, lowered, target, greed))
+        chosen = _choose(problem.choosing(decisions.via), lowered, target, greed)
+        updated = _apply(problem, decisions, chosen)
         if stale == _PATIENCE or updated == decisions:
             if not greed.may_stretch:
                 return
@@ -131,10 +143,12 @@ def _excess(lowered: Lowered, target: int) -> int:
     return int(np.maximum(lowered.peak_bytes - target, 0).sum())
 
 
-def _apply(decisions: Decisions, chosen: list[Candidate]) -> Decisions:
+def _apply(problem: Problem, decisions: Decisions, chosen: list[Candidate]) -> Decisions:
     evicted = set(decisions.evicted)
     breaks = set(decisions.breaks)
+    via = dict(decisions.via)
     for candidate in chosen:
+        via[candidate.value] = candidate.recovery.restore.id
         if candidate.crosses:
             evicted.add(candidate.value)
             evicted.difference_update(candidate.stretched)
@@ -142,7 +156,8 @@ def _apply(decisions: Decisions, chosen: list[Candidate]) -> Decisions:
             breaks.add((candidate.value, candidate.time))
         breaks.difference_update((parent, candidate.time) for parent in candidate.stretched)
         breaks.update((parent, candidate.time) for parent in candidate.parents)
-    return Decisions(frozenset(evicted), frozenset(breaks), decisions.early)
+    others = ((v, op) for v, op in via.items() if op != problem.recovery[v].restore.id)
+    return Decisions(frozenset(evicted), frozenset(breaks), decisions.early, frozenset(others))
 
 
 def _choose(problem: Problem, lowered: Lowered, target: int, greed: Greed) -> list[Candidate]:
@@ -153,22 +168,23 @@ def _choose(problem: Problem, lowered: Lowered, target: int, greed: Greed) -> li
     goal = float(area[-1]) * (1 - greed.share)
     found = _Gaps(problem, lowered, greed, target, area).candidates()
     chosen: list[Candidate] = []
-    dropped: set[int] = set()
+    dropped: dict[int, Recovery] = {}
     relied_on: set[int] = set()
     highest = 0.0
-    for candidate in sorted(found, key=lambda one: (one.score, one.value, one.time)):
+    for candidate in sorted(found, key=lambda one: one.order):
         gap = slice(candidate.start, candidate.stop)
         if not left[gap].any():
             continue
         if chosen and candidate.score > highest:
             break
         # The cost of a drop holds as long as what it is made of stays.
-        if candidate.value in relied_on or not dropped.isdisjoint(candidate.sources):
+        if candidate.value in relied_on or not candidate.sources.isdisjoint(dropped):
+            continue
+        if dropped.setdefault(candidate.value, candidate.recovery) is not candidate.recovery:
             continue
         if not chosen:
             highest = _ALIKE * candidate.score
         chosen.append(candidate)
-        dropped.add(candidate.value)
         relied_on |= candidate.sources
         left[gap] = np.maximum(left[gap] - problem.nbytes[candidate.value], 0)
         if float(left.sum()) <= goal:
@@ -195,6 +211,7 @@ class _Gaps:
         self.least_score = math.inf
         self.area: list[int] = area.tolist()
         self.position_of_run = {c.op: c.position for c in lowered.calls if c.kind is Run}
+        self.restored = {copy.value for copy in lowered.copies if copy.made.kind is Restore}
         self.spans: dict[int, list[tuple[int, int]]] = {}
         for copy in self.copies:
             end = copy.uses[-1].position if copy.uses else copy.made.position
@@ -212,18 +229,31 @@ class _Gaps:
             for use in copy.uses:
                 start, stop = previous.position + 1, use.position
                 covered = area[stop] - area[start] if stop > start else 0
-                is_dropped = problem.can_come_back(copy.value, use.time)
-                if covered > 0 and use.time > previous.time and is_dropped:
-                    for candidate in self.drops(copy.value, previous, use, covered):
-                        self.least_score = min(self.least_score, candidate.score)
-                        yield candidate
+                if covered > 0 and use.time > previous.time:
+                    for recovery in self.recoveries_of(copy.value, use.time):
+                        for candidate in self.drops(copy.value, recovery, previous, use, covered):
+                            self.least_score = min(self.least_score, candidate.score)
+                            yield candidate
                 previous = use
 
-    def drops(self, value: int, previous: Call, use: Call, covered: int) -> Iterator[Candidate]:
+    def recoveries_of(self, value: int, time: int) -> list[Recovery]:
+        """What can give a value back."""
+        problem = self.problem
+        is_open = self.greed.may_choose and value not in self.restored
+        all_of = problem.options[value].values() if is_open else (problem.recovery[value],)
+        return [one for one in all_of if problem.can_come_back_by(one, value, time)]
+
+    def drops(
+        self,
+        value: int,
+        recovery: Recovery,
+        previous: ScheduledCall,
+        use: ScheduledCall,
+        covered: int,
+    ) -> Iterator[Candidate]:
         """A drop between two uses: with missing parents made again, or held until then."""
-        problem, stop = self.problem, use.position
-        restore = problem.recovery[value].restore
-        saved = (problem.nbytes[value] - problem.kept_bytes(value)) * covered
+        problem, stop, restore = self.problem, use.position, recovery.restore
+        saved = (problem.nbytes[value] - problem.kept_bytes(recovery)) * covered
         if saved <= 0:
             return
         weight = self.greed.weigh(value, use.time) if self.greed.weigh is not None else 1.0
@@ -244,29 +274,29 @@ class _Gaps:
                 parents=parents,
                 stretched=() if parents else missing,
                 sources=sources,
+                recovery=recovery,
             )
 
         if missing and self.greed.may_stretch:
             held = sum(problem.nbytes[id] * self.area_since(id, stop) for id in missing)
             if held < saved:
-                seconds = problem.restore_seconds(value)
+                seconds = problem.restore_seconds(recovery)
                 yield candidate(seconds, saved - held, (), frozenset(operands))
         most_seconds = _ALIKE * self.least_score * saved / weight
-        chain = self.chain(value, stop, most_seconds)
+        chain = self.chain(value, recovery, stop, most_seconds)
         if chain is not None:
             seconds, parents, sources = chain
             yield candidate(seconds, saved, parents, sources)
 
     def chain(
-        self, value: int, stop: int, most_seconds: float
+        self, value: int, recovery: Recovery, stop: int, most_seconds: float
     ) -> tuple[float, tuple[int, ...], frozenset[int]] | None:
         """What making a value again at a position takes: seconds, missing parents, and the rest.
 
         None where that is too long, in parents or seconds: most chains of recurrent models are.
         """
         problem = self.problem
-        recovery = problem.recovery[value]
-        seconds = problem.restore_seconds(value)
+        seconds = problem.restore_seconds(recovery)
         parents: list[int] = []
         sources: set[int] = set()
         ops = {recovery.restore.id}
@@ -289,7 +319,7 @@ class _Gaps:
                 ops.add(op)
                 stack.append(op)
                 if not (self.greed.is_sharing and self.is_made_later_anyway(operand, stop)):
-                    seconds += problem.restore_seconds(operand)
+                    seconds += problem.restore_seconds(problem.recovery[operand])
         return seconds, tuple(parents), frozenset(sources)
 
     def area_since(self, value: int, position: int) -> int:

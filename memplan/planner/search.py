@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from memplan.ir.liveness import floor_bytes
+from memplan.ir.program import Costs, Program
+from memplan.ir.schedule import Recovery, Schedule
 from memplan.planner.improve import add_back, search_nearby
 from memplan.planner.lowering import (
     Decisions,
     Effort,
-    State,
+    Evaluated,
     keep_everything,
     lower,
     to_schedule,
@@ -17,9 +20,6 @@ from memplan.planner.lowering import (
 from memplan.planner.problem import Problem, make_problem, make_problems
 from memplan.planner.repair import Greed, repair
 from memplan.planner.starts import starts
-from memplan.program import Costs, Program
-from memplan.schedule import Recovery, Schedule
-from memplan.timeline import floor_bytes
 
 MAX_SLOWDOWN = 2.0
 """Schedules that take longer than this multiple of the captured step are not offered."""
@@ -141,17 +141,17 @@ def keep_all(program: Program, costs: Costs) -> Schedule:
     return to_schedule(problem, lower(problem, keep_everything(problem)))
 
 
-def solution_of(problem: Problem, state: State) -> Solution:
+def solution_of(problem: Problem, state: Evaluated) -> Solution:
     """A state as steps."""
     lowered = lower(problem, state.decisions)
     peak = lowered.peak + problem.program.resident_bytes
     return Solution(to_schedule(problem, lowered), peak, lowered.seconds)
 
 
-def everything_kept(problem: Problem) -> State:
+def everything_kept(problem: Problem) -> Evaluated:
     """The state in which nothing comes back."""
     decisions = keep_everything(problem)
-    return State.of(decisions, lower(problem, decisions))
+    return Evaluated.of(decisions, lower(problem, decisions))
 
 
 def effort_for(problem: Problem) -> Effort:
@@ -162,13 +162,13 @@ def effort_for(problem: Problem) -> Effort:
 
 
 def within(
-    problem: Problem, base: State, target: int, limit: float, effort: Effort | None = None
-) -> State | None:
+    problem: Problem, base: Evaluated, target: int, limit: float, effort: Effort | None = None
+) -> Evaluated | None:
     """The cheapest state found within the target and the time limit."""
     if base.peak <= target:
         return base
     effort = effort_for(problem) if effort is None else effort
-    ends: list[State] = []
+    ends: list[Evaluated] = []
     begun: set[Decisions] = set()
     enough = (1 - _STARTS) * effort.left
     for decisions, greed in _attempts(problem, target, limit):
@@ -194,19 +194,21 @@ def _attempts(problem: Problem, target: int, limit: float) -> Iterator[tuple[Dec
                 yield start, Greed(share, is_sharing, most_seconds=_HOPELESS * limit)
 
 
-def _end(problem: Problem, start: Decisions, target: int, effort: Effort, greed: Greed) -> State:
+def _end(
+    problem: Problem, start: Decisions, target: int, effort: Effort, greed: Greed
+) -> Evaluated:
     """The last state of a repair."""
     last = None
     for decisions, lowered in repair(problem, start, target, effort, greed):
-        last = State.of(decisions, lowered)
+        last = Evaluated.of(decisions, lowered)
     assert last is not None, "a repair yields its start"
     return last
 
 
-def _improved(problem: Problem, ends: list[State], target: int, effort: Effort) -> State:
+def _improved(problem: Problem, ends: list[Evaluated], target: int, effort: Effort) -> Evaluated:
     """The best that can be made of states within the target."""
 
-    def worth(state: State) -> tuple[float, int]:
+    def worth(state: Evaluated) -> tuple[float, int]:
         return (state.seconds, state.peak)
 
     best = sorted(dict.fromkeys(ends), key=worth)[:_ENDS]
@@ -219,12 +221,12 @@ def _improved(problem: Problem, ends: list[State], target: int, effort: Effort) 
     return min([*added, *found], key=worth)
 
 
-def _added_back(problem: Problem, state: State, target: int, effort: Effort) -> State:
+def _added_back(problem: Problem, state: Evaluated, target: int, effort: Effort) -> Evaluated:
     with effort.part(0.4) as part:
         return add_back(problem, state, target, part)
 
 
-def descend(problem: Problem, base: State, floor: int, limit: float) -> list[State]:
+def descend(problem: Problem, base: Evaluated, floor: int, limit: float) -> list[Evaluated]:
     """States of ever lower peaks: what can be reached at all within the time limit.
 
     Bisects between the floor and the lowest peak so far. The targets do not depend on a budget, so
@@ -246,18 +248,18 @@ def descend(problem: Problem, base: State, floor: int, limit: float) -> list[Sta
 
 
 def _reach(
-    problem: Problem, state: State, target: int, limit: float
-) -> tuple[State | None, State | None]:
+    problem: Problem, state: Evaluated, target: int, limit: float
+) -> tuple[Evaluated | None, Evaluated | None]:
     """From a state, or from nothing kept: the fastest within a target; and the lowest passed."""
     effort = Effort(effort_for(problem).left // 2)
-    within_target: list[State] = []
-    passed: list[State] = []
+    within_target: list[Evaluated] = []
+    passed: list[Evaluated] = []
     others = [one for one in starts(problem, target) if one != keep_everything(problem)]
     for start in (state.decisions, *others):
         for is_sharing in (True, False) if effort.is_left else (True,):
             greed = Greed(0.6, is_sharing, most_seconds=_HOPELESS * limit)
             states = [
-                State.of(decisions, lowered)
+                Evaluated.of(decisions, lowered)
                 for decisions, lowered in repair(problem, start, target, effort, greed)
             ]
             passed += [one for one in states if one.seconds <= limit]
@@ -270,7 +272,7 @@ def _reach(
     return fastest, min(passed, key=lambda one: (one.peak, one.seconds), default=None)
 
 
-def _least_peak(problem: Problem, base: State, floor: int, limit: float) -> State:
+def _least_peak(problem: Problem, base: Evaluated, floor: int, limit: float) -> Evaluated:
     """The state of the lowest peak within the time limit: the floor, or by bisection above it."""
     best = base
     if limit > FREE_SLOWDOWN * base.seconds:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from memplan.ir.schedule import Prepare, Restore, Run
 from memplan.planner.lowering import Kind
 from memplan.planner.milp import Answer, Milp
 from memplan.planner.problem import Problem
-from memplan.schedule import Prepare, Restore, Run
 
 _UNIT = 1000.0
 """Rows of bytes are scaled so that the budget is this many units."""

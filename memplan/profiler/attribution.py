@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from memplan.program import Phase
+from memplan.ir.memory_trace import (
+    SAVED,
+    TEMPORARY,
+    UNEXPLAINED,
+    WORKSPACE,
+    Allocation,
+    MemoryTrace,
+    Resident,
+    spans_of,
+)
+from memplan.ir.program import Phase
 from memplan.torch_internals import (
     SPAN_PREFIX,
     AllocatorEvent,
@@ -15,16 +25,6 @@ from memplan.torch_internals import (
     Origin,
     Recorded,
     is_composite,
-)
-from memplan.trace import (
-    SAVED,
-    TEMPORARY,
-    UNEXPLAINED,
-    WORKSPACE,
-    Block,
-    MemoryTrace,
-    Resident,
-    spans_of,
 )
 
 END = "end"
@@ -85,7 +85,7 @@ def attributed(
         if not op and phases[number] != Phase.OPTIMIZER.value:
             category = UNEXPLAINED
         blocks.append(
-            Block(
+            Allocation(
                 nbytes=event.nbytes,
                 category=category,
                 phase=phases[number],

@@ -13,21 +13,22 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memplan.capture.sample import Sample
 from memplan.errors import MemplanError
-from memplan.module import PlannedModule
-from memplan.outcome import same_bits
 from memplan.profiler.measure import Profile, describe, read_memory, time_step
 from memplan.profiler.step import preserved, run_step, unchanged_inputs
 from memplan.rng import RandomStates, random_states, set_random_states
-from memplan.sample import Sample
+from memplan.runtime.module import PlannedModule
+from memplan.runtime.outcome import same_bits
+from memplan.tables import ShownAsTables, Table, said_of_bits
 from memplan.torch_internals import SpentGradient
 from memplan.units import format_bytes
 
 _LOG = logging.getLogger("memplan")
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(ShownAsTables):
     """Two modules on one sample under one random state.
 
     Attributes:
@@ -80,13 +81,20 @@ class Comparison:
             f"resident), time x{self.time_ratio:.3f}, {same}"
         )
 
-    def __repr__(self) -> str:
-        return f"<{self}>"
-
-    def _repr_html_(self) -> str:
-        from memplan.report.notebook import comparison_html  # noqa: PLC0415  it imports this module
-
-        return comparison_html(self)
+    def tables(self) -> list[Table]:
+        """Memory, time and bits, side by side."""
+        both = (self.original, self.planned)
+        peaks = [profile.peak_bytes for profile in both]
+        above = [profile.peak_bytes - profile.resident_bytes for profile in both]
+        times = [f"{profile.step_s * 1e3:.1f} ms" for profile in both]
+        rows = (
+            ("peak memory", *map(format_bytes, peaks), f"{peaks[1] / peaks[0]:.3f}"),
+            ("above resident", *map(format_bytes, above), f"{self.peak_ratio:.3f}"),
+            ("step time", *times, f"{self.time_ratio:.3f}"),
+            ("results", "", "", said_of_bits(self.is_exact)),
+        )
+        headers = ("", "original", "planned", "planned / original")
+        return [Table("One training step, measured", headers, rows, frozenset({1, 2, 3}))]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from memplan.trace import SAVED, UNEXPLAINED, Block, MemoryTrace, Resident, spans_of
+from memplan.ir.memory_trace import SAVED, UNEXPLAINED, Allocation, MemoryTrace, Resident, spans_of
 
 HELD = "held by the script"
 """The name of tensors that are no module's and no optimizer's."""
@@ -26,7 +26,7 @@ def settled(
         marks: events at which the step before began, the step itself began, and it ended.
     """
     before, first, last = marks
-    blocks: list[Block] = []
+    blocks: list[Allocation] = []
     residents: list[Resident] = []
     known: set[int] = set()
     for block in trace.blocks:
@@ -45,7 +45,7 @@ def settled(
     return replace(trace, blocks=tuple(blocks)), tuple(residents)
 
 
-def _resident(block: Block, seen: Resident | None) -> Resident:
+def _resident(block: Allocation, seen: Resident | None) -> Resident:
     """What a block is that was there before: what Python sees, or what autograd holds.
 
     Or what nothing is known of but where it was made.
@@ -60,7 +60,7 @@ def _resident(block: Block, seen: Resident | None) -> Resident:
 def cut(trace: MemoryTrace, first: int, last: int) -> MemoryTrace:
     """The events from ``first`` to before ``last``, after one for what is there already."""
 
-    def moved(block: Block) -> Block:
+    def moved(block: Allocation) -> Allocation:
         freed = block.freed
         return replace(
             block,

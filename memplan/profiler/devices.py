@@ -12,7 +12,7 @@ import psutil
 import pynvml
 import torch
 
-from memplan.collector import paused_collector
+from memplan.gc_pause import paused_collector
 from memplan.profiler.step import During
 from memplan.torch_internals import (
     allocations,

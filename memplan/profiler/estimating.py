@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from memplan.costs import Device, device_named, least_memory, measured_memory, most_memory
 from memplan.errors import MemplanError
-from memplan.profiler.following import follow_step
-from memplan.profiler.reserving import reserved_bytes
-from memplan.trace import MemoryTrace
+from memplan.ir.memory_trace import MemoryTrace
+from memplan.profiler.abstract_run import follow_step
+from memplan.profiler.caching_allocator import reserved_bytes
 from memplan.units import format_bytes
 
 _UNSEEN = 0.01

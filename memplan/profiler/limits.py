@@ -11,12 +11,12 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from memplan.collector import paused_collector
 from memplan.errors import MemplanError
+from memplan.gc_pause import paused_collector
+from memplan.ir.memory_trace import Allocation
 from memplan.profiler.attribution import attributed
 from memplan.profiler.tracing import noting
 from memplan.torch_internals import peak_requested_bytes, recorded, recording, requested_bytes
-from memplan.trace import Block
 from memplan.units import format_bytes
 
 _MOST_BLOCKS = 5
@@ -32,7 +32,7 @@ class Usage:
     """
 
     peak_bytes: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[Allocation, ...]
 
 
 @contextlib.contextmanager

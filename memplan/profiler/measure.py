@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memplan.module import PlannedModule
+from memplan.capture.sample import Sample
+from memplan.ir.program import Role
+from memplan.optimizer import state_bytes
 from memplan.profiler.devices import Reading, read_cpu, read_cuda
 from memplan.profiler.step import (
     During,
@@ -22,14 +24,13 @@ from memplan.profiler.step import (
     run_step,
     unchanged_inputs,
 )
-from memplan.program import Role
-from memplan.sample import Sample
+from memplan.runtime.module import PlannedModule
+from memplan.tables import ShownAsTables, Table
 from memplan.units import format_bytes
-from memplan.update import state_bytes
 
 
-@dataclass(frozen=True)
-class Profile:
+@dataclass(frozen=True, repr=False)
+class Profile(ShownAsTables):
     """A measured training step: forward, backward and, if given, the optimizer's step.
 
     Gradients are None at its start, and the optimizer has its state.
@@ -69,13 +70,16 @@ class Profile:
             f"on {self.device}"
         )
 
-    def __repr__(self) -> str:
-        return f"<{self}>"
-
-    def _repr_html_(self) -> str:
-        from memplan.report.notebook import profile_html  # noqa: PLC0415  it imports this module
-
-        return profile_html(self)
+    def tables(self) -> list[Table]:
+        """The memory of the step by phase, and its time."""
+        rows = [
+            ("peak memory", format_bytes(self.peak_bytes)),
+            *((f"in {name}", format_bytes(nbytes)) for name, nbytes in self.phases.items()),
+            ("resident", format_bytes(self.resident_bytes)),
+            ("step time", f"{self.step_s * 1e3:.1f} ms"),
+        ]
+        title = f"One training step on {self.device}, measured"
+        return [Table(title, ("", "measured"), tuple(rows), frozenset({1}))]
 
 
 def profile(

@@ -18,9 +18,10 @@ from torch.optim.optimizer import (
 )
 
 from memplan.errors import MemplanError
-from memplan.module import PlannedModule
-from memplan.plan import Plan
-from memplan.program import Phase, Role
+from memplan.ir.program import Phase, Role
+from memplan.optimizer import state_bytes
+from memplan.planner.plan import Plan
+from memplan.runtime.module import PlannedModule
 from memplan.torch_internals import (
     allocations,
     is_profiling,
@@ -29,7 +30,6 @@ from memplan.torch_internals import (
     requested_bytes,
 )
 from memplan.units import format_bytes
-from memplan.update import state_bytes
 
 _LOG = logging.getLogger("memplan")
 

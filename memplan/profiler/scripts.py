@@ -28,10 +28,12 @@ from torch.optim.optimizer import (
 
 from memplan.capture import Known, running_anywhere
 from memplan.errors import MemplanError
+from memplan.ir.memory_trace import MemoryTrace, Resident
+from memplan.ir.program import Phase, Role
+from memplan.optimizer import tensors_in
 from memplan.profiler.attribution import Named, attributed
 from memplan.profiler.cutting import HELD, cut, settled
 from memplan.profiler.tracing import address_of, gradients_at, noting_in
-from memplan.program import Phase, Role
 from memplan.torch_internals import (
     SPAN_PREFIX,
     is_fake,
@@ -42,8 +44,6 @@ from memplan.torch_internals import (
     storage_key,
     stored_in,
 )
-from memplan.trace import MemoryTrace, Resident
-from memplan.update import tensors_in
 
 _MOST_CALLS = 200_000
 """Of torch's functions, that are recorded before the steps that matter."""
@@ -92,7 +92,7 @@ def profile_script(path: Path, arguments: Sequence[str], *, step: int = 4) -> Sc
     """
     if step < 3:
         raise MemplanError(f"the step to record must be the third or a later one, got {step}")
-    recorder = _Recorder(step)
+    recorder = _ScriptRecorder(step)
     before = list(sys.argv), list(sys.path)
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.resolve().parent))
@@ -128,7 +128,7 @@ def _without_warning_of_hooks() -> Iterator[None]:
         yield
 
 
-class _Recorder:
+class _ScriptRecorder:
     """Counts optimizer steps, times the one after the step that is looked at, and ends the script.
 
     All is recorded from the start on, so that what Python does not see is known by where it was

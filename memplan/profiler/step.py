@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memplan.capture.sample import Sample
 from memplan.errors import MemplanError
-from memplan.sample import Sample
+from memplan.optimizer import state_bytes, state_tensors
 from memplan.torch_internals import flatten, storage_key, version_of, without_autocast
-from memplan.update import state_bytes, state_tensors
 
 During = Callable[[str], AbstractContextManager[object]]
 """Opened around each phase, with its name."""

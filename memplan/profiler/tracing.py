@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from memplan.capture import running, users_line
-from memplan.collector import paused_collector
+from memplan.capture.sample import Sample
+from memplan.gc_pause import paused_collector
+from memplan.ir.memory_trace import MemoryTrace, Resident
+from memplan.ir.program import Phase, Role
+from memplan.optimizer import state_tensors, tensors_in
 from memplan.profiler.attribution import Named, attributed
 from memplan.profiler.step import clear_gradients, preserved, run_step, unchanged_inputs
-from memplan.program import Phase, Role
-from memplan.sample import Sample
 from memplan.torch_internals import (
     SPAN_PREFIX,
+    FunctionMode,
     Origin,
     flatten,
     is_noting_planned,
@@ -32,8 +34,6 @@ from memplan.torch_internals import (
     storage_key,
     stored_in,
 )
-from memplan.trace import MemoryTrace, Resident
-from memplan.update import state_tensors, tensors_in
 
 
 def trace_memory(
@@ -112,7 +112,7 @@ def noting_in(
         yield
 
 
-class _Notes(TorchFunctionMode):
+class _Notes(FunctionMode):
     def __init__(
         self,
         running: Callable[[], str],
@@ -124,16 +124,9 @@ class _Notes(TorchFunctionMode):
         self.note = note
         self.is_on = is_on
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling() or is_noting_planned() or not self.is_on():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         place = users_line()
         origin = Origin(
             module=self.running(),
@@ -141,7 +134,7 @@ class _Notes(TorchFunctionMode):
             function=getattr(func, "__name__", ""),
         )
         with self.note(origin.as_note()):
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
 
 def residents_of(

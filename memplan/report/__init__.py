@@ -1,8 +1,8 @@
 """Rendering only: numbers come in, text goes out."""
 
-from memplan.report.choices import choices_document, choices_sheets
+from memplan.report.choices import choices_document, choices_tables
 from memplan.report.chrome import chrome_trace
-from memplan.report.differences import difference_document, difference_sheet, increase
+from memplan.report.differences import difference_document, difference_table, increase
 from memplan.report.documents import (
     checks_document,
     comparison_document,
@@ -10,41 +10,38 @@ from memplan.report.documents import (
     plan_document,
     profile_document,
 )
-from memplan.report.estimates import estimate_document, estimate_sheets, verdict
-from memplan.report.profiles import peak_line, profile_sheets
-from memplan.report.sheet import Sheet, markdown, terminal
+from memplan.report.estimates import estimate_document, estimate_tables, verdict
+from memplan.report.profiles import peak_line, profile_tables
 from memplan.report.snapshot import snapshot_bytes
-from memplan.report.solutions import solution_document, solution_sheet
-from memplan.report.techniques import techniques_document, techniques_sheet
-from memplan.report.text import checks_sheet, comparison_sheet, frontier_sheet, plan_sheets
+from memplan.report.solutions import solution_document, solution_table
+from memplan.report.techniques import techniques_document, techniques_table
+from memplan.report.terminal import terminal
+from memplan.report.text import checks_table, comparison_table, frontier_table
 
 __all__ = [
-    "Sheet",
     "checks_document",
-    "checks_sheet",
+    "checks_table",
     "choices_document",
-    "choices_sheets",
+    "choices_tables",
     "chrome_trace",
     "comparison_document",
-    "comparison_sheet",
+    "comparison_table",
     "difference_document",
-    "difference_sheet",
+    "difference_table",
     "estimate_document",
-    "estimate_sheets",
+    "estimate_tables",
     "frontier_document",
-    "frontier_sheet",
+    "frontier_table",
     "increase",
-    "markdown",
     "peak_line",
     "plan_document",
-    "plan_sheets",
     "profile_document",
-    "profile_sheets",
+    "profile_tables",
     "snapshot_bytes",
     "solution_document",
-    "solution_sheet",
+    "solution_table",
     "techniques_document",
-    "techniques_sheet",
+    "techniques_table",
     "terminal",
     "verdict",
 ]

@@ -1,19 +1,19 @@
-"""What training less would free, as a sheet and as JSON."""
+"""What training less would free, as a table and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from memplan.choices import Choice
+from memplan.advise.freezing import FreezingChoice
 from memplan.report.documents import SCHEMA_VERSION, Document
-from memplan.report.sheet import Sheet
+from memplan.tables import Table
 from memplan.units import format_bytes
 
 _MOST_KERNELS = 3
 
 
-def choices_sheets(choices: Sequence[Choice]) -> list[Sheet]:
+def choices_tables(choices: Sequence[FreezingChoice]) -> list[Table]:
     """The model as it is and what each choice frees of it; and what the rest is kept for."""
     before, *others = choices
     totals = (before.gradient_bytes, before.state_bytes, before.activation_bytes, before.peak_bytes)
@@ -28,7 +28,7 @@ def choices_sheets(choices: Sequence[Choice]) -> list[Sheet]:
     usual = _kept_for(before)
     distinct = [before, *(one for one in others if _kept_for(one) != usual)]
     return [
-        Sheet(
+        Table(
             "What training less would free",
             ("choice", "trained", "gradients", "optimizer", "activations", "peak"),
             tuple(rows),
@@ -36,7 +36,7 @@ def choices_sheets(choices: Sequence[Choice]) -> list[Sheet]:
             frozenset({0}),
             footer="A name alone: that part frozen. Nothing is recomputed; budgets go below that.",
         ),
-        Sheet(
+        Table(
             "What the activations that stay are kept for",
             ("choice", "kernels of the backward, and what each reads"),
             tuple((one.name, _kept_for(one)) for one in distinct),
@@ -53,14 +53,14 @@ def _freed(before: int, after: int) -> str:
     return f"-{format_bytes(before - after)}" if after < before else "0 B"
 
 
-def _kept_for(choice: Choice) -> str:
+def _kept_for(choice: FreezingChoice) -> str:
     return ", ".join(
         f"{target.split('.')[-2] if '.' in target else target} {format_bytes(nbytes)}"
         for target, nbytes in choice.kept_for[:_MOST_KERNELS]
     )
 
 
-def choices_document(choices: Sequence[Choice]) -> Document:
+def choices_document(choices: Sequence[FreezingChoice]) -> Document:
     """The same as data."""
     return {
         "schema_version": SCHEMA_VERSION,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memplan.trace import MemoryTrace
+from memplan.ir.memory_trace import MemoryTrace
 
 _PROCESS = 1
 _PHASES = 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from memplan.report.documents import SCHEMA_VERSION, Document
 from memplan.report.reading import optional, required
-from memplan.report.sheet import Sheet
+from memplan.tables import Table
 from memplan.units import format_bytes
 
 _MOST = 10
@@ -18,7 +18,7 @@ def increase(before: Document, after: Document) -> float:
     return is_now / was - 1 if was else float(is_now > 0)
 
 
-def difference_sheet(before: Document, after: Document) -> Sheet:
+def difference_table(before: Document, after: Document) -> Table:
     """Peak, categories at the peak and time, before and after."""
     rows = [_bytes_row("peak", *(required(one, "peak_bytes", int) for one in (before, after)))]
     rows.append(
@@ -39,7 +39,7 @@ def difference_sheet(before: Document, after: Document) -> Sheet:
     if times[0] and times[1]:
         shown = [f"{seconds * 1e3:.1f} ms" for seconds in times if seconds]
         rows += [(), ("step time", *shown, "", f"{times[1] / times[0] - 1:+.1%}")]
-    return Sheet(
+    return Table(
         f"{before['kind']} before, {after['kind']} after",
         ("", "before", "after", "difference", ""),
         tuple(rows),

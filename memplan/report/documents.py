@@ -8,10 +8,10 @@ from dataclasses import asdict
 
 import torch
 
-from memplan.plan import Plan
+from memplan.ir.memory_trace import MemoryTrace
+from memplan.planner.plan import Plan
 from memplan.profiler import Comparison, Profile
 from memplan.report.places import by_line, by_module
-from memplan.trace import MemoryTrace
 
 SCHEMA_VERSION = 1
 

@@ -1,4 +1,4 @@
-"""An estimate as sheets and as JSON."""
+"""An estimate as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from memplan.profiler import Estimate
 from memplan.report.documents import SCHEMA_VERSION, Document, totals, trace_document
-from memplan.report.profiles import categories_sheet, lines_sheet, modules_sheet
-from memplan.report.sheet import Sheet
+from memplan.report.profiles import categories_table, lines_table, modules_table
+from memplan.tables import Table
 from memplan.units import format_bytes
 
 _PEAK = {"measured": "peak", "analytic": "peak, kernels' workspace apart"}
@@ -24,7 +24,7 @@ def verdict(estimate: Estimate, memory_bytes: int) -> Verdict:
     return "does not fit" if estimate.least_bytes > memory_bytes else "may not fit"
 
 
-def estimate_sheets(estimate: Estimate, memory_bytes: int) -> list[Sheet]:
+def estimate_tables(estimate: Estimate, memory_bytes: int) -> list[Table]:
     """Whether it fits, and what is there at the peak, by category, by module and by line."""
     interval = f"{format_bytes(estimate.least_bytes)} to {format_bytes(estimate.most_bytes)}"
     headroom = memory_bytes - estimate.most_bytes
@@ -45,7 +45,7 @@ def estimate_sheets(estimate: Estimate, memory_bytes: int) -> list[Sheet]:
         notes += " CUDA's own context, some hundred MiB, comes on top."
     if estimate.refusals:
         notes += f" Not measured: {'; '.join(estimate.refusals)}."
-    answer = Sheet(
+    answer = Table(
         f"The step {verdict(estimate, memory_bytes)}",
         ("estimated", ""),
         tuple(rows),
@@ -54,7 +54,7 @@ def estimate_sheets(estimate: Estimate, memory_bytes: int) -> list[Sheet]:
         footer=notes,
     )
     trace = estimate.trace
-    return [answer, categories_sheet(trace, {}), modules_sheet(trace), lines_sheet(trace)]
+    return [answer, categories_table(trace, {}), modules_table(trace), lines_table(trace)]
 
 
 def estimate_document(estimate: Estimate, memory_bytes: int) -> Document:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memplan.errors import MemplanError
+from memplan.ir.memory_trace import CATEGORIES
 from memplan.report.axes import standalone
 from memplan.report.palette import LIGHT
 from memplan.report.panels import (
@@ -27,7 +28,6 @@ from memplan.report.svg import (
     frontier_svg,
     timeline_svg,
 )
-from memplan.trace import CATEGORIES
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:

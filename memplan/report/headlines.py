@@ -7,7 +7,7 @@ from html import escape
 
 from memplan.report.page import card, marked, section, table
 from memplan.report.reading import objects, optional, required
-from memplan.report.sheet import ALARM
+from memplan.tables import ALARM
 from memplan.units import format_bytes
 
 Found = Mapping[str, object]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from memplan.ir.memory_trace import CATEGORIES
 from memplan.report.page import bar, section, swatch, table
 from memplan.report.places import Place, tree
 from memplan.report.profiles import short_source
 from memplan.report.reading import TraceView
-from memplan.trace import CATEGORIES
 from memplan.units import format_bytes
 
 _OPEN = 0.15

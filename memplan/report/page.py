@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from memplan.report.palette import DARK, GROUND, INK, LIGHT, css_class
-from memplan.report.sheet import ALARM
+from memplan.tables import ALARM
 from memplan.units import format_bytes
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from memplan.program import Role
-from memplan.trace import SAVED, TEMPORARY, UNEXPLAINED, WORKSPACE
+from memplan.ir.memory_trace import SAVED, TEMPORARY, UNEXPLAINED, WORKSPACE
+from memplan.ir.program import Role
 
 # those that are large are of Okabe and Ito's palette, which the colour-blind can tell apart too
 LIGHT = {

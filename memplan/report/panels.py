@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from memplan.ir.memory_trace import Span, spans_of
 from memplan.report.reading import TraceView, UnreadableDocument
-from memplan.trace import Span, spans_of
 from memplan.units import format_bytes
 
 END = "end"

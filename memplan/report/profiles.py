@@ -1,4 +1,4 @@
-"""A measured step as sheets: where its bytes are at the peak, and its time."""
+"""A measured step as tables: where its bytes are at the peak, and its time."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from memplan.program import Role
+from memplan.ir.memory_trace import SAVED, TEMPORARY, WORKSPACE, MemoryTrace
+from memplan.ir.program import Role
 from memplan.report.places import Group, Place, by_line, by_module, largest, tree
-from memplan.report.sheet import Sheet
-from memplan.trace import SAVED, TEMPORARY, WORKSPACE, MemoryTrace
+from memplan.tables import Table
 from memplan.units import format_bytes
 
 _MOST_PLACES = 10
@@ -23,18 +23,18 @@ _COLUMNS = {
 }
 
 
-def profile_sheets(
+def profile_tables(
     trace: MemoryTrace, seconds: Mapping[str, float], growth_bytes: int | None = None
-) -> list[Sheet]:
+) -> list[Table]:
     """What is there at the peak, by category, by module and by line; peak and time by phase.
 
     Of a script's step also by how many bytes it grows, if it does.
     """
-    totals = categories_sheet(trace, seconds)
+    totals = categories_table(trace, seconds)
     if growth_bytes and growth_bytes > 0:
         grows = f" It leaves {format_bytes(growth_bytes)} more than there was before it."
         totals = replace(totals, footer=totals.footer + grows)
-    return [totals, modules_sheet(trace), lines_sheet(trace)]
+    return [totals, modules_table(trace), lines_table(trace)]
 
 
 def peak_line(trace: MemoryTrace) -> str:
@@ -60,7 +60,7 @@ def short_source(source: str) -> str:
     return f"{'/'.join(path.parts[-2:])}:{line}"
 
 
-def categories_sheet(trace: MemoryTrace, seconds: Mapping[str, float]) -> Sheet:
+def categories_table(trace: MemoryTrace, seconds: Mapping[str, float]) -> Table:
     """Bytes by category at the peak; the most in each phase, and its time."""
     categories = trace.categories(trace.peak_event)
     rows: list[tuple[str, ...]] = [
@@ -75,7 +75,7 @@ def categories_sheet(trace: MemoryTrace, seconds: Mapping[str, float]) -> Sheet:
     rows += [(), ("total", format_bytes(trace.peak_bytes), "", "")]
     rows.append(("  resident", format_bytes(trace.resident_bytes), "", ""))
     rows.append(("  unexplained", format_bytes(trace.unexplained_bytes), "", ""))
-    return Sheet(
+    return Table(
         f"P{peak_line(trace)[1:]}",
         ("at the peak", "bytes", "share", ""),
         tuple(rows),
@@ -94,14 +94,14 @@ def _phases(trace: MemoryTrace, seconds: Mapping[str, float]) -> str:
     return f"The most in each phase: {', '.join(peaks)}.{whole}"
 
 
-def modules_sheet(trace: MemoryTrace) -> Sheet:
+def modules_table(trace: MemoryTrace) -> Table:
     """The largest modules at the peak."""
     root = tree(by_module(trace, trace.peak_event))
     rows = [_place_row(*one) for one in largest(root, _MOST_PLACES)]
     inside = sum(child.total for child in root.children.values())
     if root.total > inside:
         rows.append(("(no module)", *[""] * len(_COLUMNS), format_bytes(root.total - inside)))
-    return Sheet(
+    return Table(
         "By module, at the peak",
         ("module", *_COLUMNS, "all"),
         tuple(rows),
@@ -117,7 +117,7 @@ def _place_row(place: Place, path: str, depth: int) -> tuple[str, ...]:
     return (f"{'  ' * depth}{path}{count}", *cells, format_bytes(place.total))
 
 
-def lines_sheet(trace: MemoryTrace) -> Sheet:
+def lines_table(trace: MemoryTrace) -> Table:
     """The ops and lines that made most of what is there at the peak."""
     groups = by_line(trace, trace.peak_event)
     rows = [
@@ -133,7 +133,7 @@ def lines_sheet(trace: MemoryTrace) -> Sheet:
     if rest:
         nbytes, count = sum(g.nbytes for g in rest), sum(g.count for g in rest)
         rows.append((format_bytes(nbytes), f"{count} x the rest", "", ""))
-    return Sheet(
+    return Table(
         "By op and line, at the peak",
         ("bytes", "what", "made by", "line"),
         tuple(rows),

@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import TypeVar
 
 from memplan.errors import MemplanError
+from memplan.ir.memory_trace import CATEGORIES
 from memplan.report.documents import SCHEMA_VERSION, Document
 from memplan.report.places import Group
-from memplan.trace import CATEGORIES
 
 KINDS = ("profile", "estimate", "plan", "frontier", "comparison")
 

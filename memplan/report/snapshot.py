@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from memplan.trace import Block, MemoryTrace, Resident
+from memplan.ir.memory_trace import Allocation, MemoryTrace, Resident
 
 _PROTOCOL = 4  # the viewer reads 2 to 4
 _STREAM = 0
@@ -149,7 +149,7 @@ def _segment(address: int, blocks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _origin(block: Block) -> tuple[str, str, str, str]:
+def _origin(block: Allocation) -> tuple[str, str, str, str]:
     """The arguments of ``_frames_of``."""
     of = f" of {block.name}" if block.name else ""
     return block.op, block.source, block.module, f"{block.category}{of}, made in {block.phase}"

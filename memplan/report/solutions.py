@@ -1,21 +1,21 @@
-"""The largest value that fits, as a sheet and as JSON."""
+"""The largest value that fits, as a table and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memplan.plan import Plan
+from memplan.planner.plan import Plan
 from memplan.report.documents import Document, plan_totals
-from memplan.report.sheet import Sheet
+from memplan.tables import Table
 from memplan.units import format_bytes
 
 Solutions = Mapping[str, tuple[int, Mapping[int, int]]]
 """"untouched" and "planned" to the largest value, and the bytes of each that was tried."""
 
 
-def solution_sheet(
+def solution_table(
     field: str, memory_bytes: int, max_slowdown: float, solutions: Solutions
-) -> Sheet:
+) -> Table:
     """The largest value untouched and planned, and what stands on either side of the bound."""
     rows = []
     for name, (value, tried) in solutions.items():
@@ -23,7 +23,7 @@ def solution_sheet(
         more = min((number for number in tried if number > value), default=0)
         above = format_bytes(tried[more]) if more else ""
         rows.append((name, str(value), here, above, str(len(tried))))
-    return Sheet(
+    return Table(
         f"The largest {field} within {format_bytes(memory_bytes)}",
         ("step", field, "needs", "the next needs", "tried"),
         tuple(rows),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import add
 
+from memplan.ir.memory_trace import CATEGORIES
 from memplan.report.axes import (
     Frame,
     area_colour,
@@ -26,7 +27,6 @@ from memplan.report.panels import (
     time_unit,
 )
 from memplan.report.reading import UnreadableDocument, objects, optional, required, trace_view
-from memplan.trace import CATEGORIES
 from memplan.units import format_bytes
 
 _WIDTH = 960.0

@@ -1,17 +1,17 @@
-"""Techniques as a sheet and as JSON."""
+"""Techniques as a table and as JSON."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from memplan.advise.techniques import Technique
 from memplan.report.documents import Document
-from memplan.report.sheet import Sheet
-from memplan.techniques import Technique
+from memplan.tables import Table
 from memplan.units import format_bytes
 
 
-def techniques_sheet(ranked: Sequence[Technique]) -> Sheet:
+def techniques_table(ranked: Sequence[Technique]) -> Table:
     """Each technique's yield, as they are ranked."""
     rows = [
         (
@@ -24,7 +24,7 @@ def techniques_sheet(ranked: Sequence[Technique]) -> Sheet:
         )
         for one in ranked
     ]
-    return Sheet(
+    return Table(
         "What would make it fit",
         ("technique", "peak", "time", "saved per 1 %", "results", ""),
         tuple(rows),

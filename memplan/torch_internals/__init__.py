@@ -3,6 +3,13 @@
 Everything here has a narrow, typed face, so that a new torch release is met in one place.
 """
 
+from memplan.torch_internals.abstract_run import (
+    Followed,
+    Following,
+    KernelCall,
+    TensorSpec,
+    with_kernels,
+)
 from memplan.torch_internals.backward import (
     backward_keeps_graph,
     exchanges_gradients,
@@ -47,13 +54,6 @@ from memplan.torch_internals.fake import (
     without_modes,
     without_onednn,
 )
-from memplan.torch_internals.following import (
-    Followed,
-    Following,
-    KernelCall,
-    TensorSpec,
-    with_kernels,
-)
 from memplan.torch_internals.generator import caller_of_random_functions, watched_generator
 from memplan.torch_internals.joint import (
     CHECK_OF_LINALG,
@@ -80,6 +80,7 @@ from memplan.torch_internals.memory import (
     stored_in,
     without_data,
 )
+from memplan.torch_internals.modes import FunctionMode
 from memplan.torch_internals.optimizers import attributes_without_hooks, defined_step
 from memplan.torch_internals.recorded import (
     AllocatorEvent,
@@ -130,6 +131,7 @@ __all__ = [
     "Enclosing",
     "Followed",
     "Following",
+    "FunctionMode",
     "Joint",
     "JointInput",
     "JointOutput",

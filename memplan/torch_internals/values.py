@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -13,8 +13,8 @@ from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from memplan.torch_internals.modes import FunctionMode
 from memplan.torch_internals.state import OpOverload
 
 
@@ -105,7 +105,7 @@ def _unchecked(function: Any) -> Any:
     return code
 
 
-class _LossesWithoutChecks(TorchFunctionMode):
+class _LossesWithoutChecks(FunctionMode):
     """Inside, torch's losses do not check values."""
 
     _UNCHECKED: ClassVar = {one: _unchecked(one) for one in (functional.gaussian_nll_loss,)}
@@ -114,17 +114,10 @@ class _LossesWithoutChecks(TorchFunctionMode):
         super().__init__()
         self.was_asked = False
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         unchecked = self._UNCHECKED.get(func)
         self.was_asked = self.was_asked or unchecked is not None
-        return (unchecked or func)(*args, **(kwargs or {}))
+        return (unchecked or func)(*args, **kwargs)
 
 
 @contextlib.contextmanager

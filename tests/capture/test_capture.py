@@ -13,9 +13,9 @@ from torch import nn
 import memplan
 from memplan.capture import read, trace
 from memplan.capture.relaid import relaying
-from memplan.program import Phase, Role
-from memplan.sample import Sample
-from memplan.schedule import Catalog
+from memplan.capture.sample import Sample
+from memplan.ir.program import Phase, Role
+from memplan.ir.schedule import Catalog
 from memplan.torch_internals import fake_mode_of
 
 from support import laws

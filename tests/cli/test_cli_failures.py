@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from memplan import api, profiler
+from memplan import profiler
 from memplan.cli import main
+from memplan.compiler import autosize
 from memplan.report.documents import SCHEMA_VERSION
 
 from support.bad_input import FILES, MAKE, ON_TARGET, TABLE
@@ -127,7 +128,7 @@ def fail(*_given, **_settings):
 
 
 def test_an_internal_error_is_one_line(made, monkeypatch):
-    monkeypatch.setattr(api, "make_plan", fail)
+    monkeypatch.setattr(autosize, "make_plan", fail)
     before = contents(made)
     result = invoke(f"plan {MAKE} -o out.json")
     assert result.exit_code == 1
@@ -140,6 +141,6 @@ def test_debug_shows_the_traceback(made, monkeypatch):
     result = CliRunner().invoke(main, ["--debug", "plan", "target.py:raises"])
     assert result.exit_code == 1
     assert "Traceback" in result.stderr and "raise ValueError" in result.stderr
-    monkeypatch.setattr(api, "make_plan", fail)
+    monkeypatch.setattr(autosize, "make_plan", fail)
     result = CliRunner().invoke(main, ["--debug", "plan", MAKE])
     assert result.exit_code == 1 and isinstance(result.exception, RuntimeError)

@@ -11,8 +11,8 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from memplan.cli import main
+from memplan.ir.memory_trace import CATEGORIES
 from memplan.report.documents import SCHEMA_VERSION
-from memplan.trace import CATEGORIES
 
 from support.paths import DOCS
 

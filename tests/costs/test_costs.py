@@ -11,9 +11,9 @@ from torch import nn
 
 import memplan
 from memplan.capture import read, trace
+from memplan.capture.sample import Sample
 from memplan.costs import analytic_costs, cache_folder, measured_costs
 from memplan.costs.cache import CostCache
-from memplan.sample import Sample
 
 
 def read_step(step, sample):

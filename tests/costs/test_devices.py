@@ -8,8 +8,8 @@ from torch import nn
 
 import memplan
 from memplan.capture import read, trace
+from memplan.capture.sample import Sample
 from memplan.costs import DEVICES
-from memplan.sample import Sample
 
 H100 = memplan.Options(device="h100", on_infeasible="smallest")
 

@@ -14,7 +14,6 @@ from torch import nn
 from torch.func import functional_call
 
 import memplan
-from memplan.changing import changing
 from memplan.passes import (
     add_adapters,
     add_lora,
@@ -25,6 +24,7 @@ from memplan.passes import (
     save_lora,
     unmerge_lora,
 )
+from memplan.transforms.apply import changing
 
 from support import laws
 from support.rows import MODELS

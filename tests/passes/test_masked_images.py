@@ -8,7 +8,7 @@ from torch import nn
 
 import memplan
 from memplan.passes import learn_locally
-from memplan.passes.masked_images import MaskedImage, patches_of
+from memplan.passes.local_learning.masked_images import MaskedImage, patches_of
 
 from models.masked import MaskedAutoencoder
 from support import laws

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import memplan
-from memplan.packing import pack, unpack
+from memplan.passes.packed_masks import pack, unpack
 
 from support import laws
 
@@ -38,7 +38,7 @@ def dropouts(width=256, rows=512):
 
 def prepared(planned):
     steps = planned.plan.schedule.forward
-    return sum(isinstance(step, memplan.schedule.Prepare) for step in steps)
+    return sum(isinstance(step, memplan.ir.schedule.Prepare) for step in steps)
 
 
 def test_masks_are_kept_packed_where_they_are_in_the_way():

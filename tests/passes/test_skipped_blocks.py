@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import memplan
 from memplan.passes import learn_locally, skip_layers
-from memplan.passes.skipped_blocks import _drawn
+from memplan.passes.layer_skipping.block_skipping import _drawn
 
 from support import laws
 from support.local import SMALLEST, made, refused

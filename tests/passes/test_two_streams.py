@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import memplan
-from memplan.changing import changing
 from memplan.passes import invert_couplings, make_reversible
+from memplan.transforms.apply import changing
 
 from models.reversible import ResNet
 from support import laws, rows

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 
 from memplan.errors import MemplanError
+from memplan.ir.program import Phase, Role
+from memplan.ir.schedule import check_schedule
 from memplan.planner import bound_seconds, frontier, prove, solve
 from memplan.planner.bound import least_seconds
 from memplan.planner.exact import solve_exactly
 from memplan.planner.lowering import Decisions, keep_everything, lower
 from memplan.planner.problem import make_problem
-from memplan.program import Phase, Role
-from memplan.schedule import check_schedule
 
 from support.programs import (
     Builder,

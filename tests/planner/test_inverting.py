@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memplan.ir.program import Costs, Op, OpCost, Phase, Program, Role
+from memplan.ir.schedule import Recovery, check_schedule
 from memplan.planner import solve
 from memplan.planner.problem import inverts, make_problem, make_problems
-from memplan.program import Costs, Op, OpCost, Phase, Program, Role
-from memplan.schedule import Recovery, check_schedule
 
 from support.programs import Builder, recompute_all, replay, unit_costs
 

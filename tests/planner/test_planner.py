@@ -6,15 +6,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memplan.ir.liveness import ScheduledStep, floor_bytes
+from memplan.ir.program import Costs, OpCost, Phase, Role
+from memplan.ir.schedule import Restore, check_schedule
 from memplan.planner import MAX_SLOWDOWN, keep_all, solve
 from memplan.planner.exact import solve_exactly
 from memplan.planner.hoist import hoist
 from memplan.planner.lowering import Decisions, lower, to_schedule
 from memplan.planner.problem import make_problem
 from memplan.planner.repair import RangeMaximum
-from memplan.program import Costs, OpCost, Phase, Role
-from memplan.schedule import Catalog, Restore, check_schedule
-from memplan.timeline import floor_bytes, simulate
 
 from support.programs import Builder, chain, programs, recompute_all, replay, unit_costs
 
@@ -32,7 +32,7 @@ def test_a_budget_of_the_whole_recomputes_nothing():
     program = chain(8)
     costs = unit_costs(program)
     whole = keep_all(program, costs)
-    peak = simulate(program, Catalog.of(program, ()), whole, costs).peak_bytes
+    peak = ScheduledStep(program, (), costs, whole).peak_bytes
     solution = solve(program, costs, recompute_all(program), budget_bytes=peak)
     assert solution.schedule == whole
 
@@ -70,14 +70,13 @@ def test_budget_and_slowdown_both_hold():
 def test_random_programs_keep_every_law_of_schedules(made):
     program, costs = made
     recoveries = recompute_all(program)
-    catalog = Catalog.of(program, recoveries)
-    whole = simulate(program, catalog, keep_all(program, costs), costs).peak_bytes
+    whole = ScheduledStep(program, (), costs, keep_all(program, costs)).peak_bytes
     floor = floor_bytes(program, recoveries, costs)
     for share in (1.0, 0.8, 0.6, 0.4):
         budget = int(share * whole)
         solution = solve(program, costs, recoveries, budget_bytes=budget)
         check_schedule(program, recoveries, solution.schedule)
-        peak = simulate(program, catalog, solution.schedule, costs).peak_bytes
+        peak = ScheduledStep(program, recoveries, costs, solution.schedule).peak_bytes
         assert peak == solution.peak_bytes == replay(program, recoveries, costs, solution.schedule)
         assert peak >= floor
         if solution.is_feasible:

@@ -13,10 +13,10 @@ from torch import nn
 
 import memplan
 from memplan.costs import DEVICES
+from memplan.ir.memory_trace import SAVED, TEMPORARY, Allocation, MemoryTrace, Resident
 from memplan.profiler import estimate, profile
-from memplan.profiler.reserving import reserved_bytes
+from memplan.profiler.caching_allocator import reserved_bytes
 from memplan.torch_internals import allocations, recording
-from memplan.trace import SAVED, TEMPORARY, Block, MemoryTrace, Resident
 
 from support.known import Known, Outer
 from support.rows import MODELS
@@ -170,7 +170,7 @@ def reserved(*events, residents=()):
     taken = [(n, nbytes) for n, nbytes in enumerate(events) if nbytes >= MIB / 8]
     freed = {event: n for n, event in enumerate(events) if event < MIB / 8}
     blocks = [
-        Block(nbytes, SAVED, "forward", "", "", "", "", made, freed.get(number))
+        Allocation(nbytes, SAVED, "forward", "", "", "", "", made, freed.get(number))
         for number, (made, nbytes) in enumerate(taken)
     ]
     assert len(taken) + len(freed) == len(events) and set(freed) <= set(range(len(taken)))

@@ -11,10 +11,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
 import memplan
+from memplan.capture.sample import Sample
+from memplan.ir.memory_trace import SAVED, TEMPORARY, WORKSPACE
 from memplan.profiler import profile, trace_memory
 from memplan.profiler.step import clear_gradients, preserved, run_step
-from memplan.sample import Sample
-from memplan.trace import SAVED, TEMPORARY, WORKSPACE
 
 from support.known import Known, Outer
 from support.rows import MODELS

@@ -11,10 +11,10 @@ import pytest
 from torch.cuda import _memory_viz
 
 import memplan
+from memplan.ir.memory_trace import Allocation, MemoryTrace, Resident, Span
 from memplan.profiler import trace_memory
 from memplan.report.chrome import chrome_trace
 from memplan.report.snapshot import snapshot, snapshot_bytes
-from memplan.trace import Block, MemoryTrace, Resident, Span
 
 from support.small import Net, X, sgd
 
@@ -31,7 +31,7 @@ def block(nbytes, category, phase, lives, **known):
     made, freed = lives
     about = {"op": "aten::mm", "module": "layers.0", "source": "/home/train.py:12", "name": ""}
     about.update(known)
-    return Block(nbytes, category, phase, **about, made=made, freed=freed)
+    return Allocation(nbytes, category, phase, **about, made=made, freed=freed)
 
 
 def small_trace():

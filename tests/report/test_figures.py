@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from memplan.cli.frontier import frontier
 from memplan.cli.report import report
 from memplan.errors import MemplanError
+from memplan.ir.memory_trace import CATEGORIES
 from memplan.report.documents import trace_document
 from memplan.report.figures import save_figure
 from memplan.report.palette import DARK, LIGHT
 from memplan.report.panels import panels, scaled_times, ticks
 from memplan.report.reading import UnreadableDocument, read_document, trace_view, trace_views
 from memplan.report.svg import frontier_svg, timeline_svg
-from memplan.trace import CATEGORIES
 
 from support.documents import (
     DOCUMENTS,

@@ -1,4 +1,4 @@
-"""Every sheet as text, at two widths and in Markdown.
+"""Every table as text, at two widths and in Markdown.
 
 To write them: ``python tests/support/golden.py --write``.
 """
@@ -10,7 +10,7 @@ import difflib
 import pytest
 
 from memplan.cli.output import show
-from memplan.report import comparison_sheet
+from memplan.report import comparison_table
 
 from support import golden
 
@@ -54,7 +54,7 @@ def shown(monkeypatch, capsys):
             monkeypatch.delenv(name, raising=False)
         for name, value in {"TERM": "xterm", "COLUMNS": "80", **environment}.items():
             monkeypatch.setenv(name, value)
-        show("table", [comparison_sheet(golden.comparison(False), golden.plan())], {}, "")
+        show("table", [comparison_table(golden.comparison(False), golden.plan())], {}, "")
         return capsys.readouterr().out
 
     return shown

@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 from memplan.cli.profile import profile
 from memplan.cli.report import report
+from memplan.ir.memory_trace import SAVED
 from memplan.report.documents import profile_document, trace_document
 from memplan.report.html import html_report
 from memplan.report.profiles import short_source
 from memplan.report.reading import read_document
-from memplan.trace import SAVED
 
 from support.documents import (
     DOCUMENTS,

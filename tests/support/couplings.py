@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 import memplan
+from memplan.compiler.lower import prepare
+from memplan.compiler.request import make_request
 from memplan.passes import invert_couplings
 from memplan.planner.lowering import lower, to_schedule
 from memplan.planner.problem import make_problems
 from memplan.planner.starts import starts
-from memplan.preparing import prepare
-from memplan.request import make_request
+from memplan.transforms.apply import changing
 
 from models.reversible import RevNet, RevViT
 
@@ -105,15 +106,11 @@ ROWS = {
 def prepared(model, sample, *passes):
     request = make_request(
         model,
-        budget=None,
-        max_slowdown=None,
         passes=passes,
-        default_passes=True,
-        optimizer=None,
-        plan=None,
-        options=None,
     )
-    return prepare(model, memplan.Sample.of(sample), request)
+    batch = memplan.Sample.of(sample)
+    with changing(model, batch, request.passes) as changed:
+        return prepare(changed, batch, request)
 
 
 def undone(model, sample, *passes):
@@ -128,7 +125,7 @@ def undone(model, sample, *passes):
 
 def num_undone(planned):
     """How many values come back from later ones."""
-    step = next(reversed(planned._steps.values()))[-1]
+    step = next(reversed(planned._steps.values()))[-1].step
     ops = {one.restore.id for one in step.recoveries if one.restore.target == "memplan.undo"}
     return sum(op in ops for op in step.plan.schedule.restored_ops)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
+from memplan.ir.memory_trace import SAVED, TEMPORARY, Allocation, MemoryTrace, Resident, Span
 from memplan.report.documents import profile_document, trace_document
-from memplan.trace import SAVED, TEMPORARY, Block, MemoryTrace, Resident, Span
 
 KIB = 1024
 
 
 def block(kib, category, *, phase, made, freed, op="aten::mm", module="net.0"):
-    return Block(kib * KIB, category, phase, op, module, "model.py:7", "", made, freed)
+    return Allocation(kib * KIB, category, phase, op, module, "model.py:7", "", made, freed)
 
 
 def trace(kind="measured", times_s=(0.0, 1.0, 2.0, 4.0, 5.0), module="net.0"):

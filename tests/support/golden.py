@@ -1,4 +1,4 @@
-"""Sheets of data made by hand, as text. ``python tests/support/golden.py --write`` writes them."""
+"""Tables of data made by hand, as text. ``python tests/support/golden.py --write`` writes them."""
 
 from __future__ import annotations
 
@@ -9,35 +9,34 @@ from pathlib import Path
 
 from rich.console import Console
 
+from memplan.advise.techniques import Technique
 from memplan.costs import DEVICES
-from memplan.plan import LiveValue, PassRecord, Plan
-from memplan.profiler import Comparison, Estimate, Profile
-from memplan.report import (
-    checks_sheet,
-    comparison_sheet,
-    difference_sheet,
-    estimate_sheets,
-    frontier_sheet,
-    markdown,
-    plan_sheets,
-    profile_document,
-    profile_sheets,
-    solution_sheet,
-    techniques_sheet,
-    terminal,
-)
-from memplan.schedule import Effect, Schedule
-from memplan.techniques import Technique
-from memplan.trace import (
+from memplan.ir.memory_trace import (
     SAVED,
     TEMPORARY,
     UNEXPLAINED,
     WORKSPACE,
-    Block,
+    Allocation,
     MemoryTrace,
     Resident,
     Span,
 )
+from memplan.ir.schedule import Effect, Schedule
+from memplan.planner.plan import LiveValue, PassRecord, Plan
+from memplan.profiler import Comparison, Estimate, Profile
+from memplan.report import (
+    checks_table,
+    comparison_table,
+    difference_table,
+    estimate_tables,
+    frontier_table,
+    profile_document,
+    profile_tables,
+    solution_table,
+    techniques_table,
+    terminal,
+)
+from memplan.tables import markdown
 
 FOLDER = Path(__file__).parents[1] / "report" / "golden"
 WIDTHS = (80, 140)
@@ -53,7 +52,7 @@ def trace(activations=3 * TIB):
 
     def block(nbytes, category, module, lives, *, op="aten::mm", source=SOURCE):
         phase = "forward" if lives[0] < 4 else "backward"
-        return Block(nbytes, category, phase, op, module, source, "", *lives)
+        return Allocation(nbytes, category, phase, op, module, source, "", *lives)
 
     flash = "aten::_scaled_dot_product_flash_attention_backward"
     blocks = (
@@ -150,32 +149,32 @@ def solution():
     tried = {1: 3 * GIB, 131072: 2 * TIB - 5, 131073: 2 * TIB + 11 * GIB}
     nothing = {1: 9 * TIB}
     rows = {"untouched": (0, nothing), "planned": (131072, tried)}
-    return solution_sheet("max_position_embeddings_of_the_text_encoder", 2 * TIB, 1.5, rows)
+    return solution_table("max_position_embeddings_of_the_text_encoder", 2 * TIB, 1.5, rows)
 
 
 def difference():
     before, after = (profile_document(trace(n), SECONDS) for n in (3 * TIB, 5 * TIB))
-    return difference_sheet(before, {**after, "step_s": 60.0})
+    return difference_table(before, {**after, "step_s": 60.0})
 
 
 def checks():
     long = "/data/a/folder/with/a/long/name/" * 3
-    return checks_sheet(
+    return checks_table(
         {"versions": (True, "memplan 1.2.3"), "cost cache": (False, f"PermissionError: {long}")}
     )
 
 
-def sheets():
+def tables():
     """Of every kind."""
     frontier = [plan(n * TIB, slowdown) for n, slowdown in ((2, 1.375), (3, 1.01), (4, 1.0))]
     return {
-        "profile": profile_sheets(trace(), SECONDS),
-        "estimate": estimate_sheets(estimate(), DEVICES["h100"].memory_bytes),
-        "plan": plan_sheets(plan()),
-        "techniques": [techniques_sheet(techniques())],
-        "frontier": [frontier_sheet(frontier)],
-        "comparison": [comparison_sheet(comparison(), plan())],
-        "different": [comparison_sheet(comparison(is_exact=False), plan())],
+        "profile": profile_tables(trace(), SECONDS),
+        "estimate": estimate_tables(estimate(), DEVICES["h100"].memory_bytes),
+        "plan": plan().tables(),
+        "techniques": [techniques_table(techniques())],
+        "frontier": [frontier_table(frontier)],
+        "comparison": [comparison_table(comparison(), plan())],
+        "different": [comparison_table(comparison(is_exact=False), plan())],
         "solution": [solution()],
         "difference": [difference()],
         "checks": [checks()],
@@ -185,8 +184,8 @@ def sheets():
 def rendered(shown, width):
     """As on a screen that has no colours."""
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
-    for sheet in shown:
-        console.print(terminal(sheet))
+    for table in shown:
+        console.print(terminal(table))
     lines = console.file.getvalue().splitlines()
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
@@ -194,7 +193,7 @@ def rendered(shown, width):
 def texts():
     """The files of the folder."""
     found = {}
-    for name, shown in sheets().items():
+    for name, shown in tables().items():
         for width in WIDTHS:
             found[f"{name}.{width}.txt"] = rendered(shown, width)
         found[f"{name}.md.txt"] = f"{markdown(shown)}\n"

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import memplan
-from memplan.outcome import same_bits
 from memplan.planner import solve
 from memplan.profiler.step import preserved, run_step
 from memplan.rng import RandomStates, random_states
+from memplan.runtime.outcome import same_bits
 
 
 def loss_of(module: nn.Module, sample: memplan.Sample) -> torch.Tensor:

@@ -7,8 +7,8 @@ from itertools import combinations
 
 from hypothesis import strategies as st
 
-from memplan.program import Costs, Op, OpCost, Phase, Program, Role, Value
-from memplan.schedule import Catalog, Free, Recovery
+from memplan.ir.program import Costs, Op, OpCost, Phase, Program, Role, Value
+from memplan.ir.schedule import Catalog, Free, Recovery
 
 
 class Builder:

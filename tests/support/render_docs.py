@@ -127,7 +127,7 @@ def optimizers_page(rows: list[dict[str, Any]], freed: dict[str, float]) -> str:
     lines = [
         "# The whole step",
         "",
-        "Every row was run by `tests/update/test_optimizers.py`: a step planned at 50 % (or the "
+        "Every row was run by `tests/optimizer/test_optimizers.py`: a step planned at 50 % (or the "
         "smallest feasible budget), the optimizer's state and update included. *Resident* is "
         "parameters, buffers, inputs and state. *Inside* means "
         "`Options(update_in_backward=True)`. The phase is that of the peak, in plan and "

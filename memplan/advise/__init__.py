@@ -1,0 +1,1 @@
+"""What would make a step fit: freezing, techniques, the largest batch."""

@@ -1,0 +1,1 @@
+"""One step, from what was asked for to what runs."""

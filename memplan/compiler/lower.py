@@ -1,0 +1,204 @@
+"""From a module and a sample to a step that can be planned: captured, rewritten, priced."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
+
+from memplan.capture import ONE_AT_A_TIME, Captured, Traced, rewrite, trace, update_in_backward
+from memplan.capture.sample import Sample
+from memplan.compiler.fused_order import fused
+from memplan.compiler.pricing import Pricing, offers
+from memplan.compiler.request import Request
+from memplan.gc_pause import paused_collector
+from memplan.ir.liveness import ScheduledStep, tangent_bytes
+from memplan.ir.memory_trace import MemoryTrace
+from memplan.ir.predicted_trace import predicted_trace
+from memplan.ir.program import Costs
+from memplan.ir.schedule import Effect, Recovery, Schedule
+from memplan.planner.plan import PassRecord, Plan
+from memplan.planner.summarize import describe_plan, unplanned_step
+from memplan.transforms.apply import Changed, ChangedModel
+from memplan.transforms.passes import Pass
+from memplan.units import Budget, format_bytes
+
+_LOG = logging.getLogger("memplan")
+
+
+@dataclass(frozen=True)
+class PricedTrace:
+    """A step as it was traced, with what it costs.
+
+    Attributes:
+        traced: the joint graph.
+        pricing: how ops are priced.
+        captured: the trace as a program.
+        costs: of its ops.
+        unplanned: the step with everything kept.
+    """
+
+    traced: Traced
+    pricing: Pricing
+    captured: Captured
+    costs: Costs
+    unplanned: ScheduledStep
+
+    @property
+    def device(self) -> str:
+        """What the step is planned for."""
+        device = self.pricing.device
+        return str(self.captured.device) if device is None else device.name
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step that was captured, rewritten and priced, and can be planned.
+
+    Attributes:
+        unplanned: the step as it was traced, everything kept.
+        device: what it is planned for.
+        captured: what the passes made of it.
+        recoveries: what the passes offer.
+        costs: of every op that may run.
+        passes: the passes.
+    """
+
+    unplanned: ScheduledStep
+    device: str
+    captured: Captured
+    recoveries: tuple[Recovery, ...]
+    costs: Costs
+    passes: tuple[Pass, ...]
+
+    def scheduled(self, schedule: Schedule) -> ScheduledStep:
+        """The step as a schedule runs it."""
+        return ScheduledStep(self.captured.program, self.recoveries, self.costs, schedule)
+
+    def trace(self, schedule: Schedule) -> MemoryTrace:
+        """What a schedule will leave."""
+        return predicted_trace(self.scheduled(schedule), self.device)
+
+    def unplanned_trace(self) -> MemoryTrace:
+        """What the captured step will leave, no pass taken part."""
+        return predicted_trace(self.unplanned, self.device)
+
+    def resolve(self, budget: Budget | None) -> int | None:
+        """A budget in bytes."""
+        resident_bytes = self.captured.program.resident_bytes
+        if budget is None:
+            return None
+        return budget.resolve(resident_bytes, self.unplanned.peak_bytes)
+
+    def describe(self, schedule: Schedule, *, budget_bytes: int | None) -> Plan:
+        """The plan that runs a schedule."""
+        captured = self.captured
+        is_rounded = any(difference.is_certain for difference in captured.differences)
+        return describe_plan(
+            self.scheduled(schedule),
+            original=self.unplanned,
+            budget_bytes=budget_bytes,
+            gradients={
+                captured.primals[position].name: captured.storage[node]
+                for position, node in captured.gradients
+                if captured.primals[position].kind == "parameter"
+            },
+            passes=tuple(PassRecord(p.name, p.arguments, p.effect) for p in self.passes),
+            captured_effect=Effect.ROUNDING if is_rounded else Effect.EXACT,
+            notes=self.notes,
+        )
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know of the step, whatever its schedule."""
+        captured = self.captured
+        return (
+            *(difference.reason for difference in captured.differences),
+            *_held_gradients(captured),
+            *(note for one in self.passes if one.notes for note in one.notes(captured)),
+        )
+
+
+@paused_collector()
+def trace_and_price(changed: Changed, sample: Sample, request: Request) -> PricedTrace:
+    """Capture the step of a model that passes have changed, and price every op.
+
+    The model is as before.
+    """
+    model = changed.model
+    _LOG.debug("capturing %s", type(model).__name__)
+    with ONE_AT_A_TIME:
+        pricing = Pricing.of(model, sample, request.options)
+        is_cuda = pricing.device is not None and pricing.device.is_cuda
+        look = partial(model.look, sample) if isinstance(model, ChangedModel) else None
+        outputs = request.options.differentiable_outputs
+        traced = pricing.as_run(partial(trace, model, sample, outputs, is_cuda, look))
+        if request.optimizer is not None:
+            in_backward = request.in_backward is not None
+            pricing = pricing.with_optimizer(
+                model, traced, request.optimizer, in_backward=in_backward
+            )
+        captured, costs = pricing.price(pricing.read(traced))
+    unplanned = unplanned_step(captured.program, costs)
+    return PricedTrace(traced, pricing, captured, costs, unplanned)
+
+
+def rewrite_and_offer(original: PricedTrace, request: Request) -> Iterator[Prepared]:
+    """The step with all that passes make of it; then, where that differs, without optional ones."""
+    rewritten = _rewritten(original.traced, request)
+    yield _offered(original, rewritten, request.passes)
+    plain = tuple(one for one in request.passes if not one.is_optional)
+    if len(plain) == len(request.passes):
+        return
+    without = _rewritten(original.traced, replace(request, passes=plain))
+    if _targets(without) != _targets(rewritten):
+        yield _offered(original, without, plain)
+
+
+def prepare(changed: Changed, sample: Sample, request: Request) -> Prepared:
+    """The step of a model that passes have changed, with all that they make of it."""
+    return next(rewrite_and_offer(trace_and_price(changed, sample, request), request))
+
+
+def prepare_each(changed: Changed, sample: Sample, request: Request) -> tuple[Prepared, ...]:
+    """The same, and without what optional passes rewrite; a saved plan is for the first."""
+    steps = rewrite_and_offer(trace_and_price(changed, sample, request), request)
+    return tuple(steps if request.plan is None else islice(steps, 1))
+
+
+@paused_collector()
+def _offered(original: PricedTrace, changed: Traced, passes: tuple[Pass, ...]) -> Prepared:
+    """Let passes offer recoveries for what they made of a trace, and price all."""
+    pricing = original.pricing
+    with ONE_AT_A_TIME:
+        rewritten, offered = offers(pricing.read(changed), passes)
+        captured, recoveries, costs = pricing.price_offered(rewritten, offered)
+    return Prepared(original.unplanned, original.device, captured, recoveries, costs, passes)
+
+
+def _targets(traced: Traced) -> list[object]:
+    return [node.target for node in traced.joint.graph.nodes]
+
+
+def _held_gradients(captured: Captured) -> list[str]:
+    """What to say of a gradient that arrives from outside and stays to the end of the backward."""
+    if all(node.meta["val"].dim() == 0 for _, node in captured.tangents):
+        return []
+    held = format_bytes(tangent_bytes(captured.program))
+    return [
+        f"the gradient that arrives at the output ({held}) is alive through the whole planned "
+        "backward, and ends early in the untouched module's: return the loss from the module "
+        "(memplan.WithLoss)"
+    ]
+
+
+def _rewritten(traced: Traced, request: Request) -> Traced:
+    """What the passes make of a trace."""
+    rewrites = [one.rewrite_joint for one in request.passes if one.rewrite_joint is not None]
+    with ONE_AT_A_TIME:
+        rewritten = rewrite(traced, rewrites)
+        if request.options.fused:
+            return fused(traced, rewritten)
+        return rewritten if request.in_backward is None else update_in_backward(rewritten)

@@ -1,0 +1,1 @@
+"""Passes: what they may do, and how they change a module."""

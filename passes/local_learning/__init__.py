@@ -1,0 +1,5 @@
+"""Blocks that learn by losses of their own."""
+
+from memplan.passes.local_learning.local_learning import learn_locally
+
+__all__ = ["learn_locally"]

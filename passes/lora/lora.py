@@ -1,0 +1,224 @@
+"""Low-rank adapters: train a small change of a layer's weight, and freeze the rest.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
+https://arxiv.org/abs/2106.09685: ``y = x W^T + scale (x A^T) B^T``. Variants: rsLoRA scales by
+``alpha / sqrt(rank)`` (Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732); LoRA-FA freezes A,
+so that x is not kept for it (Zhang et al., 2023, https://arxiv.org/abs/2308.03303); DoRA trains the
+magnitude of each output apart from its direction (Liu et al., 2024,
+https://arxiv.org/abs/2402.09353, equation 5, the norm a constant).
+
+The adapters are parameters of the planned module, beside the model's own. The model is not changed
+but for ``requires_grad``: only the planned module's forward has the adapters' part in it. Weights
+are cast to the type of x where that is another, never x to theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from torch import nn
+
+from memplan.analysis import Patterns, as_texts, select_parameters, targeted_layers
+from memplan.errors import CaptureError, MemplanError
+from memplan.passes.lora.layer import (
+    LoraLayer,
+    LoraSettings,
+    can_be_adapted,
+    oriented,
+    weight_of,
+)
+from memplan.transforms.module_hooks import after_calls, hang
+from memplan.transforms.passes import Change, Effect, ModelContext, Pass, arguments_of
+
+if TYPE_CHECKING:
+    from memplan.capture.sample import Sample
+    from memplan.runtime.module import PlannedModule
+
+Variant = Literal["lora", "rslora", "lora_fa", "dora"]
+VARIANTS: Final = ("lora", "rslora", "lora_fa", "dora")
+_CHILD = "lora"
+
+
+def add_lora(
+    rank: int | Literal["fit"] = 8,
+    alpha: float = 16.0,
+    *,
+    dropout: float = 0.0,
+    targets: Patterns = "linear",
+    variant: Variant = "lora",
+    also_train: Patterns = (),
+) -> Pass:
+    """Train low-rank adapters of layers, and freeze every other parameter.
+
+    Adapters begin as no change. They are named ``lora.<layer>.A`` and ``.B`` in the planned
+    module, in float32 where the model has 16 bits. ``requires_grad`` is set on the model given;
+    ``unfreeze`` puts it back.
+
+    Args:
+        rank: of the change of a weight; "fit": the largest with which the budget can be kept.
+        alpha: its scale, times ``1 / rank`` (of rsLoRA: ``1 / sqrt(rank)``).
+        dropout: of the adapters' input, in training.
+        targets: which layers: "linear" for all linear ones but the output head; or patterns.
+            Linear, Conv2d, Embedding and transformers' Conv1D can be adapted.
+        variant: "lora", "rslora", "lora_fa" or "dora".
+        also_train: what of the model itself is trained as well: "head", "norms", "biases", ...
+
+    Returns:
+        A pass of effect ``RESTRICTED``.
+
+    Raises:
+        MemplanError: naming the argument that makes no sense.
+    """
+    if rank != "fit" and not (isinstance(rank, int) and rank >= 1):
+        raise MemplanError(f'rank is a number of at least 1, or "fit", got {rank!r}')
+    if not 0 <= dropout < 1:
+        raise MemplanError(f"dropout is a probability below 1, got {dropout!r}")
+    if variant not in VARIANTS:
+        raise MemplanError(f"variant is one of {', '.join(VARIANTS)}, got {variant!r}")
+    settings = LoraSettings(
+        0 if rank == "fit" else rank,
+        float(alpha),
+        float(dropout),
+        as_texts(targets),
+        variant,
+        as_texts(also_train),
+    )
+    if rank == "fit":
+        return Pass("add_lora", Effect.RESTRICTED, candidates=partial(_candidates, settings))
+    return _made(settings)
+
+
+def _made(settings: LoraSettings) -> Pass:
+    change = partial(_change, settings)
+    return Pass("add_lora", Effect.RESTRICTED, arguments_of(settings), change=change)
+
+
+def _candidates(
+    settings: LoraSettings, model: nn.Module, context: ModelContext
+) -> tuple[Pass, ...]:
+    """The pass at every rank that all layers have."""
+    names = targeted_layers(model, settings.targets, context.forward, can_be_adapted)
+    layers = map(model.get_submodule, names)
+    largest = min(min(oriented(layer).flatten(1).shape) for layer in layers)
+    return tuple(_made(replace(settings, rank=rank)) for rank in range(1, largest + 1))
+
+
+def _change(settings: LoraSettings, model: nn.Module, context: ModelContext) -> Change:
+    names = targeted_layers(model, settings.targets, context.forward, can_be_adapted)
+    return Change(
+        trains=select_parameters(model, settings.also_train, context.forward),
+        modules={_CHILD: Lora(model, names, settings)},
+        around=_adapted,
+    )
+
+
+def _adapted(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
+    """A forward in which layers return what their adapters make of their outputs."""
+    del sample
+    lora = lora_of(model)
+    if lora.merged and torch.is_grad_enabled():
+        raise CaptureError(
+            "the adapters are merged into the weights: call the module under torch.no_grad(), or "
+            "memplan.passes.unmerge_lora(planned) before you train on"
+        )
+    names = () if lora.merged else lora.names
+    with after_calls(model, {name: lora.get_submodule(name) for name in names}):
+        return forward()
+
+
+def lora_of(model: nn.Module) -> Lora:
+    """The adapters of a planned module.
+
+    Raises:
+        MemplanError: if it has none.
+    """
+    for name, child in model.named_children():
+        if name == _CHILD and isinstance(child, Lora):
+            return child
+    raise MemplanError("the module has no adapters; plan it with memplan.passes.add_lora()")
+
+
+class Lora(nn.Module):
+    """The adapters of a model, under the names of their layers.
+
+    Attributes:
+        names: FQNs of the layers.
+        settings: what was asked for.
+        merged: the weights of the layers as they were, if the adapters are merged into them.
+    """
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], settings: LoraSettings) -> None:
+        super().__init__()
+        self.names = names
+        self.settings = settings
+        self.merged: dict[str, torch.Tensor] = {}
+        with torch.random.fork_rng():
+            layers = {name: LoraLayer(name, model.get_submodule(name), settings) for name in names}
+        hang(self, layers)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapters', if they are not merged."""
+        self.require_apart()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Into the adapters, if they are not merged."""
+        self.require_apart()
+        return super().load_state_dict(*args, **kwargs)
+
+    def require_apart(self) -> None:
+        """Refuse what would take the weights for those of the model, or let them be so."""
+        if self.merged:
+            raise MemplanError(
+                "the adapters are merged into the weights: take planned.original.state_dict(), or "
+                "memplan.passes.unmerge_lora(planned) first"
+            )
+
+    def layer(self, name: str) -> LoraLayer:
+        """The adapter of a layer."""
+        found = self.get_submodule(name)
+        assert isinstance(found, LoraLayer)
+        return found
+
+
+def merge_lora(planned: PlannedModule) -> nn.Module:
+    """Add the adapters to the weights of the original, which then computes the same without them.
+
+    The weights as they were are kept for ``unmerge_lora``. Returns the original.
+
+    Raises:
+        MemplanError: if there are no adapters, or they are merged already.
+    """
+    lora = lora_of(planned)
+    if lora.merged:
+        raise MemplanError("the adapters are merged already: memplan.passes.unmerge_lora(planned)")
+    for name in lora.names:
+        if "weight" not in dict(planned.original.get_submodule(name).named_parameters()):
+            raise MemplanError(f"the weight of {name!r} is computed, and cannot be merged into")
+    for name in lora.names:
+        layer = planned.original.get_submodule(name)
+        weight = weight_of(layer).detach()
+        lora.merged[name] = weight.clone()
+        weight.copy_(lora.layer(name).merged_weight(layer))
+    planned.recapture()
+    return planned.original
+
+
+def unmerge_lora(planned: PlannedModule) -> nn.Module:
+    """Put back, bit for bit, the weights that ``merge_lora`` changed. Returns the original.
+
+    Raises:
+        MemplanError: if there are no adapters, or they are not merged.
+    """
+    lora = lora_of(planned)
+    if not lora.merged:
+        raise MemplanError("the adapters are not merged: memplan.passes.merge_lora(planned)")
+    for name, weight in lora.merged.items():
+        weight_of(planned.original.get_submodule(name)).detach().copy_(weight)
+    lora.merged.clear()
+    planned.recapture()
+    return planned.original
