@@ -73,7 +73,7 @@ class Row:
 ROWS = {**MODELS, **{f"deep {name}": make for name, make in DEEP.items()}}
 
 
-SLOW = ("llama", "t5", "gru", "returns_dict", "returns_dataclass")
+SLOW = ("llama", "t5", "gru", "mobilenet", "returns_dict", "returns_dataclass")
 """Rows whose like is in the default tests, and the deep ones."""
 
 

@@ -217,7 +217,7 @@ MAIN_ROWS = (
     "adapters, lora",
     "two streams, inverted",
     "inverted tuple",
-    "parts, lora",
+    "parts",
     "batches, lora",
     "blocks",
     "subset, lora",
@@ -225,10 +225,10 @@ MAIN_ROWS = (
 )
 """Rows of the default tests; the others are slow."""
 
-ORDERED = ("packed masks", "freeze, biases", "subset, lora", "batches, lora")
+ORDERED = ("packed masks", "freeze, biases", "batches, lora")
 """Pairs that are tried in the other order by default."""
 
-ALONE = ("freeze, biases", "two streams, inverted", "parts, lora")
+ALONE = ("freeze, biases", "two streams, inverted")
 """Rows that are saved and copied by default."""
 
 FAILED = ("checkpoints", "freeze, biases", "two streams, inverted", "blocks", "gates")

@@ -11,6 +11,7 @@ import copy
 import math
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -85,6 +86,70 @@ class Group(nn.Module):
         return x
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A module's step, apart from its time.
+
+    Attributes:
+        peak_bytes: measured peak of the step.
+        resident_bytes: what is alive before and after it.
+        gradient_error: the largest difference of any gradient's entry to the untouched module's,
+            over the largest entry.
+    """
+
+    peak_bytes: int
+    resident_bytes: int
+    gradient_error: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What other runs of a model are held against.
+
+    Attributes:
+        name: of the model.
+        model: the untouched module.
+        batch: of every step.
+        buffers: the model's, as they were: each step begins with them.
+        gradients: of the untouched module's step.
+    """
+
+    name: str
+    model: nn.Module
+    batch: memplan.Sample
+    buffers: tuple[torch.Tensor, ...]
+    gradients: tuple[torch.Tensor, ...]
+
+    @staticmethod
+    def of(name: str, model: nn.Module, batch: memplan.Sample) -> Reference:
+        """The reference of a model as it is."""
+        buffers = tuple(buffer.clone() for buffer in model.buffers())
+        return Reference(name, model, batch, buffers, _gradients(model, buffers, batch))
+
+    def see(self, run: str, module: nn.Module) -> Seen:
+        """Measure a run's peak and the error of its gradients."""
+        print(f"{self.name}: measuring {run}", file=sys.stderr)
+        found = memplan.profile(module, self.batch, steps=1)
+        largest = max(float(gradient.abs().max()) for gradient in self.gradients)
+        pairs = zip(self.gradients, _gradients(module, self.buffers, self.batch), strict=True)
+        error = max(float((one - other).abs().max()) for one, other in pairs) / largest
+        return Seen(found.peak_bytes, found.resident_bytes, error)
+
+
+def _gradients(
+    module: nn.Module, buffers: Iterable[torch.Tensor], batch: memplan.Sample
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of a step from these buffers and always the same random state."""
+    for buffer, value in zip(module.buffers(), buffers, strict=True):
+        buffer.copy_(value)
+    torch.manual_seed(1)
+    budgets.run_step(module, batch)
+    gradients = [p.grad for p in module.parameters() if p.requires_grad]
+    budgets.clear_gradients(module)
+    assert all(gradient is not None for gradient in gradients)
+    return tuple(gradient for gradient in gradients if gradient is not None)
+
+
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     """Peak, time and gradients of memplan's plans and of all else."""
     torch.manual_seed(0)
@@ -108,21 +173,17 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
         budget = resident + int(share * (smallest.original_peak_bytes - resident))
         if budget > smallest.peak_bytes:
             plan(f"{share:.0%}", budget)
-    rows = _rows(name, modules, plans, batch, rounds)
+    reference = Reference.of(name, model, batch)
+    seen = {key: reference.see(key, module) for key, module in modules.items()}
+    rows = _rows(name, seen, plans, budgets._interleaved(modules, batch, rounds, name))
     for knob in KNOB:
-        known = {row["peak_bytes"] for row in rows if row["run"].startswith("torch")}
-        rows += _knob_rows(name, model, batch, knob, rounds=rounds, known=known)
+        known = {row["peak_bytes"] for row in rows if row["run"].startswith("torch ")}
+        rows += _knob_rows(reference, seen["untouched"], knob, rounds=rounds, known=known)
     return [{**row, "dominated_by": _dominating(row, rows)} for row in rows]
 
 
 def _knob_rows(
-    name: str,
-    model: nn.Module,
-    batch: memplan.Sample,
-    knob: float,
-    *,
-    rounds: int,
-    known: set[int],
+    reference: Reference, untouched: Seen, knob: float, *, rounds: int, known: set[int]
 ) -> list[dict[str, Any]]:
     """Torch's knob at one value; nothing where a larger one gave the same peak to the byte.
 
@@ -131,39 +192,30 @@ def _knob_rows(
     """
     torch._dynamo.reset()
     with functorch_config.patch(activation_memory_budget=knob):
-        compiled = torch.compile(model, backend="aot_eager")
+        compiled = torch.compile(reference.model, backend="aot_eager")
         assert isinstance(compiled, nn.Module)
         run = f"torch {knob}"
-        if memplan.profile(compiled, batch, steps=1).peak_bytes in known:
-            print(f"{name}: {run} is as a larger value", file=sys.stderr)
+        seen = reference.see(run, compiled)
+        if seen.peak_bytes in known:
+            print(f"{reference.name}: {run} is as a larger value", file=sys.stderr)
             return []
-        is_right = _gradient_error(model, compiled, batch) <= RIGHT
-        pair = {"untouched": model, run: compiled}
-        return _rows(name, pair, {}, batch, rounds if is_right else 1)[1:]
+        pair = {"untouched": reference.model, run: compiled}
+        its_rounds = rounds if seen.gradient_error <= RIGHT else 1
+        times = budgets._interleaved(pair, reference.batch, its_rounds, reference.name)
+    return _rows(reference.name, {"untouched": untouched, run: seen}, {}, times)[1:]
 
 
 def _rows(
-    name: str,
-    modules: dict[str, nn.Module],
-    plans: dict[str, memplan.Plan],
-    batch: memplan.Sample,
-    rounds: int,
+    name: str, seen: dict[str, Seen], plans: dict[str, memplan.Plan], times: dict[str, list[float]]
 ) -> list[dict[str, Any]]:
-    """Measure some modules, the untouched one among them."""
-    model = modules["untouched"]
-    peaks = {}
-    for key, module in modules.items():
-        print(f"{name}: measuring {key}", file=sys.stderr)
-        peaks[key] = memplan.profile(module, batch, steps=1)
-    errors = {key: _gradient_error(model, one, batch) for key, one in modules.items()}
-    times = budgets._interleaved(modules, batch, rounds, name)
+    """Rows of the runs that were timed together, the untouched module's first."""
     first = times.get("memplan 100%")
     return [
         {
             "model": name,
             "run": key,
-            "peak_bytes": peaks[key].peak_bytes,
-            "above_bytes": peaks[key].peak_bytes - peaks["untouched"].resident_bytes,
+            "peak_bytes": seen[key].peak_bytes,
+            "above_bytes": seen[key].peak_bytes - seen["untouched"].resident_bytes,
             "predicted_bytes": plans[key].peak_bytes if key in plans else None,
             "floor_bytes": plans[key].floor_bytes if key in plans else None,
             "predicted_slowdown": plans[key].slowdown if key in plans else None,
@@ -171,26 +223,10 @@ def _rows(
             "time_ratio": median(b / a for a, b in zip(times["untouched"], spent, strict=True)),
             "to_memplan_100": first and median(b / a for a, b in zip(first, spent, strict=True)),
             "step_s": median(spent),
-            "gradient_error": errors[key],
+            "gradient_error": seen[key].gradient_error,
         }
         for key, spent in times.items()
     ]
-
-
-def _gradient_error(original: nn.Module, module: nn.Module, batch: memplan.Sample) -> float:
-    """The largest difference of any gradient's entry, over the largest entry."""
-    gradients = []
-    start = [buffer.clone() for buffer in original.buffers()]
-    for one in (original, module):
-        for buffer, value in zip(one.buffers(), start, strict=True):
-            buffer.copy_(value)
-        torch.manual_seed(1)
-        budgets.run_step(one, batch)
-        gradients.append([p.grad for p in one.parameters() if p.requires_grad])
-        budgets.clear_gradients(one)
-    largest = max(float(gradient.abs().max()) for gradient in gradients[0])
-    pairs = zip(*gradients, strict=True)
-    return max(float((one - other).abs().max()) for one, other in pairs) / largest
 
 
 def is_right(row: dict[str, Any]) -> bool:

@@ -266,6 +266,8 @@ def main() -> None:
         rows = []
         for name in arguments.models or scaled.MODELS:
             rows += peers.measure(name, arguments.rounds)
+            if arguments.json is not None:  # what was measured is kept if a later model ends it
+                _write(arguments.json, rows)
         print(peer_tables.table(rows))
         for own in peer_tables.by_model(rows):
             print(peer_tables.verdict(own))
@@ -273,14 +275,20 @@ def main() -> None:
         if arguments.figure is not None:
             peer_tables.figure(rows, arguments.figure)
     if arguments.json is not None:
-        machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-        if arguments.models and arguments.json.exists():
-            known = json.loads(arguments.json.read_text())["rows"]
-            order = list(dict.fromkeys(row["model"] for row in (*known, *rows)))
-            rows += [row for row in known if row["model"] not in arguments.models]
-            rows.sort(key=lambda row: order.index(row["model"]))
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        _write(arguments.json, rows, whole=not arguments.models and arguments.what != "peers")
+
+
+def _write(path: Path, rows: list[dict[str, Any]], *, whole: bool = False) -> None:
+    """Write rows in the place of those of the same models; ``whole``: of all that are there."""
+    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    if not whole and path.exists():
+        measured = {row["model"] for row in rows}
+        known = json.loads(path.read_text())["rows"]
+        order = list(dict.fromkeys(row["model"] for row in (*known, *rows)))
+        rows = rows + [row for row in known if row["model"] not in measured]
+        rows.sort(key=lambda row: order.index(row["model"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def refused(message):
     return pytest.raises(memplan.PlanMismatch, match=message)
 
 
-@pytest.mark.by_default("mlp-100%", "bert-1 B", "resnet-50%", "returns_dict-1 B")
+@pytest.mark.by_default("mlp-100%", "resnet-50%", "returns_dict-1 B")
 @pytest.mark.parametrize("budget", ["100%", "50%", "1 B"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_model_with_a_loss_has_eagers_bits_and_the_peak_of_the_split_step(name, budget):

@@ -15,8 +15,9 @@ from support.local import refused
 from support.skipping import DEPTH, MODES, net_and_batch, optimized, planned_net, through_gates
 
 
+@pytest.mark.by_default("None-gated")
 @pytest.mark.parametrize("mode", ["gated", "recurrent"])
-@pytest.mark.parametrize("budget", [None, pytest.param("1 B", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("budget", [None, "1 B"])
 def test_gates_choose_samples(mode, budget):
     planned, batch = planned_net(mode, budget=budget, dropout=0.0)
     other = copy.deepcopy(planned)

@@ -18,7 +18,7 @@ from support import laws
 from support.local import MODELS, SMALLEST, assert_as_in_eager, in_eager, made
 
 
-@pytest.mark.by_default("resnet-4-None", "vit-4-1 B")
+@pytest.mark.by_default("resnet-4-None", "vit-2-1 B")
 @pytest.mark.parametrize("budget", [None, pytest.param("100%", marks=pytest.mark.slow), "1 B"])
 @pytest.mark.parametrize("blocks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
@@ -33,7 +33,7 @@ def test_gradients_are_those_of_the_sum_of_detached_losses(name, blocks, budget)
         assert_as_in_eager(planned, batch, seed)
 
 
-@pytest.mark.by_default("vit")
+@pytest.mark.by_default("resnet")
 @pytest.mark.parametrize("name", MODELS)
 def test_more_parts_need_less(name):
     model, batch = made(name)

@@ -157,6 +157,7 @@ def test_planned_and_unplanned_draw_the_same_dropout():
     assert torch.equal(mine.loss, planned.changed.model(*batch))
 
 
+@pytest.mark.slow
 def test_names_files_and_copies():
     model, batch, planned = adapted("dora")
     keys = set(planned.state_dict()) - set(model.state_dict())
@@ -516,7 +517,7 @@ def gpt(**more):
     return model.train(), {"input_ids": tokens, "labels": tokens}
 
 
-@pytest.mark.by_default("lora-0.1")
+@pytest.mark.slow
 @peft_only
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("variant", SCALES)

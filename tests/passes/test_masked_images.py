@@ -20,7 +20,7 @@ def masked(depth=4):
     return model, (torch.randn(4, 1, 16, 16), torch.rand(4, 16))
 
 
-@pytest.mark.by_default("4-1 B")
+@pytest.mark.by_default("2-None")
 @pytest.mark.parametrize("budget", [None, "1 B"])
 @pytest.mark.parametrize("blocks", [2, 4])
 def test_masked_images_in_blocks(blocks, budget):

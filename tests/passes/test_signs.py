@@ -137,9 +137,7 @@ def masks(model, batch):
 
 
 @pytest.mark.by_default(
-    "ReLU()-torch.contiguous_format",
-    "ReLU6(inplace=True)-torch.channels_last",
-    "LeakyReLU(negative_slope=0.01)-torch.contiguous_format",
+    "ReLU()-torch.contiguous_format", "LeakyReLU(negative_slope=0.01)-torch.contiguous_format"
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ def test_the_bytes_of_a_script_are_known(script):
     assert found.step == 4 and found.step_s > 0
 
 
+@pytest.mark.slow
 def test_what_a_script_holds_is_counted(script):
     command = [sys.executable, "-m", "memplan", "profile", str(script), "--json", "--", "9"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
