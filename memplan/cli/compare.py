@@ -10,7 +10,7 @@ from torch import nn
 
 from memplan import api, profiler
 from memplan.cli.failures import end_if_broken, failures
-from memplan.cli.output import Format, show, with_format, with_output
+from memplan.cli.output import Format, show_and_write, with_format, with_output
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_bounds, with_target
 from memplan.ir.memory_trace import MemoryTrace
@@ -80,8 +80,8 @@ def show_proof(
     output: Path | None,
 ) -> None:
     """Print a comparison; end the command with 4 if the plan breaks a promise."""
-    document = comparison_document(comparison, plan, traces) if traces else {}
-    show(shape, [comparison_table(comparison, plan)], document, following, output)
+    document = comparison_document(comparison, plan, traces) if traces else None
+    show_and_write(shape, [comparison_table(comparison, plan)], document, following, output)
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
     end_if_broken(_broken_promises(comparison, plan))

@@ -11,7 +11,6 @@ from memplan.cli.output import Format, show, with_format
 from memplan.cli.report import read_file
 from memplan.errors import UnitsError
 from memplan.report import difference_document, difference_table, increase
-from memplan.report.reading import UnreadableDocument
 from memplan.units import parse_share
 
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -36,15 +35,13 @@ def diff(before: Path, after: Path, *, limit: str | None, shape: Format) -> None
     Exit codes: 0 no more than the limit, if there is one; 2 wrong usage, or not such a file;
     4 the peak grew by more.
     """
-    documents = [read_file(path) for path in (before, after)]
+    documents = read_file(before), read_file(after)
     try:
         share = None if limit is None else parse_share(limit)
-        table, document = difference_table(*documents), difference_document(*documents)
-        grown = increase(*documents)
     except UnitsError as error:
         raise click.BadParameter(str(error), param_hint="--fail-on-increase") from error
-    except UnreadableDocument as error:
-        raise click.UsageError(str(error)) from error
+    table, document = difference_table(*documents), difference_document(*documents)
+    grown = increase(*documents)
     show(shape, [table], document, f"To look at it: memplan report {after}")
     if share is not None and grown > share:
         click.echo(f"the peak grew by {grown:.1%}, more than {share:.1%}", err=True)

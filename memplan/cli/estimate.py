@@ -10,7 +10,14 @@ import psutil
 
 from memplan import profiler
 from memplan.cli.failures import NOT_FITTING, PARTLY, failures
-from memplan.cli.output import Format, export, show, with_exports, with_format, with_output
+from memplan.cli.output import (
+    Format,
+    export,
+    show_and_write,
+    with_exports,
+    with_format,
+    with_output,
+)
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.costs import CPU, DEVICES
@@ -67,7 +74,7 @@ def estimate(
         "50%" if fits else str(memory_bytes),
         *([] if device is None else ["--device", device]),
     ]
-    show(
+    show_and_write(
         shape,
         estimate_tables(found, memory_bytes),
         estimate_document(found, memory_bytes),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -16,6 +16,7 @@ from memplan.ir.memory_trace import MemoryTrace
 from memplan.report import chrome_trace, snapshot_bytes, terminal
 from memplan.report.figures import save_figure
 from memplan.report.html import html_report
+from memplan.report.schema import Document, Readable, encode
 from memplan.tables import Table, markdown
 
 Format = Literal["table", "json", "markdown"]
@@ -94,7 +95,7 @@ def export(trace: MemoryTrace, snapshot: Path | None, chrome: Path | None) -> No
         write_whole(chrome, json.dumps(chrome_trace(trace)) + "\n")
 
 
-def write_document(document: Mapping[str, object], path: Path) -> None:
+def write_document(document: Readable, path: Path) -> None:
     """Write a document as what the suffix says, whole or not at all.
 
     Raises:
@@ -102,7 +103,7 @@ def write_document(document: Mapping[str, object], path: Path) -> None:
         click.UsageError: if the file cannot be written.
     """
     if path.suffix == ".json":
-        write_whole(path, json.dumps(document) + "\n")
+        write_whole(path, encode(document) + "\n")
     elif path.suffix == ".html":
         write_whole(path, html_report(document))
     else:
@@ -115,17 +116,20 @@ def write_document(document: Mapping[str, object], path: Path) -> None:
 def show(
     shape: Format,
     tables: Sequence[Table],
-    document: Mapping[str, object],
+    document: Document | None,
     following: str,
-    output: Path | None = None,
 ) -> None:
-    """Print a result, and what to do next where people read; write it where it was asked for."""
-    if output is not None:
-        write_document(document, output)
-        if output.suffix == ".json":
-            following = f"To look at it: memplan report {output}"
+    """Print a result, and what to do next where people read.
+
+    Args:
+        shape: how.
+        tables: the result for people.
+        document: the same for programs; not needed for the other shapes.
+        following: what to do next.
+    """
     if shape == "json":
-        click.echo(json.dumps(document))
+        assert document is not None
+        click.echo(encode(document))
     elif shape == "markdown":
         click.echo(markdown(tables))
     else:
@@ -136,3 +140,19 @@ def show(
             console.print(terminal(table))
     if shape == "table":
         click.echo(following)
+
+
+def show_and_write(
+    shape: Format,
+    tables: Sequence[Table],
+    document: Readable | None,
+    following: str,
+    output: Path | None,
+) -> None:
+    """Print a result, and write it where it was asked for."""
+    if output is not None:
+        assert document is not None
+        write_document(document, output)
+        if output.suffix == ".json":
+            following = f"To look at it: memplan report {output}"
+    show(shape, tables, document, following)

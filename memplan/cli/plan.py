@@ -21,7 +21,7 @@ from memplan.errors import InfeasibleBudget, MemplanError
 from memplan.optimizer import like
 from memplan.options import Options
 from memplan.passes import PASSES
-from memplan.report import plan_document, techniques_document, techniques_table
+from memplan.report import plan_document, techniques_table
 from memplan.transforms.passes import Pass
 
 
@@ -101,7 +101,7 @@ def plan(
     if output is not None:
         write_whole(output, found.to_json() + "\n")
     export(traces["planned, predicted"], snapshot, chrome_trace)
-    document = plan_document(found, traces) | techniques_document(ranked)
+    document = plan_document(found, traces, ranked)
     tables = [*found.tables(), *([techniques_table(ranked)] if ranked else [])]
     following = _following(target, budget, max_slowdown, device, output)
     show(shape, tables, document, following)
@@ -121,7 +121,7 @@ def _each() -> dict[str, Pass]:
 
 def _show_ranked(ranked: list[Technique], shape: Format) -> None:
     if ranked and shape != "json":
-        show(shape, [techniques_table(ranked)], {}, "")
+        show(shape, [techniques_table(ranked)], None, "")
 
 
 def _following(

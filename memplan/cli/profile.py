@@ -11,7 +11,14 @@ from torch.optim import Optimizer
 
 from memplan.cli.factory import failing
 from memplan.cli.failures import PARTLY, failures
-from memplan.cli.output import Format, export, show, with_exports, with_format, with_output
+from memplan.cli.output import (
+    Format,
+    export,
+    show_and_write,
+    with_exports,
+    with_format,
+    with_output,
+)
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.profiler import ScriptProfile, profile_script, time_phases, trace_memory
@@ -82,7 +89,7 @@ def profile(
         following = f"To see what would make it smaller: {again}"
     export(trace, snapshot, chrome_trace)
     document = profile_document(trace, seconds, growth_bytes)
-    show(shape, profile_tables(trace, seconds, growth_bytes), document, following, output)
+    show_and_write(shape, profile_tables(trace, seconds, growth_bytes), document, following, output)
     if strict and trace.unexplained_bytes > _EXPLAINED * trace.peak_bytes:
         raise SystemExit(PARTLY)
 

@@ -8,9 +8,8 @@ import click
 
 from memplan.cli.failures import failures
 from memplan.cli.output import with_drawn_output, write_document
-from memplan.report.documents import Document
 from memplan.report.figures import FIGURE_SUFFIXES
-from memplan.report.reading import UnreadableDocument, read_document
+from memplan.report.schema import Readable, UnreadableDocument, read_document
 
 
 @click.command()
@@ -41,7 +40,7 @@ def report(file: Path, output: Path | None) -> None:
     click.echo(path)
 
 
-def read_file(path: Path) -> Document:
+def read_file(path: Path) -> Readable:
     """A document that a command wrote.
 
     Raises:

@@ -14,7 +14,7 @@ from memplan.report.estimates import estimate_document, estimate_tables, verdict
 from memplan.report.profiles import peak_line, profile_tables
 from memplan.report.snapshot import snapshot_bytes
 from memplan.report.solutions import solution_document, solution_table
-from memplan.report.techniques import techniques_document, techniques_table
+from memplan.report.techniques import techniques_table
 from memplan.report.terminal import terminal
 from memplan.report.text import checks_table, comparison_table, frontier_table
 
@@ -40,7 +40,6 @@ __all__ = [
     "snapshot_bytes",
     "solution_document",
     "solution_table",
-    "techniques_document",
     "techniques_table",
     "terminal",
     "verdict",

@@ -1,4 +1,4 @@
-"""What training less would free, as a table and as JSON."""
+"""What training less would free, as tables and as a document."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from memplan.advise.freezing import FreezingChoice
-from memplan.report.documents import SCHEMA_VERSION, Document
+from memplan.report.schema import Choice, ChoicesDocument
 from memplan.tables import Table
 from memplan.units import format_bytes
 
@@ -60,10 +60,8 @@ def _kept_for(choice: FreezingChoice) -> str:
     )
 
 
-def choices_document(choices: Sequence[FreezingChoice]) -> Document:
+def choices_document(choices: Sequence[FreezingChoice]) -> ChoicesDocument:
     """The same as data."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "choices",
-        "choices": [{**asdict(one), "kept_for": dict(one.kept_for)} for one in choices],
-    }
+    return ChoicesDocument(
+        choices=tuple(Choice(**{**asdict(one), "kept_for": dict(one.kept_for)}) for one in choices)
+    )

@@ -1,4 +1,4 @@
-"""An estimate as tables and as JSON."""
+"""An estimate as tables and as a document."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 
 from memplan.profiler import Estimate
-from memplan.report.documents import SCHEMA_VERSION, Document, totals, trace_document
+from memplan.report.documents import totals, trace_document
 from memplan.report.profiles import categories_table, lines_table, modules_table
+from memplan.report.schema import EstimateDocument, Phase
 from memplan.tables import Table
 from memplan.units import format_bytes
 
@@ -57,25 +58,23 @@ def estimate_tables(estimate: Estimate, memory_bytes: int) -> list[Table]:
     return [answer, categories_table(trace, {}), modules_table(trace), lines_table(trace)]
 
 
-def estimate_document(estimate: Estimate, memory_bytes: int) -> Document:
-    """An estimate."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "estimate",
+def estimate_document(estimate: Estimate, memory_bytes: int) -> EstimateDocument:
+    """The same as data."""
+    return EstimateDocument(
         **totals(estimate.trace),
-        "least_bytes": estimate.least_bytes,
-        "most_bytes": estimate.most_bytes,
-        "reserved_bytes": estimate.reserved_bytes,
-        "memory_bytes": memory_bytes,
-        "headroom_bytes": memory_bytes - estimate.most_bytes,
-        "verdict": verdict(estimate, memory_bytes),
-        "costs": estimate.costs,
-        "refusals": list(estimate.refusals),
-        "device": estimate.device.name,
-        "torch": torch.__version__,
-        "phases": [
-            {"name": name, "peak_bytes": nbytes}
+        least_bytes=estimate.least_bytes,
+        most_bytes=estimate.most_bytes,
+        reserved_bytes=estimate.reserved_bytes,
+        memory_bytes=memory_bytes,
+        headroom_bytes=memory_bytes - estimate.most_bytes,
+        verdict=verdict(estimate, memory_bytes),
+        costs=estimate.costs,
+        refusals=tuple(estimate.refusals),
+        device=estimate.device.name,
+        torch=str(torch.__version__),
+        phases=tuple(
+            Phase(name=name, peak_bytes=nbytes)
             for name, nbytes in estimate.trace.phase_peaks().items()
-        ],
-        "traces": [trace_document("estimated", estimate.trace)],
-    }
+        ),
+        traces=(trace_document("estimated", estimate.trace),),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from memplan.report.panels import (
     scaled_times,
     time_unit,
 )
-from memplan.report.reading import objects, optional, plain, plan_of, trace_views
+from memplan.report.schema import FrontierDocument, Readable, plan_of
 from memplan.report.svg import (
     FRONTIER_TITLE,
     TIMELINE_TITLE,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FIGURE_SUFFIXES = (".svg", ".png")
 
 
-def save_figure(document: Mapping[str, object], path: Path) -> None:
+def save_figure(document: Readable, path: Path) -> None:
     """Draw a document: a frontier as such, all others over time.
 
     Args:
@@ -46,14 +46,13 @@ def save_figure(document: Mapping[str, object], path: Path) -> None:
         path: of the file, ``.svg`` or ``.png``; it is written whole or not at all.
 
     Raises:
-        UnreadableDocument: if it is not a document of this version, or has nothing to draw.
+        UnreadableDocument: if it has nothing to draw.
         MemplanError: for another suffix, or a PNG without matplotlib.
         OSError: if the file cannot be written.
     """
     if path.suffix not in FIGURE_SUFFIXES:
         raise MemplanError(f"{path.name}: expected a name that ends in .svg or .png")
-    found = plain(document)
-    image = _png(found) if path.suffix == ".png" else _svg(found).encode()
+    image = _png(document) if path.suffix == ".png" else _svg(document).encode()
     new = path.with_name(f".{path.name}.new")
     try:
         new.write_bytes(image)
@@ -62,17 +61,18 @@ def save_figure(document: Mapping[str, object], path: Path) -> None:
         new.unlink(missing_ok=True)
 
 
-def _svg(document: Mapping[str, object]) -> str:
-    if document["kind"] == "frontier":
+def _svg(document: Readable) -> str:
+    if isinstance(document, FrontierDocument):
         return standalone(frontier_svg(document))
-    return standalone(timeline_svg(objects(document, "traces"), _budget(document)))
+    return standalone(timeline_svg(document.traces, _budget(document)))
 
 
-def _budget(document: Mapping[str, object]) -> int | None:
-    return optional(plan_of(document), "budget_bytes", int)
+def _budget(document: Readable) -> int | None:
+    plan = plan_of(document)
+    return None if plan is None else plan.budget_bytes
 
 
-def _png(document: Mapping[str, object]) -> bytes:
+def _png(document: Readable) -> bytes:
     # drawn without pyplot: that would pick a window system, and keep every figure
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
@@ -81,16 +81,16 @@ def _png(document: Mapping[str, object]) -> bytes:
         raise MemplanError('a PNG needs matplotlib: pip install "memplan[report]"') from error
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
-    if document["kind"] == "frontier":
+    if isinstance(document, FrontierDocument):
         _draw_frontier(figure, document)
     else:
-        _draw_timeline(figure, document)
+        _draw_timeline(figure, panels(document.traces), _budget(document))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
 
-def _draw_frontier(figure: Figure, document: Mapping[str, object]) -> None:
+def _draw_frontier(figure: Figure, document: FrontierDocument) -> None:
     points = frontier_points(document)
     unit, unit_bytes = memory_unit(max(nbytes for nbytes, _ in points))
     figure.set_size_inches(8, 4.5)
@@ -105,15 +105,14 @@ def _draw_frontier(figure: Figure, document: Mapping[str, object]) -> None:
     axes.grid(alpha=0.25)
 
 
-def _draw_timeline(figure: Figure, document: Mapping[str, object]) -> None:
-    shown = panels(trace_views(document))
+def _draw_timeline(figure: Figure, shown: Sequence[Panel], budget_bytes: int | None) -> None:
     most_bytes = max(panel.peak_bytes for panel in shown)
     figure.set_size_inches(10, 1.5 + 3.2 * len(shown))
     figure.suptitle(TIMELINE_TITLE)
     every = [figure.add_subplot(len(shown), 1, n) for n in range(1, len(shown) + 1)]
     names: dict[str, Artist] = {}
     for panel, axes in zip(shown, every, strict=True):
-        _draw_panel(axes, panel, most_bytes, _budget(document))
+        _draw_panel(axes, panel, most_bytes, budget_bytes)
         handles, labels = axes.get_legend_handles_labels()
         names |= dict(zip(labels, handles, strict=True))
     figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=3, frameon=False)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from html import escape
 
-from memplan.report.headlines import effects, headline, measured, phases, plans
+from memplan.report.headlines import headline, measured, phases, plans
 from memplan.report.moment import by_category, by_line, by_module
 from memplan.report.page import chart, page, section, swatch, table
 from memplan.report.profiles import short_source
-from memplan.report.reading import (
-    objects,
-    optional,
-    plain,
+from memplan.report.schema import (
+    ComparisonDocument,
+    EstimateDocument,
+    FrontierDocument,
+    Live,
+    PlanBody,
+    ProfileDocument,
+    Readable,
+    encode,
+    kind_of,
     plan_of,
-    required,
-    sizes,
-    texts,
-    trace_views,
 )
 from memplan.report.svg import frontier_svg, timeline_svg
 from memplan.units import format_bytes
-
-Found = Mapping[str, object]
 
 _TITLES = {
     "profile": "A measured training step",
@@ -34,117 +33,90 @@ _TITLES = {
 }
 
 
-def html_report(document: Found) -> str:
+def html_report(document: Readable) -> str:
     """The report of a document: one file, without a script or a style from elsewhere.
 
     Args:
-        document: as a command writes it; it is embedded too.
-
-    Raises:
-        UnreadableDocument: if it is not a document of this version.
+        document: what a command writes; it is embedded too.
     """
-    found = plain(document)
-    title = _TITLES[required(found, "kind", str)]
+    title = _TITLES[kind_of(document)]
     body = [
         f"<h1>{title}</h1>",
-        f'<p class="sub">{escape(_where(found))}</p>',
-        headline(found),
-        *_sections(found),
+        f'<p class="sub">{escape(_where(document))}</p>',
+        headline(document),
+        *filter(None, _sections(document)),
     ]
-    return page(f"memplan: {title}", body, json.dumps(found))
+    return page(f"memplan: {title}", body, encode(document))
 
 
-def _sections(document: Found) -> list[str]:
-    """Those that there is something for, in reading order."""
-    kind, plan, traces = document["kind"], plan_of(document), trace_views(document)
+def _sections(document: Readable) -> list[str]:
+    """In reading order; empty where there is nothing to show."""
+    plan = plan_of(document)
+    after = [] if plan is None else [_plan(plan), _live(plan.live), _notes(plan.notes)]
+    if isinstance(document, FrontierDocument):
+        peak = by_category("At the unplanned peak, by category", {"predicted": document.categories})
+        return [chart(frontier_svg(document)), plans(document), peak]
+    traces = document.traces
+    source = "measured" if isinstance(document, ProfileDocument) else "predicted"
     columns = {trace.label: trace.categories for trace in traces}
-    sections = [
-        _figure(document, plan),
-        plans(document) if kind == "frontier" else "",
-        measured(document) if kind == "comparison" else phases(document),
-        by_category(
-            f"At the {'unplanned ' if kind == 'frontier' else ''}peak, by category",
-            columns or {_source(document): sizes(document, "categories")},
-        ),
+    return [
+        _timeline(document, plan),
+        measured(document) if isinstance(document, ComparisonDocument) else phases(document),
+        by_category("At the peak, by category", columns or {source: document.categories}),
         by_module(traces),
         by_line(traces),
-        _plan(plan),
-        _live(plan),
-        _notes(plan or document),
+        *after,
     ]
-    return [one for one in sections if one]
 
 
-def _where(document: Found) -> str:
+def _where(document: Readable) -> str:
     """What was measured or assumed, in a line."""
-    inner = optional(document, "planned", dict) or {}
-    device = optional(document, "device", str) or optional(inner, "device", str)
-    version = optional(document, "torch", str)
-    first = next(iter(objects(document, "plans")), {})
-    costs = optional(plan_of(document) or first, "costs_source", str)
-    parts = [
-        f"device {device}" if device else "",
-        f"torch {version}" if version else "",
-        f"costs {costs}" if costs else "",
-    ]
-    return "; ".join(filter(None, parts))
+    if isinstance(document, ProfileDocument | EstimateDocument):
+        return f"device {document.device}; torch {document.torch}"
+    if isinstance(document, ComparisonDocument):
+        return f"device {document.planned.device}; costs {document.plan.costs_source}"
+    plan = document.plans[0] if isinstance(document, FrontierDocument) else document
+    return f"costs {plan.costs_source}"
 
 
-def _source(document: Found) -> str:
-    return "measured" if document["kind"] == "profile" else "predicted"
-
-
-def _figure(document: Found, plan: Found) -> str:
-    if document["kind"] == "frontier":
-        return chart(frontier_svg(document))
-    traces = objects(document, "traces")
-    if not any(trace.times_s for trace in trace_views(document)):
+def _timeline(document: Readable, plan: PlanBody | None) -> str:
+    if isinstance(document, FrontierDocument) or not any(one.times_s for one in document.traces):
         return ""
-    return chart(timeline_svg(traces, optional(plan, "budget_bytes", int)))
+    return chart(timeline_svg(document.traces, None if plan is None else plan.budget_bytes))
 
 
-def _plan(plan: Found) -> str:
-    if not plan:
-        return ""
-    sizes_of = {
-        "budget": "budget_bytes",
-        "predicted peak": "peak_bytes",
-        "predicted peak, unplanned": "original_peak_bytes",
-        "resident": "resident_bytes",
-        "smallest possible peak, at least": "floor_bytes",
+def _plan(plan: PlanBody) -> str:
+    sizes = {
+        "budget": plan.budget_bytes,
+        "predicted peak": plan.peak_bytes,
+        "predicted peak, unplanned": plan.original_peak_bytes,
+        "resident": plan.resident_bytes,
+        "smallest possible peak, at least": plan.floor_bytes,
     }
-    found = {name: optional(plan, key, int) for name, key in sizes_of.items()}
-    facts = {name: _bytes(nbytes) for name, nbytes in found.items() if nbytes is not None}
-    slowdown = optional(plan, "slowdown", float)
-    if slowdown is not None:
-        facts["predicted time"] = f"{slowdown:.3f}x that of the unplanned step"
-    facts["ops run again"] = (
-        f"{required(plan, 'num_restores', int)} of {required(plan, 'num_ops', int)}"
-    )
-    peak = optional(plan, "peak", dict) or {}
-    facts["op at the peak"] = optional(peak, "op", str) or "unknown"
-    facts["results"] = ", ".join(effects(plan)) or "unknown"
-    facts["passes"] = ", ".join(texts(plan, "passes")) or "none"
-    facts["costs"] = optional(plan, "costs_source", str) or "unknown"
+    facts = {name: _bytes(nbytes) for name, nbytes in sizes.items() if nbytes is not None}
+    facts |= {
+        "predicted time": f"{plan.slowdown:.3f}x that of the unplanned step",
+        "ops run again": f"{plan.num_restores} of {plan.num_ops}",
+        "op at the peak": plan.peak.op or "unknown",
+        "results": ", ".join(plan.effects),
+        "passes": ", ".join(plan.passes) or "none",
+        "costs": plan.costs_source,
+    }
     rows = (f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
     return section("The plan", f"<dl>{''.join(rows)}</dl>")
 
 
-def _live(plan: Found) -> str:
+def _live(values: Sequence[Live]) -> str:
     rows = [
         (
-            format_bytes(required(value, "nbytes", int)),
-            swatch(required(value, "category", str)),
+            format_bytes(value.nbytes),
+            swatch(value.category),
             *(
                 f"<code>{escape(words)}</code>"
-                for words in (
-                    required(value, "target", str),
-                    required(value, "module", str),
-                    short_source(required(value, "source", str)),
-                )
+                for words in (value.target, value.module, short_source(value.source))
             ),
         )
-        for value in objects(plan, "live")
+        for value in values
     ]
     if not rows:
         return ""
@@ -152,8 +124,7 @@ def _live(plan: Found) -> str:
     return section("Largest values at the predicted peak", table(headers, rows, frozenset({0})))
 
 
-def _notes(document: Found) -> str:
-    notes = texts(document, "notes")
+def _notes(notes: Sequence[str]) -> str:
     if not notes:
         return ""
     return section("Notes", f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>")

@@ -9,7 +9,7 @@ from memplan.ir.memory_trace import CATEGORIES
 from memplan.report.page import bar, section, swatch, table
 from memplan.report.places import Place, tree
 from memplan.report.profiles import short_source
-from memplan.report.reading import TraceView
+from memplan.report.schema import Trace
 from memplan.units import format_bytes
 
 _OPEN = 0.15
@@ -37,17 +37,20 @@ def by_category(title: str, columns: Mapping[str, Mapping[str, int]]) -> str:
     return section(title, table(headers, rows, numbers))
 
 
-def by_module(traces: Sequence[TraceView]) -> str:
+def by_module(traces: Sequence[Trace]) -> str:
     """The module trees of the traces that have one; empty if none has."""
-    named = [one for one in traces if any(name for name in one.modules)]
+    named = [one for one in traces if any(module.module for module in one.modules)]
     if not named:
         return ""
     note = '<p class="faint">Modules that differ by a number alone are shown as one.</p>'
-    folds = [_fold(one.label, _tree(tree(one.modules)), n == 0) for n, one in enumerate(named)]
+    folds = [
+        _fold(one.label, _tree(tree({m.module: m.categories for m in one.modules})), n == 0)
+        for n, one in enumerate(named)
+    ]
     return section("At the peak, by module", note, *folds)
 
 
-def by_line(traces: Sequence[TraceView]) -> str:
+def by_line(traces: Sequence[Trace]) -> str:
     """The ops and lines that made what is there; empty if none is known."""
     known = [one for one in traces if one.lines]
     if not known:
@@ -95,7 +98,7 @@ def _largest_first(places: Iterable[Place]) -> list[Place]:
     return sorted(places, key=lambda place: (-place.total, place.path))
 
 
-def _lines(trace: TraceView) -> str:
+def _lines(trace: Trace) -> str:
     rows = [
         (
             format_bytes(group.nbytes),

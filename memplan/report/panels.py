@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memplan.ir.memory_trace import Span, spans_of
-from memplan.report.reading import TraceView, UnreadableDocument
+from memplan.report.schema import Trace, UnreadableDocument
 from memplan.units import format_bytes
 
 END = "end"
@@ -24,8 +24,8 @@ class Panel:
     """
 
     number: int
-    trace: TraceView
-    predicted: TraceView | None = None
+    trace: Trace
+    predicted: Trace | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -45,7 +45,7 @@ class Panel:
         return "measured time; each phase of the prediction is scaled to the measured phase"
 
 
-def panels(traces: Sequence[TraceView]) -> list[Panel]:
+def panels(traces: Sequence[Trace]) -> list[Panel]:
     """A panel a trace; a prediction is drawn over what was measured of the same step.
 
     Not where their phases are different ones, as nothing could be laid upon another then. A trace
@@ -71,7 +71,7 @@ def panels(traces: Sequence[TraceView]) -> list[Panel]:
     ]
 
 
-def phase_spans(trace: TraceView) -> list[tuple[str, float, float]]:
+def phase_spans(trace: Trace) -> list[tuple[str, float, float]]:
     """The phases in order, each with the seconds at which it starts and ends."""
     spans = spans_of(trace.phases)
     starts = [trace.times_s[span.first] for span in spans]
@@ -83,7 +83,7 @@ def phase_spans(trace: TraceView) -> list[tuple[str, float, float]]:
     ]
 
 
-def scaled_times(predicted: TraceView, measured: TraceView) -> list[float]:
+def scaled_times(predicted: Trace, measured: Trace) -> list[float]:
     """The predicted events on the measured clock: each phase begins and ends with the measured."""
     times: list[float] = []
     both = zip(_stretches(predicted), phase_spans(predicted), phase_spans(measured), strict=True)
@@ -94,9 +94,9 @@ def scaled_times(predicted: TraceView, measured: TraceView) -> list[float]:
     return times + [measured.times_s[-1]] * (len(predicted.times_s) - len(times))
 
 
-def peak_label(trace: TraceView) -> str:
+def peak_label(trace: Trace) -> str:
     """Where the peak is, in few words."""
-    parts = [trace.peak.get("phase"), trace.peak.get("op")]
+    parts = [trace.peak.phase, trace.peak.op]
     return ", ".join([f"peak {format_bytes(trace.peak_bytes)}", *filter(None, parts)])
 
 
@@ -125,13 +125,13 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _subject(trace: TraceView) -> str:
+def _subject(trace: Trace) -> str:
     return trace.label.removesuffix(trace.source).rstrip(", ")
 
 
-def _stretches(trace: TraceView) -> list[Span]:
+def _stretches(trace: Trace) -> list[Span]:
     return [span for span in spans_of(trace.phases) if span.phase != END]
 
 
-def _order(trace: TraceView) -> list[str]:
+def _order(trace: Trace) -> list[str]:
     return [span.phase for span in _stretches(trace)]

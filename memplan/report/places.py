@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from memplan.ir.memory_trace import MemoryTrace
+from memplan.report.schema import Group
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
@@ -33,27 +34,6 @@ class Place:
     def total(self) -> int:
         """Of all categories."""
         return self.nbytes.total()
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Blocks that are made by the same op at the same line, for the same end.
-
-    Attributes:
-        nbytes: of all of them.
-        count: how many there are.
-        category: one of ``trace.CATEGORIES``.
-        op: what made them.
-        module: FQN, with "*" for a number in which they differ.
-        source: ``file.py:line``, or "".
-    """
-
-    nbytes: int
-    count: int
-    category: str
-    op: str
-    module: str
-    source: str
 
 
 def by_module(trace: MemoryTrace, event: int) -> Mapping[str, Mapping[str, int]]:

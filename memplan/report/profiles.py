@@ -8,7 +8,8 @@ from pathlib import Path
 
 from memplan.ir.memory_trace import SAVED, TEMPORARY, WORKSPACE, MemoryTrace
 from memplan.ir.program import Role
-from memplan.report.places import Group, Place, by_line, by_module, largest, tree
+from memplan.report.places import Place, by_line, by_module, largest, tree
+from memplan.report.schema import Group
 from memplan.tables import Table
 from memplan.units import format_bytes
 

@@ -1,11 +1,12 @@
-"""The largest value that fits, as a table and as JSON."""
+"""The largest value that fits, as a table and as a document."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from memplan.planner.plan import Plan
-from memplan.report.documents import Document, plan_totals
+from memplan.report.documents import plan_totals
+from memplan.report.schema import Solution, SolutionDocument
 from memplan.tables import Table
 from memplan.units import format_bytes
 
@@ -35,7 +36,7 @@ def solution_table(
 
 def solution_document(
     field: str, memory_bytes: int, max_slowdown: float, solutions: Solutions, plan: Plan
-) -> Document:
+) -> SolutionDocument:
     """The same; the totals are those of a planned step.
 
     Args:
@@ -45,13 +46,15 @@ def solution_document(
         solutions: untouched and planned.
         plan: of the largest value that fits, or of the smallest one where not even that fits.
     """
-    return {
-        **plan_totals("solution", plan),
-        "memory_bytes": memory_bytes,
-        "field": field,
-        "max_slowdown": max_slowdown,
-        **{
-            name: {"value": found, "tried": {str(k): v for k, v in sorted(seen.items())}}
-            for name, (found, seen) in solutions.items()
-        },
+    found = {
+        name: Solution(value=value, tried={str(k): nbytes for k, nbytes in sorted(tried.items())})
+        for name, (value, tried) in solutions.items()
     }
+    return SolutionDocument(
+        **plan_totals(plan),
+        memory_bytes=memory_bytes,
+        field=field,
+        max_slowdown=max_slowdown,
+        untouched=found["untouched"],
+        planned=found["planned"],
+    )

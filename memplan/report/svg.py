@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from operator import add
 
@@ -26,7 +26,7 @@ from memplan.report.panels import (
     scaled_times,
     time_unit,
 )
-from memplan.report.reading import UnreadableDocument, objects, optional, required, trace_view
+from memplan.report.schema import FrontierDocument, Trace
 from memplan.units import format_bytes
 
 _WIDTH = 960.0
@@ -38,7 +38,7 @@ TIMELINE_TITLE = "Memory over one training step"
 FRONTIER_TITLE = "What memory costs in time"
 
 
-def timeline_svg(traces: Sequence[Mapping[str, object]], budget_bytes: int | None = None) -> str:
+def timeline_svg(traces: Sequence[Trace], budget_bytes: int | None = None) -> str:
     """Bytes by category over the step: a panel a trace, all with the same memory axis.
 
     Args:
@@ -48,7 +48,7 @@ def timeline_svg(traces: Sequence[Mapping[str, object]], budget_bytes: int | Non
     Raises:
         UnreadableDocument: if there is nothing to draw.
     """
-    shown = panels([trace_view(trace) for trace in traces])
+    shown = panels(traces)
     top_bytes = round(max(panel.peak_bytes for panel in shown) * _HEADROOM)
     budget = budget_bytes if budget_bytes is not None and budget_bytes <= top_bytes else None
     parts, y = legend(_entries(shown, budget), 40, _WIDTH)
@@ -144,13 +144,10 @@ def _peak(panel: Panel, frame: Frame) -> list[str]:
     ]
 
 
-def frontier_svg(document: Mapping[str, object]) -> str:
+def frontier_svg(document: FrontierDocument) -> str:
     """Predicted time against peak memory, a point a plan.
 
     Between two plans the one of the smaller peak is the best that is known, hence steps.
-
-    Raises:
-        UnreadableDocument: if there are no plans.
     """
     points = frontier_points(document)
     most_bytes = max(peak for peak, _ in points)
@@ -177,11 +174,8 @@ def frontier_svg(document: Mapping[str, object]) -> str:
     return figure(_WIDTH, frame.bottom + 52, FRONTIER_TITLE, " to ".join(ends), parts)
 
 
-def _floor(document: Mapping[str, object], frame: Frame) -> list[str]:
-    floors = [optional(plan, "floor_bytes", int) for plan in objects(document, "plans")]
-    floor_bytes = min((one for one in floors if one is not None), default=None)
-    if floor_bytes is None:
-        return []
+def _floor(document: FrontierDocument, frame: Frame) -> list[str]:
+    floor_bytes = min(plan.floor_bytes for plan in document.plans)
     x = frame.x(floor_bytes)
     words = f"no schedule is below {format_bytes(floor_bytes)}"
     return [
@@ -205,15 +199,6 @@ def _points(points: Sequence[tuple[int, float]], frame: Frame) -> list[str]:
     return parts
 
 
-def frontier_points(document: Mapping[str, object]) -> list[tuple[int, float]]:
-    """Peak and predicted slowdown of each plan, by ascending peak.
-
-    Raises:
-        UnreadableDocument: if there are no plans.
-    """
-    plans = objects(document, "plans")
-    if not plans:
-        raise UnreadableDocument("it has no plans, so there is no frontier to draw")
-    return sorted(
-        (required(one, "peak_bytes", int), required(one, "slowdown", float)) for one in plans
-    )
+def frontier_points(document: FrontierDocument) -> list[tuple[int, float]]:
+    """Peak and predicted slowdown of each plan, by ascending peak."""
+    return sorted((plan.peak_bytes, plan.slowdown) for plan in document.plans)

@@ -1,4 +1,4 @@
-"""Techniques as a table and as JSON."""
+"""Techniques as a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 from memplan.advise.techniques import Technique
-from memplan.report.documents import Document
 from memplan.tables import Table
 from memplan.units import format_bytes
 
@@ -38,22 +37,3 @@ def _yield(one: Technique) -> str:
     if math.isinf(one.bytes_per_percent):
         return "free"
     return format_bytes(int(one.bytes_per_percent)) if one.saved_bytes else ""
-
-
-def techniques_document(ranked: Sequence[Technique]) -> Document:
-    """The same, or nothing where none was asked for."""
-    if not ranked:
-        return {}
-    return {
-        "techniques": [
-            {
-                "name": one.name,
-                "peak_bytes": one.plan.peak_bytes,
-                "saved_bytes": one.saved_bytes,
-                "slowdown": one.plan.slowdown,
-                "effects": [effect.value for effect in one.plan.effects],
-                "fits": one.fits,
-            }
-            for one in ranked
-        ]
-    }

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from memplan import profiler
 from memplan.cli import main
 from memplan.compiler import autosize
-from memplan.report.documents import SCHEMA_VERSION
+from memplan.report.schema import SCHEMA_VERSION
 
 from support.bad_input import FILES, MAKE, ON_TARGET, TABLE
 

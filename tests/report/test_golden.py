@@ -54,7 +54,7 @@ def shown(monkeypatch, capsys):
             monkeypatch.delenv(name, raising=False)
         for name, value in {"TERM": "xterm", "COLUMNS": "80", **environment}.items():
             monkeypatch.setenv(name, value)
-        show("table", [comparison_table(golden.comparison(False), golden.plan())], {}, "")
+        show("table", [comparison_table(golden.comparison(False), golden.plan())], None, "")
         return capsys.readouterr().out
 
     return shown

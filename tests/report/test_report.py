@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from memplan.cli.profile import profile
 from memplan.cli.report import report
 from memplan.ir.memory_trace import SAVED
-from memplan.report.documents import profile_document, trace_document
+from memplan.report.documents import profile_document
 from memplan.report.html import html_report
 from memplan.report.profiles import short_source
-from memplan.report.reading import read_document
+from memplan.report.schema import encode, read_document
 
 from support.documents import (
     DOCUMENTS,
@@ -68,7 +68,7 @@ def test_a_page_needs_nothing_else_and_holds_its_document(name):
     page = html_report(document)
     for outside in ("http", "//", "src=", "@import", "url("):
         assert outside not in page
-    assert json.loads(Page(page).scripts["memplan"]) == document
+    assert Page(page).scripts["memplan"].replace("\\u003c", "<") == encode(document)
     assert page.count("<script") == 2
 
 
@@ -96,8 +96,9 @@ def test_the_headline_of_a_comparison():
 
 
 def test_different_results_stand_out():
-    changed = {"is_exact": False, "gradients_equal": False, "max_gradient_error": float("nan")}
-    page = html_report(comparison() | changed)
+    page = html_report(
+        comparison(is_exact=False, gradients_equal=False, max_gradient_error=float("nan"))
+    )
     assert '<strong class="alarm">DIFFERENT</strong>' in page
     assert Page(page).texts.count("DIFFERENT") == 2
     # NaN is no JSON, and would end the page's script
@@ -136,11 +137,18 @@ def test_the_default_is_a_page_beside_the_file(tmp_path):
 
 
 def changed(**changes):
-    return {"schema_version": 1, "kind": "estimate", "peak_bytes": 1, **changes}
+    return json.dumps({**json.loads(encode(estimate_with_trace())), **changes})
 
 
 def broken_trace(**changes):
-    return changed(traces=[{**trace_document("measured", trace()), **changes}])
+    (found,) = json.loads(changed())["traces"]
+    return changed(traces=[{**found, **changes}])
+
+
+def without(field):
+    found = json.loads(changed())
+    del found[field]
+    return json.dumps(found)
 
 
 @pytest.mark.parametrize(
@@ -148,17 +156,19 @@ def broken_trace(**changes):
     [
         ("{", "not JSON"),
         ("[]", "a JSON object was expected"),
-        ({}, "kind is None"),
+        ("{}", "kind is None"),
         (changed(kind="poem"), "kind is 'poem'"),
         (changed(schema_version=2), "schema_version is 2, expected 1"),
         (changed(schema_version=True), "schema_version is True, expected 1"),
-        (changed(peak_bytes=None), "peak_bytes is missing"),
-        (changed(peak_bytes="much"), "peak_bytes is 'much', expected int"),
-        (changed(categories={"magic": 1}), "'magic' is not a category"),
+        (without("peak_bytes"), "missing required field `peak_bytes`"),
+        (changed(peak_bytes=None), "Expected `int`, got `null` - at `$.peak_bytes`"),
+        (changed(peak_bytes="much"), "Expected `int`, got `str` - at `$.peak_bytes`"),
+        (changed(categories={"magic": 1}), "at `key` in `$.categories`"),
         (broken_trace(times_s=[0.0]), "differ in length"),
         (broken_trace(times_s=[0.0, 2.0, 1.0, 4.0, 5.0]), "go back"),
-        (broken_trace(series={SAVED: ["x"] * 5}), "expected int"),
-        (broken_trace(label=None), "label is missing"),
+        (broken_trace(series={SAVED: ["x"] * 5}), "`$.traces[0].series[...][0]`"),
+        (broken_trace(label=None), "`$.traces[0].label`"),
+        ('{"kind":' * 100_000, "not JSON"),
     ],
 )
 def test_what_cannot_be_read_is_2_and_leaves_no_file(tmp_path, document, message):
@@ -189,7 +199,7 @@ def test_wrong_outputs_are_2(tmp_path, monkeypatch, arguments, message):
 
 def test_the_input_is_not_overwritten(tmp_path):
     path = tmp_path / "step.html"
-    path.write_text(json.dumps(measured()))
+    path.write_text(encode(measured()))
     result = CliRunner().invoke(report, [str(path)])
     assert result.exit_code == 2 and "would be overwritten" in result.stderr
     assert read_document(path.read_text()) == measured()

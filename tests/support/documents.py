@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 from memplan.ir.memory_trace import SAVED, TEMPORARY, Allocation, MemoryTrace, Resident, Span
+from memplan.ir.schedule import Effect
 from memplan.report.documents import profile_document, trace_document
+from memplan.report.schema import (
+    ComparisonDocument,
+    EstimateDocument,
+    FrontierDocument,
+    MeasuredStep,
+    OpAtPeak,
+    Phase,
+    PlanBody,
+    encode,
+)
 
 KIB = 1024
 
@@ -29,60 +38,101 @@ def measured():
     return profile_document(trace(), {"forward": 0.25, "backward": 0.5})
 
 
-def comparison():
-    step = {
-        "peak_bytes": 60 * KIB,
-        "resident_bytes": 10 * KIB,
-        "step_s": 0.5,
-        "phases": [{"name": "forward", "peak_bytes": 40 * KIB}],
-        "device": "cpu",
-    }
-    predicted = trace("predicted", (0.0, 0.1, 0.2, 0.4, 1.2))
-    return {
-        "schema_version": 1,
-        "kind": "comparison",
+def step(peak_bytes):
+    return MeasuredStep(
+        peak_bytes=peak_bytes,
+        resident_bytes=10 * KIB,
+        step_s=0.5,
+        phases=(Phase(name="forward", peak_bytes=40 * KIB),),
+        device="cpu",
+        reserved_bytes=None,
+        process_bytes=None,
+        host_bytes=10**9,
+    )
+
+
+def plan(peak_bytes=59 * KIB, slowdown=1.25):
+    return PlanBody(
+        peak_bytes=peak_bytes,
+        resident_bytes=10 * KIB,
+        categories={"parameter": 10 * KIB, SAVED: peak_bytes - 10 * KIB},
+        original_peak_bytes=120 * KIB,
+        floor_bytes=15 * KIB,
+        budget_bytes=61 * KIB,
+        slowdown=slowdown,
+        num_ops=9,
+        num_restores=2,
+        phases=(),
+        peak=OpAtPeak(op="mm"),
+        live=(),
+        costs_source="measured",
+        effects=(Effect.EXACT,),
+        passes=("pack_masks",),
+        notes=("one <b>note</b>",),
+    )
+
+
+def comparison(**changes):
+    fields = {
         "peak_bytes": 60 * KIB,
         "resident_bytes": 10 * KIB,
         "categories": {},
         "unexplained_bytes": 0,
-        "original": {**step, "peak_bytes": 120 * KIB},
-        "planned": step,
-        "plan": {
-            "peak_bytes": 59 * KIB,
-            "budget_bytes": 61 * KIB,
-            "slowdown": 1.25,
-            "num_ops": 9,
-            "num_restores": 2,
-            "effects": ["exact"],
-            "passes": ["pack_masks"],
-            "notes": ["one <b>note</b>"],
-        },
+        "original": step(120 * KIB),
+        "planned": step(60 * KIB),
+        "plan": plan(),
         "time_ratio": 1.5,
         "is_exact": True,
+        "loss_equal": True,
+        "gradients_equal": True,
+        "buffers_equal": True,
+        "parameters_equal": True,
+        "rng_equal": True,
         "max_gradient_error": 0.0,
-        "traces": [
+        "traces": (
             trace_document("original, measured", trace()),
             trace_document("planned, measured", trace()),
-            trace_document("planned, predicted", predicted),
-        ],
+            trace_document("planned, predicted", trace("predicted", (0.0, 0.1, 0.2, 0.4, 1.2))),
+        ),
     }
+    return ComparisonDocument(**{**fields, **changes})
 
 
 def curve():
-    plans = [
-        {"peak_bytes": peak * KIB, "slowdown": time, "num_ops": 9, "num_restores": 3}
-        for peak, time in ((20, 1.5), (30, 1.25), (60, 1.0))
-    ]
-    return {"schema_version": 1, "kind": "frontier", "peak_bytes": 60 * KIB, "plans": plans}
+    return FrontierDocument(
+        peak_bytes=60 * KIB,
+        resident_bytes=10 * KIB,
+        categories={"parameter": 60 * KIB},
+        unexplained_bytes=0,
+        original_peak_bytes=60 * KIB,
+        plans=tuple(plan(n * KIB, time) for n, time in ((20, 1.5), (30, 1.25), (60, 1.0))),
+    )
 
 
-def estimate():
-    found = {"schema_version": 1, "kind": "estimate", "peak_bytes": 3 * KIB}
-    return {**found, "resident_bytes": KIB, "categories": {"parameter": KIB, SAVED: 2 * KIB}}
+def estimate(**changes):
+    fields = {
+        "peak_bytes": 3 * KIB,
+        "resident_bytes": KIB,
+        "categories": {"parameter": KIB, SAVED: 2 * KIB},
+        "unexplained_bytes": 0,
+        "least_bytes": 3 * KIB,
+        "most_bytes": 4 * KIB,
+        "reserved_bytes": None,
+        "memory_bytes": 5 * KIB,
+        "headroom_bytes": KIB,
+        "verdict": "fits",
+        "costs": "analytic",
+        "refusals": (),
+        "device": "cpu",
+        "torch": "2.13.0",
+        "phases": (),
+        "traces": (),
+    }
+    return EstimateDocument(**{**fields, **changes})
 
 
 def estimate_with_trace():
-    return estimate() | {"traces": [trace_document("measured", trace())]}
+    return estimate(traces=(trace_document("measured", trace()),))
 
 
 DOCUMENTS = {"measured": measured, "comparison": comparison, "curve": curve, "estimate": estimate}
@@ -90,7 +140,7 @@ DOCUMENTS = {"measured": measured, "comparison": comparison, "curve": curve, "es
 
 def write(folder, document):
     path = folder / "step.json"
-    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    path.write_text(document if isinstance(document, str) else encode(document))
     return path
 
 

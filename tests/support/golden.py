@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
 from rich.console import Console
 
 from memplan.advise.techniques import Technique
@@ -154,7 +155,7 @@ def solution():
 
 def difference():
     before, after = (profile_document(trace(n), SECONDS) for n in (3 * TIB, 5 * TIB))
-    return difference_table(before, {**after, "step_s": 60.0})
+    return difference_table(before, structs.replace(after, step_s=60.0))
 
 
 def checks():
