@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from memplan.torch_internals import FunctionMode, OwnHook, TreeSpec, flatten, version_of
+from memplan.torch_internals import FunctionMode, TreeSpec, around_calls, flatten, version_of
 
 Scope: TypeAlias = tuple[str, int]
 """FQN of a module, and which of its calls it is."""
@@ -131,18 +130,10 @@ class Scopes(FunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch; use it instead of the mode itself."""
-        handles = []
-        for name, module in self.model.named_modules():
-            before, after = _RecordingHook(self._begin, name), _RecordingHook(self._end, name)
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            # first, so that what other passes' hooks call is the caller's
-            handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        modules = dict(self.model.named_modules())
+        # first, so that what other passes' hooks call is the caller's
+        with around_calls(modules, before=self._begin, after=self._end, is_first=True), self:
+            yield
 
     def _next_key(self) -> Key:
         self._counts[-1] += 1
@@ -155,8 +146,7 @@ class Scopes(FunctionMode):
     def ended(self, scope: Scope, output: Any) -> None:
         """Called after each module; for a subclass."""
 
-    def _begin(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
-        del output
+    def _begin(self, name: str, args: Any, kwargs: Any) -> None:
         self._times[name] = self._times.get(name, 0) + 1
         self.scopes.append((name, self._times[name]))
         self._counts.append(0)
@@ -296,18 +286,3 @@ def _is_remark(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
 def _names(model: nn.Module) -> dict[int, str]:
     named = (*model.named_parameters(), *model.named_buffers())
     return {id(tensor): name for name, tensor in named}
-
-
-class _RecordingHook(OwnHook):
-    """Tells of a module's calls in the thread that made it."""
-
-    def __init__(self, tell: Callable[[str, Any, Any, Any], None], name: str) -> None:
-        self.tell, self.name = tell, name
-        self.thread = threading.get_ident()
-
-    def __call__(
-        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any = None
-    ) -> None:
-        del module
-        if threading.get_ident() == self.thread:
-            self.tell(self.name, args, kwargs, output)

@@ -17,7 +17,7 @@ from torch import nn
 
 from memplan.analysis.selecting import list_members
 from memplan.errors import MemplanError
-from memplan.torch_internals import flatten, order_of_making, storage_key
+from memplan.torch_internals import around_calls, flatten, order_of_making, storage_key
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,13 @@ def find_cuts(model: nn.Module, forward: Callable[[], object]) -> BlockChain:
         MemplanError: if the output holds no loss.
     """
     watch = _Watch()
-    handles = [model.register_forward_pre_hook(watch.begin, with_kwargs=True)]
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_hook(_ending(watch, name)))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor):
-            output = forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    parts = {name: module for name, module in model.named_modules() if name}
+    with (
+        around_calls({"": model}, before=lambda name, *given: watch.begin(model, *given)),
+        around_calls(parts, after=lambda name, args, kwargs, output: watch.end(name, output)),
+        torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor),
+    ):
+        output = forward()
     losses = [one for one in _tensors(output) if not one.dim() and one.grad_fn is not None]
     if len(losses) != 1:
         raise MemplanError(
@@ -155,10 +152,6 @@ def find_cuts(model: nn.Module, forward: Callable[[], object]) -> BlockChain:
         device=losses[0].device,
         blocked=blocked,
     )
-
-
-def _ending(watch: _Watch, name: str) -> Callable[..., None]:
-    return lambda module, args, output: watch.end(name, output)
 
 
 def _cuts(

@@ -12,6 +12,7 @@ from typing import TypeAlias
 from torch import nn
 
 from memplan.errors import MemplanError
+from memplan.torch_internals import around_calls
 
 Patterns: TypeAlias = "str | type[nn.Module] | Iterable[str | type[nn.Module]]"
 """Names as in ``state_dict``, whole or their last parts ("q_proj"); globs ("encoder.*");
@@ -221,20 +222,9 @@ def is_conv1d(module: nn.Module) -> bool:
 @contextmanager
 def watched(model: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
     """Inside, ``note`` is called with the FQN of each submodule that is called, before it runs."""
-
-    def noting(name: str) -> Callable[..., None]:
-        return lambda *_: note(name)
-
-    handles = [
-        module.register_forward_pre_hook(noting(name))
-        for name, module in model.named_modules(remove_duplicate=True)
-        if name
-    ]
-    try:
+    parts = {name: module for name, module in model.named_modules() if name}
+    with around_calls(parts, before=lambda name, *_: note(name)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _modules(model: nn.Module, pattern: str, forward: Callable[[], None]) -> set[str]:

@@ -17,7 +17,7 @@ from memplan.ir.memory_trace import MemoryTrace
 from memplan.ir.schedule import Effect
 from memplan.planner.plan import Plan
 from memplan.profiler import Comparison, trace_memory
-from memplan.report import comparison_document, comparison_table
+from memplan.report import comparison_document
 from memplan.report.documents import PLANNED
 from memplan.runtime.module import PlannedModule
 
@@ -54,8 +54,7 @@ def compare(
             model, batch, budget=budget, max_slowdown=max_slowdown, optimizer=optimizer
         )
         comparison = profiler.compare(model, planned, batch, steps=steps)
-        is_written = shape == "json" or output is not None
-        traces = traces_of(model, planned, batch) if is_written else {}
+        traces = traces_of(model, planned, batch)
     again = f"{planned.plan.num_restores} ops run again. To train so: {_next(budget, planned)}"
     show_proof(comparison, planned.plan, traces, shape=shape, following=again, output=output)
 
@@ -80,8 +79,8 @@ def show_proof(
     output: Path | None,
 ) -> None:
     """Print a comparison; end the command with 4 if the plan breaks a promise."""
-    document = comparison_document(comparison, plan, traces) if traces else None
-    show_and_write(shape, [comparison_table(comparison, plan)], document, following, output)
+    document = comparison_document(comparison, plan, traces)
+    show_and_write(shape, document, following, output)
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
     end_if_broken(_broken_promises(comparison, plan))

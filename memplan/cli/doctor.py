@@ -17,7 +17,7 @@ import memplan
 from memplan.cli.failures import write_whole
 from memplan.cli.output import Format, show, with_format
 from memplan.costs import CostCache, cache_folder
-from memplan.report import checks_document, checks_table
+from memplan.report import checks_document, tables_of
 from memplan.torch_internals import warn_of_untested_torch
 from memplan.units import format_bytes
 
@@ -34,7 +34,8 @@ def doctor(shape: Format) -> None:
     """
     found = {name: _outcome(check) for name, check in _CHECKS.items()}
     following = "To try it on a model: memplan profile file.py:factory"
-    show(shape, [checks_table(found)], checks_document(found), following)
+    document = checks_document(found)
+    show(shape, tables_of(document), document, following)
     if not all(is_ok for is_ok, _ in found.values()):
         raise SystemExit(1)
 

@@ -21,7 +21,7 @@ from memplan.cli.output import (
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.costs import CPU, DEVICES
-from memplan.report import estimate_document, estimate_tables, verdict
+from memplan.report import estimate_document
 from memplan.units import parse_bytes
 
 
@@ -68,19 +68,15 @@ def estimate(
         model, batch, optimizer = target.load(without_data=not is_real)
         found = profiler.estimate(model, batch, optimizer=optimizer, device=device, costs=costs)
     export(found.trace, snapshot, chrome_trace)
-    fits = verdict(found, memory_bytes) == "fits"
+    document = estimate_document(found, memory_bytes)
+    fits = document.verdict == "fits"
     bounds = [
         "--budget",
         "50%" if fits else str(memory_bytes),
         *([] if device is None else ["--device", device]),
     ]
-    show_and_write(
-        shape,
-        estimate_tables(found, memory_bytes),
-        estimate_document(found, memory_bytes),
-        f"To make it smaller: {target.command_line('plan', bounds=bounds)}",
-        output,
-    )
+    following = f"To make it smaller: {target.command_line('plan', bounds=bounds)}"
+    show_and_write(shape, document, following, output)
     if not fits:
         raise SystemExit(NOT_FITTING)
     if strict and found.refusals:

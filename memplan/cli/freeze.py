@@ -12,7 +12,7 @@ from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.costs import DEVICES
 from memplan.options import Options
-from memplan.report import choices_document, choices_tables
+from memplan.report import choices_document, tables_of
 
 
 @click.command()
@@ -47,4 +47,5 @@ def freeze(
     best = min(choices, key=lambda one: one.peak_bytes)
     bounds = ["--pass", best.option] if best.option else []
     following = f"To plan with one of them: {target.command_line('plan', bounds=bounds)}"
-    show(shape, choices_tables(choices), choices_document(choices), following)
+    document = choices_document(choices)
+    show(shape, tables_of(document), document, following)

@@ -11,7 +11,7 @@ from memplan.cli.failures import failures
 from memplan.cli.output import Format, show_and_write, with_drawn_output, with_format
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
-from memplan.report import frontier_document, frontier_table
+from memplan.report import frontier_document
 
 
 @click.command()
@@ -40,4 +40,4 @@ def frontier(target: Target, *, points: int, output: Path | None, shape: Format)
     again = target.command_line("compare", bounds=bounds)
     following = f"To measure one of them: {again}"
     with failures():
-        show_and_write(shape, [frontier_table(plans)], document, following, output)
+        show_and_write(shape, document, following, output)

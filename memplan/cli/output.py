@@ -13,10 +13,18 @@ from rich.console import Console
 
 from memplan.cli.failures import write_whole
 from memplan.ir.memory_trace import MemoryTrace
-from memplan.report import chrome_trace, snapshot_bytes, terminal
+from memplan.report import chrome_trace, snapshot_bytes, tables_of, terminal
 from memplan.report.figures import save_figure
 from memplan.report.html import html_report
-from memplan.report.schema import Document, Readable, encode
+from memplan.report.schema import (
+    ComparisonDocument,
+    Document,
+    EstimateDocument,
+    FrontierDocument,
+    ProfileDocument,
+    Readable,
+    encode,
+)
 from memplan.tables import Table, markdown
 
 Format = Literal["table", "json", "markdown"]
@@ -144,15 +152,13 @@ def show(
 
 def show_and_write(
     shape: Format,
-    tables: Sequence[Table],
-    document: Readable | None,
+    document: ProfileDocument | EstimateDocument | FrontierDocument | ComparisonDocument,
     following: str,
     output: Path | None,
 ) -> None:
     """Print a result, and write it where it was asked for."""
     if output is not None:
-        assert document is not None
         write_document(document, output)
         if output.suffix == ".json":
             following = f"To look at it: memplan report {output}"
-    show(shape, tables, document, following)
+    show(shape, tables_of(document), document, following)

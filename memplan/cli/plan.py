@@ -21,7 +21,8 @@ from memplan.errors import InfeasibleBudget, MemplanError
 from memplan.optimizer import like
 from memplan.options import Options
 from memplan.passes import PASSES
-from memplan.report import plan_document, techniques_table
+from memplan.report import plan_document, technique_rows, techniques_table
+from memplan.tables import Table
 from memplan.transforms.passes import Pass
 
 
@@ -102,7 +103,7 @@ def plan(
         write_whole(output, found.to_json() + "\n")
     export(traces["planned, predicted"], snapshot, chrome_trace)
     document = plan_document(found, traces, ranked)
-    tables = [*found.tables(), *([techniques_table(ranked)] if ranked else [])]
+    tables = [*found.tables(), *_ranked_table(ranked)]
     following = _following(target, budget, max_slowdown, device, output)
     show(shape, tables, document, following)
     for note in (found.advice, *found.notes):
@@ -121,7 +122,11 @@ def _each() -> dict[str, Pass]:
 
 def _show_ranked(ranked: list[Technique], shape: Format) -> None:
     if ranked and shape != "json":
-        show(shape, [techniques_table(ranked)], None, "")
+        show(shape, _ranked_table(ranked), None, "")
+
+
+def _ranked_table(ranked: list[Technique]) -> list[Table]:
+    return [techniques_table(technique_rows(ranked))] if ranked else []
 
 
 def _following(

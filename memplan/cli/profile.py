@@ -22,7 +22,7 @@ from memplan.cli.output import (
 from memplan.cli.progress import progress
 from memplan.cli.target import Target, with_target
 from memplan.profiler import ScriptProfile, profile_script, time_phases, trace_memory
-from memplan.report import profile_document, profile_tables
+from memplan.report import profile_document
 
 _EXPLAINED = 0.01
 
@@ -89,7 +89,7 @@ def profile(
         following = f"To see what would make it smaller: {again}"
     export(trace, snapshot, chrome_trace)
     document = profile_document(trace, seconds, growth_bytes)
-    show_and_write(shape, profile_tables(trace, seconds, growth_bytes), document, following, output)
+    show_and_write(shape, document, following, output)
     if strict and trace.unexplained_bytes > _EXPLAINED * trace.peak_bytes:
         raise SystemExit(PARTLY)
 

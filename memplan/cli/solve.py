@@ -16,7 +16,7 @@ from memplan.cli.target import Target, with_target
 from memplan.costs import DEVICES
 from memplan.options import Options
 from memplan.planner.plan import Plan
-from memplan.report import solution_document, solution_table
+from memplan.report import solution_document, tables_of
 from memplan.units import parse_bytes
 
 
@@ -96,11 +96,9 @@ def solve(
         "plan", bounds=["--budget", budget]
     )
     rows = {"untouched": (before, of_untouched), "planned": (after, of_planned)}
-    show(
-        shape,
-        [solution_table(field, memory_bytes, max_slowdown, rows)],
-        solution_document(field, memory_bytes, max_slowdown, rows, plans[after or multiple_of]),
-        f"To plan it: {again}" if after else "Not even 1 fits.",
-    )
+    plan = plans[after or multiple_of]
+    document = solution_document(field, memory_bytes, max_slowdown, rows, plan)
+    following = f"To plan it: {again}" if after else "Not even 1 fits."
+    show(shape, tables_of(document), document, following)
     if not after:
         raise SystemExit(NOT_FITTING)

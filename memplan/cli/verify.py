@@ -47,8 +47,7 @@ def verify(
     with failures(), mismatches(), progress():
         planned = api.optimize(model, batch, plan=saved, optimizer=optimizer)
         comparison = profiler.compare(model, planned, batch, steps=steps)
-        is_written = shape == "json" or output is not None
-        traces = traces_of(model, planned, batch) if is_written else {}
+        traces = traces_of(model, planned, batch)
     following = "The plan holds."
     show_proof(comparison, planned.plan, traces, shape=shape, following=following, output=output)
 

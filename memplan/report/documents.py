@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
 import msgspec
 import torch
 
+from memplan.advise.freezing import FreezingChoice
 from memplan.advise.techniques import Technique
 from memplan.ir.memory_trace import MemoryTrace
 from memplan.planner.plan import Plan
-from memplan.profiler import Comparison, Profile
+from memplan.profiler import Comparison, Estimate, Profile
 from memplan.report.places import by_line, by_module
 from memplan.report.schema import (
     Check,
     ChecksDocument,
+    Choice,
+    ChoicesDocument,
     ComparisonDocument,
+    EstimateDocument,
     FrontierDocument,
     Live,
     MeasuredStep,
     ModuleBytes,
     OpAtPeak,
     Peak,
-    Phase,
+    PhasePeak,
     PlanBody,
     PlanDocument,
     ProfileDocument,
+    SolutionDocument,
+    SolvedValue,
     TechniqueRow,
-    TimedPhase,
+    TimedPhasePeak,
     Trace,
 )
 
@@ -45,13 +52,13 @@ def profile_document(
 ) -> ProfileDocument:
     """A measured step; of a script, how much more is there after it than before."""
     return ProfileDocument(
-        **totals(trace),
+        **_totals(trace),
         device=trace.device,
         torch=str(torch.__version__),
         step_s=sum(seconds.values()),
         growth_bytes=growth_bytes,
         phases=tuple(
-            TimedPhase(name=name, peak_bytes=nbytes, seconds=seconds.get(name))
+            TimedPhasePeak(name=name, peak_bytes=nbytes, seconds=seconds.get(name))
             for name, nbytes in trace.phase_peaks().items()
         ),
         traces=_traces({"measured": trace}),
@@ -64,7 +71,7 @@ def trace_document(label: str, trace: MemoryTrace) -> Trace:
     block = trace.peak_block
     events = trace.highlights(_POINTS)
     return Trace(
-        **totals(trace),
+        **_totals(trace),
         label=label,
         source=trace.kind,
         peak=Peak(
@@ -88,7 +95,7 @@ def _traces(traces: Mapping[str, MemoryTrace]) -> tuple[Trace, ...]:
     return tuple(trace_document(label, trace) for label, trace in traces.items())
 
 
-def totals(trace: MemoryTrace) -> dict[str, Any]:
+def _totals(trace: MemoryTrace) -> dict[str, Any]:
     """The totals of a trace."""
     return {
         "peak_bytes": trace.peak_bytes,
@@ -98,7 +105,7 @@ def totals(trace: MemoryTrace) -> dict[str, Any]:
     }
 
 
-def plan_totals(plan: Plan) -> dict[str, Any]:
+def _plan_totals(plan: Plan) -> dict[str, Any]:
     """The totals of a prediction: every byte of it has a name."""
     return {
         "peak_bytes": plan.peak_bytes,
@@ -114,7 +121,17 @@ def plan_document(
     techniques: Sequence[Technique] = (),
 ) -> PlanDocument:
     """What a plan predicts; its schedule is in the file that ``-o`` writes."""
-    ranked = tuple(
+    return PlanDocument(
+        **_plan(plan),
+        unexplained_bytes=0,
+        traces=_traces(traces or {}),
+        techniques=technique_rows(techniques) or msgspec.UNSET,
+    )
+
+
+def technique_rows(techniques: Sequence[Technique]) -> tuple[TechniqueRow, ...]:
+    """Techniques that were planned alone, as they are ranked."""
+    return tuple(
         TechniqueRow(
             name=one.name,
             peak_bytes=one.plan.peak_bytes,
@@ -124,12 +141,6 @@ def plan_document(
             fits=one.fits,
         )
         for one in techniques
-    )
-    return PlanDocument(
-        **_plan(plan),
-        unexplained_bytes=0,
-        traces=_traces(traces or {}),
-        techniques=ranked or msgspec.UNSET,
     )
 
 
@@ -154,14 +165,14 @@ def _plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _phases(peaks: Mapping[str, int]) -> tuple[Phase, ...]:
-    return tuple(Phase(name=name, peak_bytes=nbytes) for name, nbytes in peaks.items())
+def _phases(peaks: Mapping[str, int]) -> tuple[PhasePeak, ...]:
+    return tuple(PhasePeak(name=name, peak_bytes=nbytes) for name, nbytes in peaks.items())
 
 
 def frontier_document(plans: Sequence[Plan]) -> FrontierDocument:
     """Plans by ascending peak; the totals are those of the unplanned step, the last of them."""
     return FrontierDocument(
-        **plan_totals(plans[-1]),
+        **_plan_totals(plans[-1]),
         original_peak_bytes=plans[-1].original_peak_bytes,
         plans=tuple(PlanBody(**_plan(plan)) for plan in plans),
     )
@@ -173,9 +184,9 @@ def comparison_document(
     """Two measured steps and the plan of the second; the totals are those of its trace."""
     error = comparison.max_gradient_error
     return ComparisonDocument(
-        **totals(traces[PLANNED]),
-        original=_measured(comparison.original),
-        planned=_measured(comparison.planned),
+        **_totals(traces[PLANNED]),
+        original=_measured(comparison.original, comparison.losses[0]),
+        planned=_measured(comparison.planned, comparison.losses[1]),
         plan=PlanBody(**_plan(plan)),
         time_ratio=comparison.time_ratio,
         is_exact=comparison.is_exact,
@@ -189,7 +200,7 @@ def comparison_document(
     )
 
 
-def _measured(profile: Profile) -> MeasuredStep:
+def _measured(profile: Profile, loss: float) -> MeasuredStep:
     return MeasuredStep(
         peak_bytes=profile.peak_bytes,
         resident_bytes=profile.resident_bytes,
@@ -199,6 +210,75 @@ def _measured(profile: Profile) -> MeasuredStep:
         reserved_bytes=profile.reserved_bytes,
         process_bytes=profile.process_bytes,
         host_bytes=profile.host_bytes,
+        loss=loss if math.isfinite(loss) else None,
+    )
+
+
+def _verdict(
+    estimate: Estimate, memory_bytes: int
+) -> Literal["fits", "may not fit", "does not fit"]:
+    """Whether a step fits into so much memory."""
+    if estimate.most_bytes <= memory_bytes:
+        return "fits"
+    return "does not fit" if estimate.least_bytes > memory_bytes else "may not fit"
+
+
+def estimate_document(estimate: Estimate, memory_bytes: int) -> EstimateDocument:
+    """An untouched step that was not run, and whether it fits into so much memory."""
+    return EstimateDocument(
+        **_totals(estimate.trace),
+        least_bytes=estimate.least_bytes,
+        most_bytes=estimate.most_bytes,
+        reserved_bytes=estimate.reserved_bytes,
+        memory_bytes=memory_bytes,
+        headroom_bytes=memory_bytes - estimate.most_bytes,
+        verdict=_verdict(estimate, memory_bytes),
+        costs=estimate.costs,
+        refusals=tuple(estimate.refusals),
+        device=estimate.device.name,
+        torch=str(torch.__version__),
+        phases=_phases(estimate.trace.phase_peaks()),
+        traces=(trace_document("estimated", estimate.trace),),
+    )
+
+
+def solution_document(
+    field: str,
+    memory_bytes: int,
+    max_slowdown: float,
+    solutions: Mapping[str, tuple[int, Mapping[int, int]]],
+    plan: Plan,
+) -> SolutionDocument:
+    """The largest value that fits; the totals are those of a planned step.
+
+    Args:
+        field: the factory's argument.
+        memory_bytes: the bound.
+        max_slowdown: the bound on the planned step's predicted time.
+        solutions: "untouched" and "planned" to the largest value, and the bytes of each that was
+            tried.
+        plan: of the largest value that fits, or of the smallest one where not even that fits.
+    """
+    found = {
+        name: SolvedValue(
+            value=value, tried={str(k): nbytes for k, nbytes in sorted(tried.items())}
+        )
+        for name, (value, tried) in solutions.items()
+    }
+    return SolutionDocument(
+        **_plan_totals(plan),
+        memory_bytes=memory_bytes,
+        field=field,
+        max_slowdown=max_slowdown,
+        untouched=found["untouched"],
+        planned=found["planned"],
+    )
+
+
+def choices_document(choices: Sequence[FreezingChoice]) -> ChoicesDocument:
+    """What training less would free."""
+    return ChoicesDocument(
+        choices=tuple(Choice(**{**asdict(one), "kept_for": dict(one.kept_for)}) for one in choices)
     )
 
 

@@ -1,15 +1,14 @@
-"""The numbers that matter of each kind of document, as cards, and the table below them."""
+"""The numbers that matter of each kind of document, as cards, and its phases."""
 
 from __future__ import annotations
 
 from html import escape
 
-from memplan.report.page import card, marked, section, table
+from memplan.report.page import card, section, table
 from memplan.report.schema import (
     ComparisonDocument,
     EstimateDocument,
     FrontierDocument,
-    MeasuredStep,
     PlanDocument,
     ProfileDocument,
     Readable,
@@ -124,59 +123,6 @@ def phases(document: ProfileDocument | EstimateDocument | PlanDocument) -> str:
     headers = ("phase", "peak", "time")[:shown]
     content = table(headers, [row[:shown] for row in rows], frozenset({1, 2}))
     return section("By phase", content)
-
-
-def measured(document: ComparisonDocument) -> str:
-    """Both measured steps side by side, and whether their results are the same."""
-    both = (document.original, document.planned)
-    rows: list[tuple[str, ...]] = [
-        _bytes_row(name, *(getattr(one, key) for one in both))
-        for name, key in (
-            ("peak memory", "peak_bytes"),
-            ("resident", "resident_bytes"),
-            ("reserved by the allocator", "reserved_bytes"),
-            ("of the process on the device", "process_bytes"),
-            ("of the process on the host", "host_bytes"),
-        )
-    ]
-    before, after = map(_phase_peaks, both)
-    rows += [_bytes_row(f"peak in {name}", before.get(name), after[name]) for name in after]
-    times = [_milliseconds(one.step_s) for one in both]
-    rows.append(("step time", *times, f"{document.time_ratio:.3f}x"))
-    rows += [
-        (name, "", "", marked("same bits" if getattr(document, key) else ALARM))
-        for name, key in _SAME
-        # parameters that no optimizer updated prove nothing
-        if key != "parameters_equal" or "optimizer" in after
-    ]
-    headers = ("", "original", "planned", "planned / original")
-    shown = [row for row in rows if any(row[1:])]
-    return section("Measured", table(headers, shown, frozenset({1, 2, 3})))
-
-
-def plans(document: FrontierDocument) -> str:
-    """The plans of a frontier."""
-    rows = [
-        (
-            format_bytes(plan.peak_bytes),
-            f"{plan.slowdown:.3f}x",
-            f"{plan.num_restores} of {plan.num_ops}",
-            escape(", ".join(plan.effects)),
-        )
-        for plan in document.plans
-    ]
-    headers = ("peak", "predicted time", "ops run again", "results")
-    return section("Plans", table(headers, rows, frozenset({0, 1, 2})))
-
-
-def _phase_peaks(step: MeasuredStep) -> dict[str, int]:
-    return {phase.name: phase.peak_bytes for phase in step.phases}
-
-
-def _bytes_row(name: str, before: int | None, after: int | None) -> tuple[str, str, str, str]:
-    cells = ["" if nbytes is None else format_bytes(nbytes) for nbytes in (before, after)]
-    ratio = _ratio(after, before) if before is not None and after is not None else ""
-    return (escape(name), cells[0], cells[1], ratio)
 
 
 def _ratio(after: int, before: int) -> str:

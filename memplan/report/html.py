@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from memplan.report.headlines import headline, measured, phases, plans
+from memplan.report.headlines import headline, phases
 from memplan.report.moment import by_category, by_line, by_module
-from memplan.report.page import chart, page, section, swatch, table
-from memplan.report.profiles import short_source
+from memplan.report.page import chart, page, section, shown, swatch, table
 from memplan.report.schema import (
     ComparisonDocument,
     EstimateDocument,
@@ -21,7 +20,9 @@ from memplan.report.schema import (
     kind_of,
     plan_of,
 )
+from memplan.report.step_tables import short_source
 from memplan.report.svg import frontier_svg, timeline_svg
+from memplan.report.tables import comparison_table, frontier_table
 from memplan.units import format_bytes
 
 _TITLES = {
@@ -55,13 +56,19 @@ def _sections(document: Readable) -> list[str]:
     after = [] if plan is None else [_plan(plan), _live(plan.live), _notes(plan.notes)]
     if isinstance(document, FrontierDocument):
         peak = by_category("At the unplanned peak, by category", {"predicted": document.categories})
-        return [chart(frontier_svg(document)), plans(document), peak]
+        return [
+            chart(frontier_svg(document)),
+            section("Plans", shown(frontier_table(document))),
+            peak,
+        ]
     traces = document.traces
     source = "measured" if isinstance(document, ProfileDocument) else "predicted"
     columns = {trace.label: trace.categories for trace in traces}
     return [
         _timeline(document, plan),
-        measured(document) if isinstance(document, ComparisonDocument) else phases(document),
+        section("Measured", shown(comparison_table(document)))
+        if isinstance(document, ComparisonDocument)
+        else phases(document),
         by_category("At the peak, by category", columns or {source: document.categories}),
         by_module(traces),
         by_line(traces),

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from memplan.ir.memory_trace import CATEGORIES
-from memplan.report.page import bar, section, swatch, table
+from memplan.report.page import bar, section, shown, swatch, table
 from memplan.report.places import Place, tree
-from memplan.report.profiles import short_source
 from memplan.report.schema import Trace
+from memplan.report.step_tables import lines_table
 from memplan.units import format_bytes
 
 _OPEN = 0.15
@@ -55,7 +55,9 @@ def by_line(traces: Sequence[Trace]) -> str:
     known = [one for one in traces if one.lines]
     if not known:
         return ""
-    folds = [_fold(one.label, _lines(one), n == 0) for n, one in enumerate(known)]
+    folds = [
+        _fold(one.label, shown(lines_table(one, most=None)), n == 0) for n, one in enumerate(known)
+    ]
     return section("At the peak, by op and source line", *folds)
 
 
@@ -96,19 +98,3 @@ def _place(place: Place, above: str, whole: int) -> str:
 
 def _largest_first(places: Iterable[Place]) -> list[Place]:
     return sorted(places, key=lambda place: (-place.total, place.path))
-
-
-def _lines(trace: Trace) -> str:
-    rows = [
-        (
-            format_bytes(group.nbytes),
-            str(group.count),
-            swatch(group.category),
-            f"<code>{escape(group.op or 'unknown')}</code>",
-            f"<code>{escape(group.module)}</code>",
-            f"<code>{escape(short_source(group.source))}</code>",
-        )
-        for group in trace.lines
-    ]
-    headers = ("bytes", "count", "category", "op", "module", "source line")
-    return table(headers, rows, frozenset({0, 1}))

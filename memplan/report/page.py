@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from memplan.report.palette import DARK, GROUND, INK, LIGHT, css_class
-from memplan.tables import ALARM
+from memplan.tables import Table, alarms
 from memplan.units import format_bytes
 
 
@@ -58,7 +58,7 @@ def chart(svg: str) -> str:
 
 def card(name: str, value: str, note: str = "") -> str:
     """A number that matters."""
-    css = "card alarm" if value.startswith(ALARM) else "card"
+    css = "card alarm" if alarms(value) else "card"
     below = f'<div class="note-line">{escape(note)}</div>' if note else ""
     return (
         f'<div class="{css}"><div class="label">{escape(name)}</div>'
@@ -88,6 +88,23 @@ def table(
     )
 
 
+def shown(data: Table) -> str:
+    """A table of the terminal's, without its title."""
+    rows = [[_cell(text) for text in row] for row in data.rows if row]
+    footer = f'<p class="faint">{escape(data.footer)}</p>' if data.footer else ""
+    return table(data.headers, rows, data.numbers) + footer
+
+
+def _cell(text: str) -> str:
+    """Text that stands out where a promise is broken, with its colour where it names a category."""
+    if alarms(text):
+        return f'<strong class="alarm">{escape(text)}</strong>'
+    count, _, category = text.rpartition(" x ")
+    if category not in LIGHT:
+        return escape(text)
+    return f"{escape(count)} x {swatch(category)}" if count else swatch(category)
+
+
 def bar(categories: Mapping[str, int], whole: int) -> str:
     """Bytes by category as parts of a whole."""
     parts = "".join(
@@ -102,12 +119,6 @@ def bar(categories: Mapping[str, int], whole: int) -> str:
 def swatch(category: str) -> str:
     """A category's name with its colour."""
     return f'<i class="swatch {css_class(category)}"></i>{escape(category)}'
-
-
-def marked(cell: str) -> str:
-    """Text, which stands out where a promise is broken."""
-    words = escape(cell)
-    return f'<strong class="alarm">{words}</strong>' if cell.startswith(ALARM) else words
 
 
 def _colours(index: int, fills: Mapping[str, str]) -> str:

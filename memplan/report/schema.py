@@ -147,7 +147,7 @@ class Trace(ExplainedTotals, frozen=True, kw_only=True):
         return [sum(column) for column in zip(*self.series.values(), strict=True)]
 
 
-class Phase(Struct, frozen=True, kw_only=True):
+class PhasePeak(Struct, frozen=True, kw_only=True):
     """A phase of the step.
 
     Attributes:
@@ -159,7 +159,7 @@ class Phase(Struct, frozen=True, kw_only=True):
     peak_bytes: Bytes
 
 
-class TimedPhase(Phase, frozen=True, kw_only=True):
+class TimedPhasePeak(PhasePeak, frozen=True, kw_only=True):
     """A phase of a measured step.
 
     Attributes:
@@ -222,7 +222,7 @@ class PlanBody(Totals, frozen=True, kw_only=True):
     slowdown: Ratio
     num_ops: Count
     num_restores: Count
-    phases: tuple[Phase, ...]
+    phases: tuple[PhasePeak, ...]
     peak: OpAtPeak
     live: tuple[Live, ...]
     costs_source: str
@@ -243,16 +243,18 @@ class MeasuredStep(Struct, frozen=True, kw_only=True):
         reserved_bytes: what CUDA's caching allocator held at most; null on the CPU.
         process_bytes: GPU memory of the process by NVML; null on the CPU.
         host_bytes: resident set of the process.
+        loss: of the step; null if it is not finite, missing in documents of earlier releases.
     """
 
     peak_bytes: Bytes
     resident_bytes: Bytes
     step_s: Seconds
-    phases: tuple[Phase, ...]
+    phases: tuple[PhasePeak, ...]
     device: str
     reserved_bytes: Bytes | None
     process_bytes: Bytes | None
     host_bytes: Bytes
+    loss: float | UnsetType | None = UNSET
 
 
 class TechniqueRow(Struct, frozen=True, kw_only=True):
@@ -275,7 +277,7 @@ class TechniqueRow(Struct, frozen=True, kw_only=True):
     fits: bool
 
 
-class Solution(Struct, frozen=True, kw_only=True):
+class SolvedValue(Struct, frozen=True, kw_only=True):
     """The largest value that fits.
 
     Attributes:
@@ -348,7 +350,7 @@ class ProfileDocument(StepDocument, frozen=True, kw_only=True, tag="profile"):
     torch: str
     step_s: Seconds
     growth_bytes: int | None
-    phases: tuple[TimedPhase, ...]
+    phases: tuple[TimedPhasePeak, ...]
     traces: tuple[Trace, ...]
 
 
@@ -381,7 +383,7 @@ class EstimateDocument(StepDocument, frozen=True, kw_only=True, tag="estimate"):
     refusals: tuple[str, ...]
     device: str
     torch: str
-    phases: tuple[Phase, ...]
+    phases: tuple[PhasePeak, ...]
     traces: tuple[Trace, ...]
 
 
@@ -459,8 +461,8 @@ class SolutionDocument(StepDocument, frozen=True, kw_only=True, tag="solution"):
     memory_bytes: Bytes
     field: str
     max_slowdown: Annotated[float, Meta(ge=1)]
-    untouched: Solution
-    planned: Solution
+    untouched: SolvedValue
+    planned: SolvedValue
 
 
 class DifferenceDocument(StepDocument, frozen=True, kw_only=True, tag="difference"):

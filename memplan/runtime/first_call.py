@@ -6,7 +6,6 @@ made, since modules may ask whether gradients are enabled, and nothing is saved 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
 from collections import Counter
@@ -15,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from memplan.capture import tensors_of
 from memplan.errors import CaptureError, UnfaithfulCapture
@@ -35,7 +34,7 @@ from memplan.runtime.untouched import (
     unchanged_by_errors,
     untouched_outcome,
 )
-from memplan.torch_internals import flatten, is_backward
+from memplan.torch_internals import around_calls, flatten, is_backward
 from memplan.units import format_bytes
 
 _LOG = logging.getLogger("memplan")
@@ -176,19 +175,15 @@ def _first_difference(step: PlannedStep, call: UntouchedCall) -> str:
         known = _digests_of_forward(step, call)
     outputs: list[tuple[str, str]] = []
 
-    def look(name: str, child: nn.Module, output: object) -> None:
+    modules = dict(call.model.named_modules())
+
+    def look(name: str, args: object, kwargs: object, output: object) -> None:
+        del args, kwargs
         leaves = [leaf for leaf in flatten(output)[0] if isinstance(leaf, torch.Tensor)]
-        kind = f"module {name!r} ({type(child).__name__})" if name else ""
+        kind = f"module {name!r} ({type(modules[name]).__name__})" if name else ""
         outputs.extend((kind, digest(leaf)) for leaf in leaves)
 
-    with contextlib.ExitStack() as stack, unchanged(call.model):
-        for name, child in call.model.named_modules():
-
-            def hook(child: nn.Module, args: object, output: object, name: str = name) -> None:
-                del args
-                look(name, child, output)
-
-            stack.callback(child.register_forward_hook(hook).remove)
+    with around_calls(modules, after=look), unchanged(call.model):
         forward_alone(call.model, call.sample)
     return next((kind for kind, found in outputs if found not in known), "")
 

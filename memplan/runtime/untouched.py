@@ -100,10 +100,10 @@ def repeats_itself(call: UntouchedCall, run: Run = forward_alone) -> bool:
 def _undoing(model: nn.Module) -> Callable[[], None]:
     """Puts back random states and buffers as they are now."""
     before = [(buffer, kept(buffer)) for buffer in model.buffers()]
-    states = random_states()
+    states = [kept(state) for state in random_states()]
 
     def undo() -> None:
-        set_random_states(states)
+        set_random_states(tuple(map(torch.from_numpy, states)))
         for buffer, content in before:
             write(buffer, content)
 

@@ -82,6 +82,7 @@ from memplan.torch_internals.memory import (
 )
 from memplan.torch_internals.modes import FunctionMode
 from memplan.torch_internals.optimizers import attributes_without_hooks, defined_step
+from memplan.torch_internals.own_hooks import OwnHook, around_calls
 from memplan.torch_internals.recorded import (
     AllocatorEvent,
     Enclosing,
@@ -98,7 +99,6 @@ from memplan.torch_internals.spent import SpentGradient
 from memplan.torch_internals.state import (
     Autocast,
     OpOverload,
-    OwnHook,
     enabled_attention,
     enclosing_transform,
     has_hooks,
@@ -148,6 +148,7 @@ __all__ = [
     "allocations",
     "annotated",
     "annotation",
+    "around_calls",
     "as_if_traced",
     "asking_for_lists",
     "attributes_without_hooks",

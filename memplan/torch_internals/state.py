@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch._prims_common import suggest_memory_format
 
+from memplan.torch_internals.own_hooks import OwnHook
+
 TESTED_TORCH = ("2.13", "2.14", "2.15")
 """Releases that memplan's tests ran on."""
 
@@ -65,10 +67,6 @@ def enclosing_transform() -> str:
         return "a transform of torch.func (grad, vmap, jvp, ...)"
     is_dual = torch.autograd.forward_ad._current_level >= 0
     return "forward-mode differentiation" if is_dual else ""
-
-
-class OwnHook:
-    """A hook of memplan's own: no part of the user's model."""
 
 
 def hooks_of(module: nn.Module) -> dict[str, dict[int, Callable[..., object]]]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from memplan.errors import MemplanError
-from memplan.torch_internals import OwnHook, flatten, unflatten
+from memplan.torch_internals import around_calls, flatten, unflatten
 
 After: TypeAlias = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes a layer, its input and its output; returns another output."""
@@ -37,17 +37,14 @@ def after_calls(model: nn.Module, functions: Mapping[str, After]) -> Iterator[No
         model: whose layers.
         functions: by FQN of the layer.
     """
-    hooks = [_Hook(function) for function in functions.values()]
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-        for name, hook in zip(functions, hooks, strict=True)
-    ]
-    try:
+    layers = {name: model.get_submodule(name) for name in functions}
+
+    def change(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        return functions[name](layers[name], x, output)
+
+    with around_calls(layers, after=change):
         yield
-    finally:
-        for handle, hook in zip(handles, hooks, strict=True):
-            hook.thread = None
-            handle.remove()
 
 
 @contextmanager
@@ -147,58 +144,17 @@ def going_through(model: nn.Module, changes: Mapping[str, Through]) -> Iterator[
         model: whose modules.
         changes: by FQN.
     """
-    handles = []
-    hooks: list[_Before | _After] = []
-    for name, change in changes.items():
-        module, before, after = model.get_submodule(name), _Before(change), _After(change)
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        # first, so that other hooks are given what the module returns in the end
-        handles.append(module.register_forward_hook(after, prepend=True))
-        hooks += [before, after]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.thread = None
-        for handle in handles:
-            handle.remove()
+    modules = {name: model.get_submodule(name) for name in changes}
 
-
-class _Before(OwnHook):
-    def __init__(self, change: Through) -> None:
-        self.change = change
-        self.thread: int | None = threading.get_ident()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
-            return None
+    def before(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         leaves, spec = flatten((args, kwargs))
-        return unflatten(self.change.given(leaves), spec)
+        return unflatten(changes[name].given(leaves), spec)
 
-
-class _After(OwnHook):
-    def __init__(self, change: Through) -> None:
-        self.change = change
-        self.thread: int | None = threading.get_ident()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if threading.get_ident() != self.thread:
-            return None
+    def after(name: str, args: object, kwargs: object, output: Any) -> Any:
+        del args, kwargs
         leaves, spec = flatten(output)
-        return unflatten(self.change.returned(leaves), spec)
+        return unflatten(changes[name].returned(leaves), spec)
 
-
-class _Hook(OwnHook):
-    """Calls a function after a layer, in the thread that made it, and until it is let go."""
-
-    def __init__(self, function: After) -> None:
-        self.function = function
-        self.thread: int | None = threading.get_ident()
-
-    def __call__(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> Any:
-        if threading.get_ident() != self.thread:
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        return self.function(layer, x, output)
+    # first, so that other hooks are given what the module returns in the end
+    with around_calls(modules, before=before, after=after, is_first=True):
+        yield

@@ -6,11 +6,12 @@ To write them: ``python tests/support/golden.py --write``.
 from __future__ import annotations
 
 import difflib
+import math
 
 import pytest
 
 from memplan.cli.output import show
-from memplan.report import comparison_table
+from memplan.report import tables_of
 
 from support import golden
 
@@ -45,6 +46,13 @@ def test_a_broken_promise_is_said_in_every_shape():
         assert "DIFFERENT" not in TEXTS[f"comparison.{shape}"]
 
 
+def test_what_is_not_finite_is_null_and_said():
+    document = golden.comparison(False, error=math.nan, loss=math.inf)
+    assert document.max_gradient_error is None and document.planned.loss is None
+    text = golden.rendered(tables_of(document), 80)
+    assert "not finite" in text and "DIFFERENT by" not in text
+
+
 @pytest.fixture
 def shown(monkeypatch, capsys):
     """What a command prints of two steps that differ."""
@@ -54,7 +62,7 @@ def shown(monkeypatch, capsys):
             monkeypatch.delenv(name, raising=False)
         for name, value in {"TERM": "xterm", "COLUMNS": "80", **environment}.items():
             monkeypatch.setenv(name, value)
-        show("table", [comparison_table(golden.comparison(False), golden.plan())], None, "")
+        show("table", tables_of(golden.comparison(is_exact=False)), None, "")
         return capsys.readouterr().out
 
     return shown

@@ -349,7 +349,7 @@ def test_a_gradient_that_rounds_is_said():
     assert planned.plan.effects == (memplan.Effect.ROUNDING,)
 
 
-@pytest.mark.parametrize("budget", ["100%", "1GiB"])
+@pytest.mark.parametrize("budget", ["50%", "100%", "1GiB"])
 def test_the_whole_step_leaves_nothing_and_stays_within_the_budget(budget):
     model, sample = MODELS["convnext"]()
     planned = memplan.optimize(
@@ -361,7 +361,8 @@ def test_the_whole_step_leaves_nothing_and_stays_within_the_budget(budget):
         reading = measure.read_cpu(lambda during: run_step(planned, batch, None, during))
     assert planned.plan.resident_bytes + reading.peak_bytes <= planned.plan.budget_bytes
     is_left_out = any("gradients were not compared" in note for note in planned.plan.notes)
-    assert is_left_out == (budget == "100%")
+    # at 100 % that depends on what this machine's kernels need
+    assert budget == "100%" or is_left_out == (budget == "50%")
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
 

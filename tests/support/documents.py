@@ -11,7 +11,7 @@ from memplan.report.schema import (
     FrontierDocument,
     MeasuredStep,
     OpAtPeak,
-    Phase,
+    PhasePeak,
     PlanBody,
     encode,
 )
@@ -43,7 +43,7 @@ def step(peak_bytes):
         peak_bytes=peak_bytes,
         resident_bytes=10 * KIB,
         step_s=0.5,
-        phases=(Phase(name="forward", peak_bytes=40 * KIB),),
+        phases=(PhasePeak(name="forward", peak_bytes=40 * KIB),),
         device="cpu",
         reserved_bytes=None,
         process_bytes=None,

@@ -26,17 +26,19 @@ from memplan.ir.schedule import Effect, Schedule
 from memplan.planner.plan import LiveValue, PassRecord, Plan
 from memplan.profiler import Comparison, Estimate, Profile
 from memplan.report import (
-    checks_table,
-    comparison_table,
+    checks_document,
+    comparison_document,
     difference_table,
-    estimate_tables,
-    frontier_table,
+    estimate_document,
+    frontier_document,
     profile_document,
-    profile_tables,
-    solution_table,
+    solution_document,
+    tables_of,
+    technique_rows,
     techniques_table,
     terminal,
 )
+from memplan.report.documents import PLANNED
 from memplan.tables import markdown
 
 FOLDER = Path(__file__).parents[1] / "report" / "golden"
@@ -131,8 +133,8 @@ def profile(peak_bytes, step_s):
     return Profile(peak_bytes, 420 * GIB, peaks, step_s, (), "cuda:0", None, None, 0)
 
 
-def comparison(is_exact=True):
-    return Comparison(
+def comparison(is_exact=True, error=3.25e-7, loss=1234567.890123):
+    found = Comparison(
         original=profile(4 * TIB, 40.0),
         planned=profile(2 * TIB - 512, 55.5),
         time_ratio=1.3875,
@@ -141,16 +143,18 @@ def comparison(is_exact=True):
         buffers_equal=True,
         parameters_equal=is_exact,
         rng_equal=True,
-        max_gradient_error=0.0 if is_exact else 3.25e-7,
-        losses=(1234567.890123, 1234567.890123),
+        max_gradient_error=0.0 if is_exact else error,
+        losses=(loss, loss),
     )
+    return comparison_document(found, plan(), {PLANNED: trace()})
 
 
 def solution():
     tried = {1: 3 * GIB, 131072: 2 * TIB - 5, 131073: 2 * TIB + 11 * GIB}
     nothing = {1: 9 * TIB}
     rows = {"untouched": (0, nothing), "planned": (131072, tried)}
-    return solution_table("max_position_embeddings_of_the_text_encoder", 2 * TIB, 1.5, rows)
+    field = "max_position_embeddings_of_the_text_encoder"
+    return solution_document(field, 2 * TIB, 1.5, rows, plan())
 
 
 def difference():
@@ -160,7 +164,7 @@ def difference():
 
 def checks():
     long = "/data/a/folder/with/a/long/name/" * 3
-    return checks_table(
+    return checks_document(
         {"versions": (True, "memplan 1.2.3"), "cost cache": (False, f"PermissionError: {long}")}
     )
 
@@ -169,16 +173,16 @@ def tables():
     """Of every kind."""
     frontier = [plan(n * TIB, slowdown) for n, slowdown in ((2, 1.375), (3, 1.01), (4, 1.0))]
     return {
-        "profile": profile_tables(trace(), SECONDS),
-        "estimate": estimate_tables(estimate(), DEVICES["h100"].memory_bytes),
+        "profile": tables_of(profile_document(trace(), SECONDS)),
+        "estimate": tables_of(estimate_document(estimate(), DEVICES["h100"].memory_bytes)),
         "plan": plan().tables(),
-        "techniques": [techniques_table(techniques())],
-        "frontier": [frontier_table(frontier)],
-        "comparison": [comparison_table(comparison(), plan())],
-        "different": [comparison_table(comparison(is_exact=False), plan())],
-        "solution": [solution()],
+        "techniques": [techniques_table(technique_rows(techniques()))],
+        "frontier": tables_of(frontier_document(frontier)),
+        "comparison": tables_of(comparison()),
+        "different": tables_of(comparison(is_exact=False)),
+        "solution": tables_of(solution()),
         "difference": [difference()],
-        "checks": [checks()],
+        "checks": tables_of(checks()),
     }
 
 

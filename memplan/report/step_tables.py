@@ -1,15 +1,13 @@
-"""A measured step as tables: where its bytes are at the peak, and its time."""
+"""Where a step's bytes are at the peak, as tables: by category, by module, by line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from memplan.ir.memory_trace import SAVED, TEMPORARY, WORKSPACE, MemoryTrace
+from memplan.ir.memory_trace import SAVED, TEMPORARY, WORKSPACE
 from memplan.ir.program import Role
-from memplan.report.places import Place, by_line, by_module, largest, tree
-from memplan.report.schema import Group
+from memplan.report.places import Place, largest, tree
+from memplan.report.schema import Group, Trace
 from memplan.tables import Table
 from memplan.units import format_bytes
 
@@ -24,30 +22,15 @@ _COLUMNS = {
 }
 
 
-def profile_tables(
-    trace: MemoryTrace, seconds: Mapping[str, float], growth_bytes: int | None = None
-) -> list[Table]:
-    """What is there at the peak, by category, by module and by line; peak and time by phase.
-
-    Of a script's step also by how many bytes it grows, if it does.
-    """
-    totals = categories_table(trace, seconds)
-    if growth_bytes and growth_bytes > 0:
-        grows = f" It leaves {format_bytes(growth_bytes)} more than there was before it."
-        totals = replace(totals, footer=totals.footer + grows)
-    return [totals, modules_table(trace), lines_table(trace)]
-
-
-def peak_line(trace: MemoryTrace) -> str:
+def _peak_line(trace: Trace) -> str:
     """Where the peak is, in a line."""
-    block = trace.peak_block
-    phase = trace.phase_at(trace.peak_event)
-    where = f"peak {format_bytes(trace.peak_bytes)} in {phase}"
-    if block is None:
+    peak = trace.peak
+    where = f"Peak {format_bytes(trace.peak_bytes)} in {peak.phase}"
+    if not (peak.op or peak.module or peak.source):
         return where
-    place = f" in {block.module}" if block.module else ""
-    source = f" ({short_source(block.source)})" if block.source else ""
-    return f"{where}, at {block.op or 'an unknown op'}{place}{source}"
+    place = f" in {peak.module}" if peak.module else ""
+    source = f" ({short_source(peak.source)})" if peak.source else ""
+    return f"{where}, at {peak.op or 'an unknown op'}{place}{source}"
 
 
 def short_source(source: str) -> str:
@@ -61,9 +44,8 @@ def short_source(source: str) -> str:
     return f"{'/'.join(path.parts[-2:])}:{line}"
 
 
-def categories_table(trace: MemoryTrace, seconds: Mapping[str, float]) -> Table:
-    """Bytes by category at the peak; the most in each phase, and its time."""
-    categories = trace.categories(trace.peak_event)
+def categories_table(trace: Trace, footer: str) -> Table:
+    """Bytes by category at the peak."""
     rows: list[tuple[str, ...]] = [
         (
             category,
@@ -71,33 +53,18 @@ def categories_table(trace: MemoryTrace, seconds: Mapping[str, float]) -> Table:
             f"{nbytes / trace.peak_bytes:.1%}",
             "#" * round(_BAR * nbytes / trace.peak_bytes),
         )
-        for category, nbytes in sorted(categories.items(), key=lambda item: -item[1])
+        for category, nbytes in sorted(trace.categories.items(), key=lambda item: -item[1])
     ]
     rows += [(), ("total", format_bytes(trace.peak_bytes), "", "")]
     rows.append(("  resident", format_bytes(trace.resident_bytes), "", ""))
     rows.append(("  unexplained", format_bytes(trace.unexplained_bytes), "", ""))
-    return Table(
-        f"P{peak_line(trace)[1:]}",
-        ("at the peak", "bytes", "share", ""),
-        tuple(rows),
-        frozenset({1, 2}),
-        footer=_phases(trace, seconds),
-    )
+    headers = ("at the peak", "bytes", "share", "")
+    return Table(_peak_line(trace), headers, tuple(rows), frozenset({1, 2}), footer=footer)
 
 
-def _phases(trace: MemoryTrace, seconds: Mapping[str, float]) -> str:
-    times = {name: f" ({took * 1e3:.1f} ms)" for name, took in seconds.items()}
-    peaks = (
-        f"{name} {format_bytes(nbytes)}{times.get(name, '')}"
-        for name, nbytes in trace.phase_peaks().items()
-    )
-    whole = f" A step takes {seconds['step'] * 1e3:.1f} ms." if "step" in seconds else ""
-    return f"The most in each phase: {', '.join(peaks)}.{whole}"
-
-
-def modules_table(trace: MemoryTrace) -> Table:
+def modules_table(trace: Trace) -> Table:
     """The largest modules at the peak."""
-    root = tree(by_module(trace, trace.peak_event))
+    root = tree({one.module: one.categories for one in trace.modules})
     rows = [_place_row(*one) for one in largest(root, _MOST_PLACES)]
     inside = sum(child.total for child in root.children.values())
     if root.total > inside:
@@ -118,9 +85,8 @@ def _place_row(place: Place, path: str, depth: int) -> tuple[str, ...]:
     return (f"{'  ' * depth}{path}{count}", *cells, format_bytes(place.total))
 
 
-def lines_table(trace: MemoryTrace) -> Table:
-    """The ops and lines that made most of what is there at the peak."""
-    groups = by_line(trace, trace.peak_event)
+def lines_table(trace: Trace, most: int | None = _MOST_LINES) -> Table:
+    """The ops and lines that made what is there at the peak; the rest together."""
     rows = [
         (
             format_bytes(group.nbytes),
@@ -128,9 +94,9 @@ def lines_table(trace: MemoryTrace) -> Table:
             _made_by(group),
             short_source(group.source),
         )
-        for group in groups[:_MOST_LINES]
+        for group in trace.lines[:most]
     ]
-    rest = groups[_MOST_LINES:]
+    rest = [] if most is None else trace.lines[most:]
     if rest:
         nbytes, count = sum(g.nbytes for g in rest), sum(g.count for g in rest)
         rows.append((format_bytes(nbytes), f"{count} x the rest", "", ""))

@@ -1,0 +1,66 @@
+"""Hooks of memplan's own around the calls of modules."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+from torch import nn
+
+BeforeCall: TypeAlias = Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any]
+"""Takes a module's name and its arguments; returns others as ``(args, kwargs)``, or None."""
+
+AfterCall: TypeAlias = Callable[[str, tuple[Any, ...], Mapping[str, Any], Any], Any]
+"""Takes a module's name, its arguments and its output; returns another output, or None."""
+
+
+class OwnHook:
+    """A hook of memplan's own: no part of the user's model."""
+
+
+class _Hook(OwnHook):
+    """Calls a function with a module's name, in the thread that made it, until it is let go."""
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self.function, self.name = function, name
+        self.thread: int | None = threading.get_ident()
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        del module
+        return self.function(self.name, *given) if threading.get_ident() == self.thread else None
+
+    def let_go(self) -> None:
+        """A call that is on its way in another thread may hold the hook still."""
+        self.thread = None
+
+
+@contextmanager
+def around_calls(
+    modules: Mapping[str, nn.Module],
+    *,
+    before: BeforeCall | None = None,
+    after: AfterCall | None = None,
+    is_first: bool = False,
+) -> Iterator[None]:
+    """Inside, and in this thread, functions are called around each call of some modules.
+
+    Args:
+        modules: by name.
+        before: called before the module, and after the hooks that it has.
+        after: called after it.
+        is_first: whether ``after`` is called before the hooks that the module has.
+    """
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            if before is not None:
+                hook = _Hook(before, name)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                stack.callback(hook.let_go)
+            if after is not None:
+                hook = _Hook(after, name)
+                handle = module.register_forward_hook(hook, with_kwargs=True, prepend=is_first)
+                stack.callback(handle.remove)
+                stack.callback(hook.let_go)
+        yield
