@@ -14,7 +14,7 @@ from memplan.capture import ONE_AT_A_TIME
 from memplan.capture.sample import Sample
 from memplan.compiler.autosize import fitted, make_plan
 from memplan.compiler.build import build_step
-from memplan.compiler.lower import prepare
+from memplan.compiler.lower import lower
 from memplan.compiler.request import make_request
 from memplan.errors import MemplanError
 from memplan.options import Options
@@ -56,8 +56,22 @@ def optimize(
         plan: a saved plan to apply; excludes budget, max_slowdown and passes.
         options: the rest.
 
+    Returns:
+        A module with the model's parameters, whose calls run the plan.
+
     Raises:
         UnitsError, CaptureError, InfeasibleBudget, PlanMismatch: each says what to do.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> layers = [layer for _ in range(9) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        >>> model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+        >>> batch = torch.randn(256, 64), torch.randn(256, 64)
+        >>> planned = memplan.optimize(model, batch, budget="80%")
+        >>> planned.plan.peak_bytes <= planned.plan.budget_bytes
+        True
+        >>> planned(*batch).backward()
     """
     request = make_request(
         model,
@@ -93,7 +107,21 @@ def plan(
     optimizer: object = None,
     options: Options | None = None,
 ) -> Plan:
-    """The plan that ``optimize`` would run, with the same arguments. Never runs the model."""
+    """The plan that ``optimize`` would run, with the same arguments. Never runs the model.
+
+    Returns:
+        The plan: what it predicts, and the schedule that reaches it.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> layers = [layer for _ in range(9) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        >>> model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+        >>> batch = torch.randn(256, 64), torch.randn(256, 64)
+        >>> plan = memplan.plan(model, batch, budget="80%")
+        >>> plan.num_restores > 0 and plan.peak_bytes < plan.original_peak_bytes
+        True
+    """
     request = make_request(
         model,
         budget=budget,
@@ -129,6 +157,19 @@ def frontier(
         default_passes: False leaves the defaults out.
         optimizer: whose state and update are part of the step.
         options: the rest.
+
+    Returns:
+        Plans by ascending peak; the last is the unplanned step's.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> layers = [layer for _ in range(9) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        >>> model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+        >>> batch = torch.randn(256, 64), torch.randn(256, 64)
+        >>> plans = memplan.frontier(model, batch, points=4)
+        >>> plans[0].peak_bytes < plans[-1].peak_bytes and plans[0].slowdown > plans[-1].slowdown
+        True
     """
     if points < 2:
         raise MemplanError(f"a frontier has at least 2 points, got {points}")
@@ -141,7 +182,7 @@ def frontier(
     )
     batch = Sample.of(sample)
     with ONE_AT_A_TIME, changing(model, batch, request.passes) as changed:
-        step = prepare(changed, batch, request.with_optimizer_of(changed.model))
+        step = lower(changed, batch, request.with_optimizer_of(changed.model))
     solutions = find_frontier(
         step.captured.program,
         step.costs,

@@ -67,6 +67,23 @@ def add_adapters(
 
     Raises:
         MemplanError: naming the argument that makes no sense.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.add_adapters(size=4)])
+        >>> trained = [name for name, p in planned.named_parameters() if p.requires_grad]
+        >>> {name.partition(".")[0] for name in trained}
+        {'adapters'}
     """
     if not isinstance(size, int) or size < 1:
         raise MemplanError(f"size is a number of at least 1, got {size!r}")

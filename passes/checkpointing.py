@@ -44,6 +44,17 @@ def checkpoint_activations() -> Pass:
 
     Returns:
         A pass of effect ``EXACT``.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> layers = [layer for _ in range(9) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        >>> model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+        >>> batch = torch.randn(256, 64), torch.randn(256, 64)
+        >>> one = [memplan.passes.checkpoint_activations()]
+        >>> plan = memplan.plan(model, batch, budget="80%", passes=one, default_passes=False)
+        >>> plan.num_restores > 0
+        True
     """
     lowerings = {
         _SAVE_STATE: _call_of_save,
@@ -126,13 +137,13 @@ def _redraw(op: Op, device: torch.device, context: RecoveryContext) -> Recovery:
     nbytes = _CUDA_STATE_BYTES if is_cuda else torch.get_rng_state().nbytes
     memory = Memory.HOST if is_cuda else Memory.DEVICE
     state, save = next(context.value_ids), next(context.op_ids)
-    prepare = op.variant(save, _SAVE_STATE, (), [state], phase=Phase.FORWARD)
+    saving = op.variant(save, _SAVE_STATE, (), [state], phase=Phase.FORWARD)
     return Recovery(
         pass_name=_NAME,
-        restores=op.results,
-        restore=op.variant(
+        values=op.results,
+        restore_op=op.variant(
             next(context.op_ids), _REDRAW, (state, *op.operands), op.results, is_random=True
         ),
-        prepare=replace(prepare, signature=f"{_SAVE_STATE}()"),  # it costs the same for each op
-        keeps=(Value(state, nbytes, Role.KEPT, save, op.module, device=memory),),
+        stash_op=replace(saving, signature=f"{_SAVE_STATE}()"),  # it costs the same for each op
+        stashed=(Value(state, nbytes, Role.KEPT, save, op.module, device=memory),),
     )

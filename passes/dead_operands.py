@@ -55,6 +55,18 @@ def drop_dead_operands() -> Pass:
 
     Returns:
         A pass of effect ``EXACT``.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> conv, last = nn.Conv2d(3, 8, 3), nn.Linear(392, 2)
+        >>> net = nn.Sequential(conv, nn.AvgPool2d(2), nn.Flatten(), last)
+        >>> model = memplan.WithLoss(net, nn.functional.cross_entropy)
+        >>> batch = torch.randn(8, 3, 16, 16), torch.randint(2, (8,))
+        >>> one = [memplan.passes.drop_dead_operands()]
+        >>> plan = memplan.plan(model, batch, passes=one, default_passes=False)
+        >>> plan.saved_bytes < memplan.plan(model, batch, default_passes=False).saved_bytes
+        True
     """
     return Pass(_NAME, Effect.EXACT, rewrite_joint=_rewrite, notes=_notes)
 

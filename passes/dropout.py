@@ -31,6 +31,16 @@ def split_dropout() -> Pass:
 
     Returns:
         A pass of effect ``EXACT``.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.Dropout(), nn.Linear(64, 64))
+        >>> model = memplan.WithLoss(net, nn.functional.mse_loss)
+        >>> batch = torch.randn(256, 64), torch.randn(256, 64)
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.split_dropout()])
+        >>> memplan.compare(model, planned, batch).is_exact
+        True
     """
     return Pass(_NAME, Effect.EXACT, rewrite_joint=_rewrite)
 

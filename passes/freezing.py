@@ -33,6 +33,16 @@ def train_biases_only(also_train: Patterns = ()) -> Pass:
 
     Returns:
         A pass of effect ``RESTRICTED``.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = memplan.WithLoss(net, nn.functional.cross_entropy)
+        >>> batch = torch.randn(4, 8), torch.randint(2, (4,))
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.train_biases_only()])
+        >>> [name for name, one in planned.named_parameters() if one.requires_grad]
+        ['model.0.bias', 'model.2.bias']
     """
     also = as_texts(also_train)
     return Pass(
@@ -59,6 +69,16 @@ def freeze(patterns: Patterns = (), blocks: int = 0) -> Pass:
 
     Raises:
         MemplanError: if nothing is named.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = memplan.WithLoss(net, nn.functional.cross_entropy)
+        >>> batch = torch.randn(4, 8), torch.randint(2, (4,))
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.freeze("model.0")])
+        >>> [name for name, one in planned.named_parameters() if one.requires_grad]
+        ['model.2.weight', 'model.2.bias']
     """
     texts = as_texts(patterns)
     if not texts and blocks < 1:
@@ -79,6 +99,19 @@ def unfreeze(planned: PlannedModule) -> nn.Module:
 
     The planned module plans again at its next call; an optimizer that it was planned with must then
     hold all that is trained. Returns the original.
+
+    Returns:
+        The original.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = memplan.WithLoss(net, nn.functional.cross_entropy)
+        >>> batch = torch.randn(4, 8), torch.randint(2, (4,))
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.freeze("model.0")])
+        >>> all(one.requires_grad for one in memplan.passes.unfreeze(planned).parameters())
+        True
     """
     named = dict(planned.original.named_parameters())
     for name, required in planned.changed.required_grad.items():

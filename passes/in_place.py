@@ -92,6 +92,17 @@ def reuse_operands() -> Pass:
 
     Returns:
         A pass of effect ``EXACT``.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> layers = [layer for _ in range(9) for layer in (nn.Linear(64, 64), nn.Tanh())]
+        >>> model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+        >>> batch = torch.randn(256, 64), torch.randn(256, 64)
+        >>> one = [memplan.passes.reuse_operands()]
+        >>> plan = memplan.plan(model, batch, passes=one, default_passes=False)
+        >>> plan.peak_bytes < memplan.plan(model, batch, default_passes=False).peak_bytes
+        True
     """
     return Pass(_NAME, Effect.EXACT, rewrite_joint=_mark)
 

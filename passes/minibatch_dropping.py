@@ -43,6 +43,16 @@ def drop_minibatches(p: float = 0.5, seed: int = 0) -> Pass:
 
     Raises:
         MemplanError: naming the argument that makes no sense.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = memplan.WithLoss(net, nn.functional.cross_entropy)
+        >>> batch = torch.randn(4, 8), torch.randint(2, (4,))
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.drop_minibatches(0.5)])
+        >>> len(list(planned.batches([batch] * 10))) < 10
+        True
     """
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
         raise MemplanError(f"p is the probability that a batch is dropped, 0 <= p < 1, got {p!r}")

@@ -41,6 +41,16 @@ def pack_masks() -> Pass:
 
     Returns:
         A pass of effect ``EXACT``.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> layers = [one for _ in range(9) for one in (nn.Linear(64, 64), nn.Dropout())]
+        >>> model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+        >>> batch = torch.randn(256, 64), torch.randn(256, 64)
+        >>> planned = memplan.optimize(model, batch, budget="60%")  # it is one of the defaults
+        >>> planned.plan.peak_bytes <= planned.plan.budget_bytes
+        True
     """
     lowerings = {_PACK: _call_of_pack, _UNPACK: _call_of_unpack}
     return Pass(_NAME, Effect.EXACT, recoveries=_recoveries, lowerings=lowerings)

@@ -98,6 +98,17 @@ def keep_signs() -> Pass:
 
     Returns:
         A pass of effect ``EXACT``.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 64))
+        >>> model = memplan.WithLoss(net, nn.functional.mse_loss)
+        >>> batch = torch.randn(256, 64), torch.randn(256, 64)
+        >>> one = [memplan.passes.keep_signs()]
+        >>> planned = memplan.optimize(model, batch, passes=one, default_passes=False)
+        >>> memplan.compare(model, planned, batch).is_exact
+        True
     """
     return Pass(_NAME, Effect.EXACT, is_optional=True, rewrite_joint=_rewrite)
 

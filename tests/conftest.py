@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 from hypothesis import settings
 
+from memplan.costs import measured
 from memplan.planner import search
 from memplan.runtime import first_call
 
@@ -39,17 +40,18 @@ def cost_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def search_effort(request):
-    """A tenth of the search's effort: laws hold for any plan, and the rest is for faster ones.
+    """A tenth of the search's effort, and ops timed as often as they must be.
 
-    Nor are first calls compared with the untouched module, as tests do so for themselves. All of
-    it with ``--whole-effort``, and in files that say ``WHOLE_EFFORT = True`` or ``COMPARED =
-    True``.
+    Laws hold for any plan, and the rest is for faster ones. Nor are first calls compared with the
+    untouched module, as tests do so for themselves. All of it with ``--whole-effort``, and in files
+    that say ``WHOLE_EFFORT = True`` or ``COMPARED = True``.
     """
     with pytest.MonkeyPatch.context() as patch:
         is_whole = getattr(request.module, "WHOLE_EFFORT", False)
         if not is_whole and not request.config.getoption("--whole-effort"):
             for name in ("_CALLS", "_FEWEST_TIMES", "_MOST_TIMES"):
                 patch.setattr(search, name, getattr(search, name) // 10)
+            patch.setattr(measured, "_LONGEST_S", 0.0)
             if not getattr(request.module, "COMPARED", False):
                 patch.setattr(first_call, "what_is_due", lambda asked, effects: "none")
         yield
@@ -118,8 +120,9 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.slow)
 
 
-def pytest_collection_finish():
-    """Spare the collector what is imported by now: each measurement has it look at everything."""
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """Spare the collector what is there by now: each measurement has it look at everything."""
     gc.collect()
     gc.freeze()
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from memplan.compiler.lower import Prepared
+from memplan.compiler.lower import LoweredStep
 from memplan.ir.liveness import floor_bytes
 from memplan.planner import Solution, solve
 
 sys.path.insert(0, str(Path(__file__).parent))
-from steps import models, prepared
+from steps import lowered, models
 
 BUDGETS = 40
 
@@ -25,12 +25,12 @@ def curves(names: Iterable[str]) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         torch.manual_seed(0)
-        rows.append({"model": name, **curve(prepared(*models()[name]()[:2]))})
+        rows.append({"model": name, **curve(lowered(*models()[name]()[:2]))})
         print(line(rows[-1]), flush=True)
     return rows
 
 
-def curve(step: Prepared) -> dict[str, Any]:
+def curve(step: LoweredStep) -> dict[str, Any]:
     """Predicted slowdowns of budgets from the smallest to the unplanned peak, evenly spread."""
     program, resident = step.captured.program, step.captured.program.resident_bytes
     floor = floor_bytes(program, step.recoveries, step.costs) - resident
@@ -53,7 +53,7 @@ def curve(step: Prepared) -> dict[str, Any]:
     }
 
 
-def _planned(step: Prepared, budget_bytes: int) -> Solution:
+def _planned(step: LoweredStep, budget_bytes: int) -> Solution:
     return solve(
         step.captured.program, step.costs, step.recoveries,
         budget_bytes=budget_bytes, original_seconds=step.unplanned.seconds,

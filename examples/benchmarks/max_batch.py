@@ -36,7 +36,7 @@ from torch import nn
 
 import memplan
 from memplan.capture import source_of_call
-from memplan.compiler.lower import Prepared
+from memplan.compiler.lower import LoweredStep
 from memplan.ir.liveness import ScheduledStep, floor_bytes
 from memplan.ir.program import Costs, Op, OpCost, Phase, Program
 from memplan.ir.schedule import Catalog
@@ -45,7 +45,7 @@ from memplan.planner import keep_all, solve
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from layers import FLOAT_BYTES, everything_kept, layers_of, program_of
-from steps import prepared
+from steps import lowered
 
 from models import published
 
@@ -105,7 +105,7 @@ def in_layers(name: str) -> dict[str, Any]:
     }
 
 
-def training_step(name: str, batch: int, costs: str, device: str) -> tuple[Prepared, Any, Any]:
+def training_step(name: str, batch: int, costs: str, device: str) -> tuple[LoweredStep, Any, Any]:
     """The captured and priced step of a network with a loss; the module, and what it is given."""
     make, (height, width) = published.MODELS[name]
     with torch.device("meta"):
@@ -115,10 +115,10 @@ def training_step(name: str, batch: int, costs: str, device: str) -> tuple[Prepa
         model = memplan.WithLoss(make(), nn.functional.cross_entropy)
         images = torch.randn(batch, 3, height, width)
         targets = torch.randint(logits.shape[1], (batch, *logits.shape[2:]))
-    return prepared(model, (images, targets), costs=costs), model, (images, targets)
+    return lowered(model, (images, targets), costs=costs), model, (images, targets)
 
 
-def arithmetic(step: Prepared) -> Costs:
+def arithmetic(step: LoweredStep) -> Costs:
     """Multiply-adds instead of seconds: of products and convolutions; else one an element."""
 
     def cost(op: Op) -> OpCost:
@@ -132,7 +132,7 @@ def arithmetic(step: Prepared) -> Costs:
     return Costs({id: cost(op) for id, op in catalog.ops.items()}, "multiply-adds")
 
 
-def fits(step: Prepared, budget_bytes: int, *, is_planned: bool) -> bool:
+def fits(step: LoweredStep, budget_bytes: int, *, is_planned: bool) -> bool:
     """Whether a step is within the bytes: planned with one extra forward at most, or as it is."""
     program, costs = step.captured.program, arithmetic(step)
     if not is_planned:
@@ -162,9 +162,9 @@ def largest(start: int, does_fit: Callable[[int], bool]) -> int:
 def in_step(name: str, budget_bytes: int = BYTES) -> dict[str, Any]:
     """The same question of the step that torch runs, without the workspace of its kernels."""
     start = time.perf_counter()
-    steps: dict[int, Prepared] = {}
+    steps: dict[int, LoweredStep] = {}
 
-    def step(batch: int) -> Prepared:
+    def step(batch: int) -> LoweredStep:
         if batch not in steps:
             steps[batch] = training_step(name, batch, "analytic", "meta")[0]
         return steps[batch]
@@ -183,7 +183,7 @@ def in_step(name: str, budget_bytes: int = BYTES) -> dict[str, Any]:
     }
 
 
-def expected_batch(step: Prepared, batch: int, budget_bytes: int) -> int:
+def expected_batch(step: LoweredStep, batch: int, budget_bytes: int) -> int:
     """The batch that fits if the least peak of a step is linear in it."""
     program, costs = step.captured.program, arithmetic(step)
     limit = extra_forward(program, costs)

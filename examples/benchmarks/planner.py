@@ -33,8 +33,8 @@ from memplan.ir.liveness import ScheduledStep, floor_bytes
 from memplan.ir.program import Costs, Program
 from memplan.ir.schedule import Recovery
 from memplan.planner import bound_seconds, keep_all, solve
+from memplan.planner.account import account_of, keep_everything
 from memplan.planner.exact import solve_exactly
-from memplan.planner.lowering import keep_everything, lower
 from memplan.planner.problem import make_problem
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
@@ -45,7 +45,7 @@ import peers
 import scaled
 from blocks import BLOCKS
 from curves import curves
-from steps import models, prepared
+from steps import lowered, models
 
 from support.programs import recompute_all, training_step
 
@@ -60,7 +60,7 @@ def bounds(names: Iterable[str], limit_s: float) -> list[dict[str, Any]]:
     rows = []
     for name in names or made:
         torch.manual_seed(0)
-        step = prepared(*made[name]()[:2])
+        step = lowered(*made[name]()[:2])
         program, costs, recoveries = step.captured.program, step.costs, step.recoveries
         base = ScheduledStep(program, (), costs, keep_all(program, costs)).seconds
         resident = program.resident_bytes
@@ -166,7 +166,7 @@ def optimality(limit_s: float) -> list[dict[str, Any]]:
     rows = []
     for name, (program, costs, recoveries) in _small_programs():
         problem = make_problem(program, recoveries, costs)
-        base = lower(problem, keep_everything(problem))
+        base = account_of(problem, keep_everything(problem))
         floor = floor_bytes(program, recoveries, costs) - program.resident_bytes
         for share in ABOVE_FLOOR:
             target = int(floor + share * (base.peak - floor))
@@ -200,7 +200,7 @@ def _small_programs() -> Iterator[tuple[str, tuple[Program, Costs, tuple[Recover
         program, costs = training_step(seed, num_forward=20 + 4 * seed)
         yield f"random {seed}", (program, costs, recompute_all(program))
     for name, make in BLOCKS.items():
-        step = prepared(*make()[:2])
+        step = lowered(*make()[:2])
         yield name, (step.captured.program, step.costs, step.recoveries)
 
 

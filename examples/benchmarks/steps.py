@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 import memplan
-from memplan.compiler.lower import Prepared, prepare
+from memplan.compiler.lower import LoweredStep, lower
 from memplan.compiler.request import make_request
 from memplan.transforms.apply import changing
 
@@ -28,7 +28,7 @@ def models() -> Mapping[str, Callable[[], Any]]:
     return {**ROWS, **DEEP, **{f"{name} (large)": make for name, make in scaled.MODELS.items()}}
 
 
-def prepared(model: nn.Module, sample: Any, **options: Any) -> Prepared:
+def lowered(model: nn.Module, sample: Any, **options: Any) -> LoweredStep:
     """A step under the default passes, captured and priced."""
     request = make_request(
         model,
@@ -36,4 +36,4 @@ def prepared(model: nn.Module, sample: Any, **options: Any) -> Prepared:
     )
     batch = memplan.Sample.of(sample)
     with changing(model, batch, request.passes) as changed:
-        return prepare(changed, batch, request)
+        return lower(changed, batch, request)

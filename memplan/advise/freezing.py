@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from memplan.analysis import parts_of
 from memplan.capture import ONE_AT_A_TIME
 from memplan.capture.sample import Sample
-from memplan.compiler.lower import Prepared, prepare
+from memplan.compiler.lower import LoweredStep, lower
 from memplan.compiler.request import Request, make_request
 from memplan.errors import MemplanError
 from memplan.ir.liveness import ScheduledStep
@@ -132,11 +132,11 @@ def _choice(
     with ONE_AT_A_TIME, changing(model, sample, request.passes) as changed:
         trained = [one for one in changed.model.parameters() if one.requires_grad]
         trained_bytes = sum(one.untyped_storage().nbytes() for one in trained)
-        step = prepare(changed, sample, request.with_optimizer_of(changed.model))
+        step = lower(changed, sample, request.with_optimizer_of(changed.model))
     return _described(name, option, trained_bytes, step)
 
 
-def _described(name: str, option: str, trained_bytes: int, step: Prepared) -> FreezingChoice:
+def _described(name: str, option: str, trained_bytes: int, step: LoweredStep) -> FreezingChoice:
     program = step.captured.program
     kept = unplanned_step(program, step.costs)
     of_role: Counter[Role] = Counter()

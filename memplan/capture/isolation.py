@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import random
 import threading
 from collections.abc import Iterator
@@ -32,12 +33,11 @@ def unchanged_randomness() -> Iterator[None]:
             into the capture and be the same in every step.
     """
     numpy_state, python_state = np.random.get_state(legacy=False), random.getstate()
+    before = _numpy_state()
     with torch.random.fork_rng():
         try:
             yield
-            moved = random.getstate() != python_state or str(
-                np.random.get_state(legacy=False)
-            ) != str(numpy_state)
+            moved = random.getstate() != python_state or before != _numpy_state()
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
@@ -46,6 +46,10 @@ def unchanged_randomness() -> Iterator[None]:
             "the forward draws numbers from numpy.random or random; captured, they would be the "
             "same in every step. Draw them with torch, or outside of the module."
         )
+
+
+def _numpy_state() -> bytes:
+    return pickle.dumps(np.random.get_state(legacy=False))
 
 
 @contextlib.contextmanager

@@ -54,7 +54,8 @@ def compare(
             model, batch, budget=budget, max_slowdown=max_slowdown, optimizer=optimizer
         )
         comparison = profiler.compare(model, planned, batch, steps=steps)
-        traces = traces_of(model, planned, batch)
+        is_written = shape == "json" or output is not None
+        traces = traces_of(model, planned, batch) if is_written else {}
     again = f"{planned.plan.num_restores} ops run again. To train so: {_next(budget, planned)}"
     show_proof(comparison, planned.plan, traces, shape=shape, following=again, output=output)
 

@@ -82,22 +82,25 @@ def plan(
             options=options,
         )
         ranked: list[Technique] = []
-        if techniques and budget is not None:
-            alone = {**_each(), **named}
-            with progress():
-                ranked = compare_techniques(
-                    model, batch, budget=budget, passes=alone, optimizer=optimizer, options=options
-                )
         try:
             with progress():
-                prepared, found = autosize.make_plan(model, Sample.of(batch), request)
+                if techniques and budget is not None:
+                    ranked = compare_techniques(
+                        model,
+                        batch,
+                        budget=budget,
+                        passes={**_each(), **named},
+                        optimizer=optimizer,
+                        options=options,
+                    )
+                step, found = autosize.make_plan(model, Sample.of(batch), request)
         except InfeasibleBudget:
             # What comes nearest is the more wanted for it.
             _show_ranked(ranked, shape)
             raise
     traces = {
-        "unplanned, predicted": prepared.unplanned_trace(),
-        "planned, predicted": prepared.trace(found.schedule),
+        "unplanned, predicted": step.unplanned_trace(),
+        "planned, predicted": step.trace(found.schedule),
     }
     if output is not None:
         write_whole(output, found.to_json() + "\n")

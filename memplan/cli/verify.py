@@ -47,7 +47,8 @@ def verify(
     with failures(), mismatches(), progress():
         planned = api.optimize(model, batch, plan=saved, optimizer=optimizer)
         comparison = profiler.compare(model, planned, batch, steps=steps)
-        traces = traces_of(model, planned, batch)
+        is_written = shape == "json" or output is not None
+        traces = traces_of(model, planned, batch) if is_written else {}
     following = "The plan holds."
     show_proof(comparison, planned.plan, traces, shape=shape, following=following, output=output)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from memplan.capture import ONE_AT_A_TIME
 from memplan.capture.sample import Sample
-from memplan.compiler.lower import Prepared, prepare_each
+from memplan.compiler.lower import LoweredStep, lower_each
 from memplan.compiler.request import Request
 from memplan.compiler.select import select
 from memplan.errors import InfeasibleBudget, MemplanError
@@ -53,7 +53,7 @@ def fitted(model: nn.Module, sample: Sample | None, request: Request) -> Request
     return request
 
 
-def make_plan(model: nn.Module, sample: Sample, request: Request) -> tuple[Prepared, Plan]:
+def make_plan(model: nn.Module, sample: Sample, request: Request) -> tuple[LoweredStep, Plan]:
     """The captured step, and the plan that runs it. The model is as before.
 
     Raises:
@@ -61,7 +61,7 @@ def make_plan(model: nn.Module, sample: Sample, request: Request) -> tuple[Prepa
     """
     request = fitted(model, sample, request)
     with ONE_AT_A_TIME, changing(model, sample, request.passes) as changed:
-        steps = prepare_each(changed, sample, request.with_optimizer_of(changed.model))
+        steps = lower_each(changed, sample, request.with_optimizer_of(changed.model))
     return select(steps, request)
 
 

@@ -11,7 +11,7 @@ import warnings
 from functools import partial
 
 from memplan.capture.sample import Sample
-from memplan.compiler.lower import Prepared, prepare_each
+from memplan.compiler.lower import LoweredStep, lower_each
 from memplan.compiler.request import Request
 from memplan.compiler.select import choose, exact_schedule, select
 from memplan.emit.emit import emit
@@ -42,21 +42,21 @@ def build_step(changed: Changed, sample: Sample, request: Request) -> BuiltStep:
             "What is to run is planned for the device that the model is on."
         )
     request = request.with_optimizer_of(changed.model)
-    steps = prepare_each(changed, sample, request)
-    prepared, plan = select(steps, request)
-    return emit_step(prepared, plan, request)
+    steps = lower_each(changed, sample, request)
+    lowered, plan = select(steps, request)
+    return emit_step(lowered, plan, request)
 
 
-def emit_step(prepared: Prepared, chosen: Plan, request: Request) -> BuiltStep:
+def emit_step(lowered: LoweredStep, chosen: Plan, request: Request) -> BuiltStep:
     """The step that runs a plan."""
-    captured, recoveries = prepared.captured, prepared.recoveries
+    captured, recoveries = lowered.captured, lowered.recoveries
     in_backward = request.in_backward
     update = None if in_backward is None else in_backward.updating()
     emitted = emit(captured, recoveries, chosen.schedule, update)
     step = PlannedStep(
         captured,
         recoveries,
-        prepared.costs,
+        lowered.costs,
         emitted,
         chosen,
         in_backward,
@@ -70,8 +70,8 @@ def emit_step(prepared: Prepared, chosen: Plan, request: Request) -> BuiltStep:
     if not rounded(recoveries, chosen.schedule):
         return BuiltStep(step)
     check = DriftCheck(
-        again=lambda kept: emit_step(prepared, choose(prepared, request, kept), request),
-        reference=partial(exact_schedule, prepared, chosen),
+        again=lambda kept: emit_step(lowered, choose(lowered, request, kept), request),
+        reference=partial(exact_schedule, lowered, chosen),
         is_fixed=request.plan is not None,
     )
     return BuiltStep(step, check)

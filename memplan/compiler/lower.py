@@ -54,7 +54,7 @@ class PricedTrace:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class LoweredStep:
     """A step that was captured, rewritten and priced, and can be planned.
 
     Attributes:
@@ -145,7 +145,7 @@ def trace_and_price(changed: Changed, sample: Sample, request: Request) -> Price
     return PricedTrace(traced, pricing, captured, costs, unplanned)
 
 
-def rewrite_and_offer(original: PricedTrace, request: Request) -> Iterator[Prepared]:
+def rewrite_and_offer(original: PricedTrace, request: Request) -> Iterator[LoweredStep]:
     """The step with all that passes make of it; then, where that differs, without optional ones."""
     rewritten = _rewritten(original.traced, request)
     yield _offered(original, rewritten, request.passes)
@@ -157,25 +157,25 @@ def rewrite_and_offer(original: PricedTrace, request: Request) -> Iterator[Prepa
         yield _offered(original, without, plain)
 
 
-def prepare(changed: Changed, sample: Sample, request: Request) -> Prepared:
+def lower(changed: Changed, sample: Sample, request: Request) -> LoweredStep:
     """The step of a model that passes have changed, with all that they make of it."""
     return next(rewrite_and_offer(trace_and_price(changed, sample, request), request))
 
 
-def prepare_each(changed: Changed, sample: Sample, request: Request) -> tuple[Prepared, ...]:
+def lower_each(changed: Changed, sample: Sample, request: Request) -> tuple[LoweredStep, ...]:
     """The same, and without what optional passes rewrite; a saved plan is for the first."""
     steps = rewrite_and_offer(trace_and_price(changed, sample, request), request)
     return tuple(steps if request.plan is None else islice(steps, 1))
 
 
 @paused_collector()
-def _offered(original: PricedTrace, changed: Traced, passes: tuple[Pass, ...]) -> Prepared:
+def _offered(original: PricedTrace, changed: Traced, passes: tuple[Pass, ...]) -> LoweredStep:
     """Let passes offer recoveries for what they made of a trace, and price all."""
     pricing = original.pricing
     with ONE_AT_A_TIME:
         rewritten, offered = offers(pricing.read(changed), passes)
         captured, recoveries, costs = pricing.price_offered(rewritten, offered)
-    return Prepared(original.unplanned, original.device, captured, recoveries, costs, passes)
+    return LoweredStep(original.unplanned, original.device, captured, recoveries, costs, passes)
 
 
 def _targets(traced: Traced) -> list[object]:

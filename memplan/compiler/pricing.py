@@ -107,9 +107,9 @@ class Pricing:
     ) -> tuple[Captured, Costs]:
         ops = {op.id: op for op in captured.program.ops}
         for recovery in recoveries:
-            new = (recovery.prepare, recovery.restore)  # what is stashed is measured first
+            new = (recovery.stash_op, recovery.restore_op)  # what is stashed is measured first
             ops.update({op.id: op for op in new if op is not None})
-        stashed = [value for recovery in recoveries for value in recovery.keeps]
+        stashed = [value for recovery in recoveries for value in recovery.stashed]
         costs = self._costs(captured, ops.values(), stashed)
         program = captured.program.with_real_sizes(costs)
         if self.device is not None:
@@ -177,17 +177,17 @@ class Pricing:
 def _sized(recovery: Recovery, costs: Costs, is_cuda: bool, granule_bytes: int) -> Recovery:
     """What is stashed as large as it was seen to be; on the host only where that is another."""
     seen: dict[int, int] = {}
-    if recovery.prepare is not None:
-        sizes = costs.by_op[recovery.prepare.id].result_bytes
-        seen = dict(zip(recovery.prepare.results, sizes, strict=False))
-    keeps = []
-    for value in recovery.keeps:
+    if recovery.stash_op is not None:
+        sizes = costs.by_op[recovery.stash_op.id].result_bytes
+        seen = dict(zip(recovery.stash_op.results, sizes, strict=False))
+    stashed = []
+    for value in recovery.stashed:
         on_host = is_cuda and value.device is Memory.HOST
         nbytes = value.nbytes if on_host else seen.get(value.id, value.nbytes)
         nbytes = -(-nbytes // granule_bytes) * granule_bytes
         device = Memory.HOST if on_host else Memory.DEVICE
-        keeps.append(replace(value, device=device, nbytes=nbytes))
-    return replace(recovery, keeps=tuple(keeps))
+        stashed.append(replace(value, device=device, nbytes=nbytes))
+    return replace(recovery, stashed=tuple(stashed))
 
 
 def offers(captured: Captured, passes: Iterable[Pass]) -> tuple[Captured, tuple[Recovery, ...]]:
@@ -228,7 +228,7 @@ def _lowerings(passes: Iterable[Pass]) -> dict[str, Lowering]:
 
 def _check_lowered(num_ops: int, lowerings: Mapping[str, Lowering], recovery: Recovery) -> None:
     """Refuse an op of which no pass says how it is called."""
-    for op in (recovery.prepare, recovery.restore):
+    for op in (recovery.stash_op, recovery.restore_op):
         is_new = op is not None and op.id >= num_ops
         if op is not None and is_new and (op.variant_of is None or op.target not in lowerings):
             raise MemplanError(

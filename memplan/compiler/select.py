@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from memplan.capture import Captured
-from memplan.compiler.lower import Prepared
+from memplan.compiler.lower import LoweredStep
 from memplan.compiler.request import Request
 from memplan.errors import InfeasibleBudget, MemplanError, PlanMismatch
 from memplan.gc_pause import paused_collector
@@ -23,9 +23,9 @@ _LOG = logging.getLogger("memplan")
 
 
 @paused_collector()
-def select(steps: Iterable[Prepared], request: Request) -> tuple[Prepared, Plan]:
+def select(steps: Iterable[LoweredStep], request: Request) -> tuple[LoweredStep, Plan]:
     """The best plan of several ways to run a step."""
-    found: list[tuple[Prepared, Plan]] = []
+    found: list[tuple[LoweredStep, Plan]] = []
     failures: list[InfeasibleBudget] = []
     for one in steps:
         try:
@@ -37,7 +37,7 @@ def select(steps: Iterable[Prepared], request: Request) -> tuple[Prepared, Plan]
     return min(found, key=partial(_rank, request))
 
 
-def _rank(request: Request, found: tuple[Prepared, Plan]) -> tuple[bool, bool, float]:
+def _rank(request: Request, found: tuple[LoweredStep, Plan]) -> tuple[bool, bool, float]:
     """Lower for a better plan: within its bounds, then fast where a budget holds, else small."""
     step, chosen = found
     budget_bytes = step.resolve(request.budget)
@@ -48,7 +48,7 @@ def _rank(request: Request, found: tuple[Prepared, Plan]) -> tuple[bool, bool, f
     return is_over, is_slow, chosen.peak_bytes if is_small else chosen.seconds
 
 
-def choose(step: Prepared, request: Request, anchors: frozenset[int] = frozenset()) -> Plan:
+def choose(step: LoweredStep, request: Request, anchors: frozenset[int] = frozenset()) -> Plan:
     """The plan for a captured step; ``anchors`` are values that nothing gives back by rounding."""
     captured, recoveries = step.captured, step.recoveries
     if request.plan is not None:
@@ -69,7 +69,7 @@ def choose(step: Prepared, request: Request, anchors: frozenset[int] = frozenset
     return chosen
 
 
-def exact_schedule(step: Prepared, chosen: Plan) -> Schedule | None:
+def exact_schedule(step: LoweredStep, chosen: Plan) -> Schedule | None:
     """A schedule of exact recoveries within a plan's budget; without one, of least peak."""
     solution = solve(
         step.captured.program,
@@ -82,7 +82,7 @@ def exact_schedule(step: Prepared, chosen: Plan) -> Schedule | None:
 
 
 def _solved(
-    step: Prepared, request: Request, anchors: frozenset[int]
+    step: LoweredStep, request: Request, anchors: frozenset[int]
 ) -> tuple[Schedule, int | None]:
     """The schedule that was asked for, and the budget in bytes."""
     program, costs, options = step.captured.program, step.costs, request.options
@@ -117,7 +117,7 @@ def _solved(
     return solution.schedule, solution.peak_bytes
 
 
-def _slowdown_bound(step: Prepared, chosen: Plan, request: Request) -> float:
+def _slowdown_bound(step: LoweredStep, chosen: Plan, request: Request) -> float:
     """No plan within the same budget has a lower slowdown."""
     budget_bytes = chosen.budget_bytes
     seconds = bound_seconds(

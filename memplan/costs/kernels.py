@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from memplan.capture import unchanged_randomness
 from memplan.costs.cache import CostCache
-from memplan.costs.meters import metering
+from memplan.costs.meters import metering, result_of
 from memplan.costs.operands import filled, make_valid, other_cases
 from memplan.errors import MemplanError
 from memplan.ir.program import OpCost
@@ -87,12 +88,10 @@ def _measure(calls: Mapping[str, KernelCall], device: torch.device) -> dict[str,
                 args = _with_own_workspace(call.target, args)
                 make_valid(call.target, args, kwargs)
                 with torch.set_grad_enabled(call.with_grad):
-                    call.target(*args, **kwargs)
-                    with meter.during(numbers[name]):
-                        result = call.target(*args, **kwargs)
-                        for _ in other_cases(call.target, args, kwargs):
-                            del result
-                            result = call.target(*args, **kwargs)
+                    run = partial(call.target, *args, **kwargs)
+                    run()
+                    cases = other_cases(call.target, args, kwargs)
+                    result = result_of(meter, numbers[name], run, cases)
             except torch.OutOfMemoryError as error:
                 raise MemplanError(
                     f"there is not enough memory to measure {call.target} alone; use analytic costs"
@@ -102,7 +101,7 @@ def _measure(calls: Mapping[str, KernelCall], device: torch.device) -> dict[str,
                 refusals[name] = KernelMemory(refusal=f"{call.target}: {cause}")
                 continue
             results[name] = _result_bytes(result, (args, kwargs))
-            del result, args, kwargs
+            del result, args, kwargs, run, cases
     peaks = meter.peaks([numbers[name] for name in results])
     measured = {
         name: KernelMemory(max(0, peaks[numbers[name]] - sum(nbytes)), nbytes)

@@ -19,7 +19,7 @@ from memplan.capture import (
     unchanged_randomness,
 )
 from memplan.costs.cache import CostCache
-from memplan.costs.meters import call_seconds, metering
+from memplan.costs.meters import call_seconds, metering, result_of
 from memplan.costs.operands import made_up_like, make_valid, other_cases
 from memplan.ir.program import Costs, Layout, Op, OpCost
 from memplan.torch_internals import storage_key, without_autocast
@@ -140,11 +140,7 @@ def _measure(
             if refusal := _refusal(runnable, op, elsewhere):
                 refused[signature] = OpCost(0.0, refusal=refusal)
                 continue
-            with meter.during(str(number)):
-                result = runnable.run()
-                for _ in runnable.cases:
-                    del result
-                    result = runnable.run()
+            result = result_of(meter, str(number), runnable.run, runnable.cases)
             tensors = _in_recorded_places(captured, op, result)
             given = (*runnable.operands.values(), *runnable.stashed)
             result_bytes[signature] = _storage_bytes(tensors, given, device)
@@ -171,14 +167,14 @@ def _measure(
 def _seconds(bench: _Bench, measured: Mapping[str, Op]) -> dict[str, float]:
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    for number in range(_MOST_ROUNDS):
-        if number >= _ROUNDS and time.perf_counter() - start > _LONGEST_S:
-            break
-        _LOG.debug("timing %d ops, round %d of at least %d", len(measured), number + 1, _ROUNDS)
-        for signature, op in measured.items():
-            with unchanged_randomness(), torch.no_grad(), without_autocast():
+    with unchanged_randomness(), torch.no_grad(), without_autocast():
+        for number in range(_MOST_ROUNDS):
+            if number >= _ROUNDS and time.perf_counter() - start > _LONGEST_S:
+                break
+            _LOG.debug("timing %d ops, round %d of at least %d", len(measured), number + 1, _ROUNDS)
+            for signature, op in measured.items():
                 taken = call_seconds(bench.runnable(op).run, bench.captured.device)
-            seconds[signature] = min(taken, seconds.get(signature, taken))
+                seconds[signature] = min(taken, seconds.get(signature, taken))
     return seconds
 
 

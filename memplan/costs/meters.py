@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -36,6 +36,16 @@ class Meter(Protocol):
 
     def peaks(self, names: Iterable[str]) -> dict[str, int]:
         """The most bytes allocated, net, in stretches; asked for when the meter is closed."""
+
+
+def result_of(meter: Meter, name: str, run: Callable[[], Any], cases: Iterable[object]) -> Any:
+    """What a call returns that is metered under a name, once and again for each case."""
+    with meter.during(name):
+        result = run()
+        for _ in cases:
+            del result
+            result = run()
+    return result
 
 
 class _CpuMeter:

@@ -222,7 +222,7 @@ def floor_bytes(program: Program, recoveries: Iterable[Recovery], costs: Costs) 
     At each op, its operands, results and workspace are alive, and with them everything that no
     recovery restores and that is needed later. The bound is the most bytes of any op.
     """
-    restorable = {id for r in recoveries for id in r.restores} - program.held
+    restorable = {id for r in recoveries for id in r.values} - program.held
     last_use: dict[int, int] = {}
     for op in program.ops:
         for id in (*op.operands, *op.results):

@@ -37,12 +37,12 @@ class Recovery:
 
     Attributes:
         pass_name: the pass that offers it.
-        restores: the values that come back; all are results of one captured op.
-        restore: the op that brings them back; its results are ``restores``. Either a captured op,
-            or a new one whose id and whose kept operands lie past the program's.
-        prepare: an op whose results are ``keeps``: run directly before the producing op, or after
-            it if it reads ``restores``.
-        keeps: what is held instead of the values from then on.
+        values: what comes back; all are results of one captured op.
+        restore_op: brings them back; its results are ``values``. Either a captured op, or a new one
+            whose id and whose stashed operands lie past the program's.
+        stash_op: makes what is ``stashed``: run directly before the producing op, or after it if it
+            reads ``values``.
+        stashed: what is held instead of the values from then on.
         exactness: ``EXACT`` if the copy has the bits of the original.
         chain: for copies that are made of copies, each with a rounding of its own: which chain of
             them this is a part of, in words.
@@ -50,10 +50,10 @@ class Recovery:
     """
 
     pass_name: str
-    restores: tuple[int, ...]
-    restore: Op
-    prepare: Op | None = None
-    keeps: tuple[Value, ...] = ()
+    values: tuple[int, ...]
+    restore_op: Op
+    stash_op: Op | None = None
+    stashed: tuple[Value, ...] = ()
     exactness: Effect = Effect.EXACT
     chain: str = ""
     tolerance: float = 0.0
@@ -75,8 +75,8 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepare:
-    """Run a recovery's ``prepare`` op. Attributes as in ``Run``."""
+class Stash:
+    """Run a recovery's ``stash_op``. Attributes as in ``Run``."""
 
     op: int
     binds: tuple[int, ...]
@@ -85,7 +85,7 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Run a recovery's ``restore`` op: from here on ``binds`` name the new copies."""
+    """Run a recovery's ``restore_op``: from here on ``binds`` name the new copies."""
 
     op: int
     binds: tuple[int, ...]
@@ -99,14 +99,15 @@ class Free:
     value: int
 
 
-Step: TypeAlias = Run | Prepare | Restore | Free
-Call: TypeAlias = Run | Prepare | Restore
+Step: TypeAlias = Run | Stash | Restore | Free
+Call: TypeAlias = Run | Stash | Restore
 
-_KINDS: dict[str, type[Run] | type[Prepare] | type[Restore]] = {
+_KINDS: dict[str, type[Run] | type[Stash] | type[Restore]] = {
     "run": Run,
-    "prepare": Prepare,
+    "prepare": Stash,  # the name that saved plans have
     "restore": Restore,
 }
+_NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _step_to_json(step: Step) -> list[object]:
     if isinstance(step, Free):
         return ["free", step.value]
     over = [] if step.over is None else [step.over]
-    return [type(step).__name__.lower(), step.op, list(step.binds), *over]
+    return [_NAMES[type(step)], step.op, list(step.binds), *over]
 
 
 def _as_list(data: object) -> list[object]:
@@ -188,7 +189,7 @@ def start_of_backward(program: Program, schedule: Schedule) -> int:
             break
         if isinstance(step, Run) and step.op == program.turn - 1:
             last = position
-    # what is freed or prepared after the forward's last op belongs to it
+    # what is freed or stashed after the forward's last op belongs to it
     following = schedule.steps[last + 1 :]
     calls = (k for k, step in enumerate(following) if isinstance(step, Run | Restore))
     return last + 1 + next(calls, len(following))
@@ -205,12 +206,12 @@ class Catalog:
     def of(cls, program: Program, recoveries: Iterable[Recovery]) -> Catalog:
         """Merge; ids of recoveries' new ops and values must not repeat."""
         recoveries = tuple(recoveries)
-        new_ops = [op for r in recoveries for op in (r.prepare, r.restore) if op is not None]
+        new_ops = [op for r in recoveries for op in (r.stash_op, r.restore_op) if op is not None]
         return cls(
             ops={op.id: op for op in chain(program.ops, new_ops)},
             values={
                 value.id: value
-                for value in chain(program.values, *(recovery.keeps for recovery in recoveries))
+                for value in chain(program.values, *(recovery.stashed for recovery in recoveries))
             },
         )
 
@@ -226,8 +227,8 @@ def check_schedule(program: Program, recoveries: Sequence[Recovery], schedule: S
         PlanMismatch: naming the first step that is not legal.
     """
     catalog = Catalog.of(program, recoveries)
-    restoring = {recovery.restore.id for recovery in recoveries}
-    preparing = {recovery.prepare.id for recovery in recoveries if recovery.prepare is not None}
+    restoring = {recovery.restore_op.id for recovery in recoveries}
+    stashing = {recovery.stash_op.id for recovery in recoveries if recovery.stash_op is not None}
     live = {value.id for value in program.values if value.role.is_resident}
     overwritten: set[int] = set()
     next_op = position = 0
@@ -252,7 +253,7 @@ def check_schedule(program: Program, recoveries: Sequence[Recovery], schedule: S
             elif isinstance(step, Restore):
                 _require(step.op in restoring, f"restores by op {step.op}, which nothing offers")
             else:
-                _require(step.op in preparing, f"prepares by op {step.op}, which nothing offers")
+                _require(step.op in stashing, f"stashes by op {step.op}, which nothing offers")
             _check_call(program, catalog, step, live, overwritten)
     _require(next_op == len(program.ops), f"stops before op {next_op}")
     tangents = {value.id for value in program.values if value.role.value == "tangent"}

@@ -17,7 +17,7 @@ import numpy as np
 
 from memplan.ir.program import Costs, Program
 from memplan.ir.schedule import Recovery
-from memplan.planner.lowering import keep_everything, lower
+from memplan.planner.account import account_of, keep_everything
 from memplan.planner.problem import Problem, make_problem
 from memplan.planner.windows import Windows
 
@@ -34,7 +34,7 @@ def least_seconds(problem: Problem, target: int, time_limit_s: float = 10.0) -> 
     Raises:
         MemplanError: if the extra ``exact`` is not installed.
     """
-    base = lower(problem, keep_everything(problem))
+    base = account_of(problem, keep_everything(problem))
     if base.peak <= target:
         return base.seconds
     most = np.zeros(problem.num_ops, dtype=np.int64)

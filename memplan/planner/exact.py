@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from memplan.ir.liveness import ScheduledStep
 from memplan.ir.program import Costs, Program
 from memplan.ir.schedule import Effect, Recovery, Restore, Schedule
-from memplan.planner.lowering import follow, to_schedule
+from memplan.planner.account import follow, to_schedule
 from memplan.planner.problem import Problem, inverts, make_problem
 from memplan.planner.search import Solution
 from memplan.planner.windows import Windows
@@ -60,13 +60,13 @@ def solve_exactly(problem: Problem, target: int, time_limit_s: float) -> Exact:
             return Exact(None, math.inf, math.inf, is_proven=True)
         if math.isinf(answer.objective):
             return Exact(None, math.inf, base + bound, is_proven=False)
-        lowered = follow(problem, windows.calls(answer))
-        if lowered.peak <= target:
-            schedule = to_schedule(problem, lowered)
-            return Exact(schedule, lowered.seconds, base + bound, is_proven=answer.is_optimal)
+        account = follow(problem, windows.calls(answer))
+        if account.peak <= target:
+            schedule = to_schedule(problem, account)
+            return Exact(schedule, account.seconds, base + bound, is_proven=answer.is_optimal)
         broken = {
             (call.time - 1, call.op)
-            for call, peak in zip(lowered.calls, lowered.peak_bytes.tolist(), strict=True)
+            for call, peak in zip(account.calls, account.peak_bytes.tolist(), strict=True)
             if peak > target and call.kind is Restore
         }
         if left <= 0 or broken <= counted:
@@ -94,7 +94,7 @@ def prove(
         one
         for one in recoveries
         if not inverts(program, one)
-        and (one.exactness is Effect.EXACT or anchors.isdisjoint(one.restores))
+        and (one.exactness is Effect.EXACT or anchors.isdisjoint(one.values))
     ]
     problem = make_problem(program, recoveries, costs)
     exact = solve_exactly(problem, budget_bytes - program.resident_bytes, time_limit_s)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from memplan.ir.liveness import floor_bytes
 from memplan.ir.program import Costs, Program
 from memplan.ir.schedule import Recovery
+from memplan.planner.account import Evaluated
 from memplan.planner.improve import add_back
-from memplan.planner.lowering import Evaluated
 from memplan.planner.problem import Problem, make_problems
 from memplan.planner.search import (
     MAX_SLOWDOWN,

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from memplan.ir.schedule import Restore, Run
-from memplan.planner.lowering import Decisions, Lowered, ScheduledCall
+from memplan.planner.account import Account, Decisions, ScheduledCall
 from memplan.planner.problem import Problem
 
 _REACH = 4
@@ -20,11 +20,11 @@ _REACH = 4
 
 
 def hoist(
-    problem: Problem, decisions: Decisions, lowered: Lowered, target: int
+    problem: Problem, decisions: Decisions, account: Account, target: int
 ) -> Decisions | None:
     """The decisions with restores that are over the target moved; None if none can be."""
-    calls = lowered.calls
-    over = [int(p) for p in np.flatnonzero(lowered.peak_bytes > target)]
+    calls = account.calls
+    over = [int(p) for p in np.flatnonzero(account.peak_bytes > target)]
     times = sorted({calls[p].time for p in over if calls[p].kind is Restore})
     if not times:
         return None
@@ -36,7 +36,7 @@ def hoist(
         wanted = _wanted(problem, group, time)
         places = range(time - 1, max(_earliest(problem, wanted, time), time - _REACH) - 1, -1)
         room = target - sum(problem.nbytes[value] for value in wanted)
-        at = _better_place(lowered, [(place, runs[place]) for place in places], first, room)
+        at = _better_place(account, [(place, runs[place]) for place in places], first, room)
         if at is None:
             continue
         for call in group:
@@ -65,21 +65,21 @@ def _wanted(problem: Problem, group: list[ScheduledCall], time: int) -> set[int]
 
 
 def _better_place(
-    lowered: Lowered, places: list[tuple[int, int]], first: int, most_bytes: int
+    account: Account, places: list[tuple[int, int]], first: int, most_bytes: int
 ) -> int | None:
     """The op before which the restores have most room, if what they make can be held from there.
 
     Args:
-        lowered: the account.
+        account: of the schedule so far.
         places: ops and their positions, latest first.
         first: position of the first of the restores.
         most_bytes: that may be alive meanwhile.
     """
     best, most_room = None, 0
     for op, position in places:
-        if int(lowered.peak_bytes[position:first].max(initial=0)) > most_bytes:
+        if int(account.peak_bytes[position:first].max(initial=0)) > most_bytes:
             break
-        room = int(lowered.before_bytes[first] - lowered.before_bytes[position])
+        room = int(account.before_bytes[first] - account.before_bytes[position])
         if room > most_room:
             best, most_room = op, room
     return best

@@ -15,14 +15,14 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from memplan.ir.schedule import Restore, Run
-from memplan.planner.lowering import (
+from memplan.planner.account import (
+    Account,
     Decisions,
     Effort,
     Evaluated,
-    Lowered,
     ScheduledCall,
+    account_of,
     keep_everything,
-    lower,
 )
 from memplan.planner.problem import Problem
 from memplan.planner.repair import Greed, repair
@@ -52,36 +52,36 @@ def add_back(
     problem: Problem, state: Evaluated, target: int, effort: Effort, tries: int | None = None
 ) -> Evaluated:
     """Undo drops that the target does not need, the dearest for their bytes first."""
-    lowered = lower(problem, state.decisions)
+    account = account_of(problem, state.decisions)
     chosen = problem.choosing(state.decisions.via).recovery
 
     def worth(drop: tuple[Drop, slice]) -> tuple[float, Drop]:
         value, _ = drop[0]
-        seconds = problem.op_seconds[chosen[value].restore.id]
+        seconds = problem.op_seconds[chosen[value].restore_op.id]
         return (-seconds / max(problem.nbytes[value], 1), drop[0])
 
-    for drop, gap in sorted(dropped_gaps(problem, lowered).items(), key=worth):
+    for drop, gap in sorted(dropped_gaps(problem, account).items(), key=worth):
         if not effort.is_left or tries == 0:
             break
-        if lowered.peak_bytes[gap].max(initial=0) + problem.nbytes[drop[0]] > target:
+        if account.peak_bytes[gap].max(initial=0) + problem.nbytes[drop[0]] > target:
             continue
         changed = _without(state.decisions, {drop})
         if changed == state.decisions:
             continue
-        tried = lower(problem, changed)
+        tried = account_of(problem, changed)
         effort.spend(len(tried.calls))
         tries = None if tries is None else tries - 1
         if tried.peak <= target and tried.seconds <= state.seconds:
-            lowered, state = tried, Evaluated.of(changed, tried)
+            account, state = tried, Evaluated.of(changed, tried)
     return state
 
 
-def dropped_gaps(problem: Problem, lowered: Lowered) -> dict[Drop, slice]:
+def dropped_gaps(problem: Problem, account: Account) -> dict[Drop, slice]:
     """Where each dropped value is missing: positions from its last use to its next making."""
-    runs = {call.op: call for call in lowered.calls if call.kind is Run}
+    runs = {call.op: call for call in account.calls if call.kind is Run}
     end: dict[int, ScheduledCall] = {}
     gaps: dict[Drop, slice] = {}
-    for copy in sorted(lowered.copies, key=lambda copy: copy.made.position):
+    for copy in sorted(account.copies, key=lambda copy: copy.made.position):
         if copy.made.kind is Restore:
             producer = problem.program.values[copy.value].producer
             assert producer is not None, "what is restored was produced"
@@ -143,8 +143,8 @@ def _repaired(
         may_choose=may_choose,
         weigh=_random_weights(draw),
     )
-    for decisions, lowered in repair(problem, start, target, effort, greed):
-        last = Evaluated.of(decisions, lowered)
+    for decisions, account in repair(problem, start, target, effort, greed):
+        last = Evaluated.of(decisions, account)
     return last if last is not None and last.peak <= target else None
 
 

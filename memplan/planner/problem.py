@@ -39,8 +39,8 @@ class Problem:
             that op.
         latest: restore op to the captured op that writes over what it reads, for those of which
             something is written over: it can run before that one and not after.
-        producer: kept value to the captured op directly before or after whose run it is prepared.
-        prepared_after: ``prepare`` ops that run after the captured op that they are for, whose
+        producer: kept value to the captured op directly before or after whose run it is stashed.
+        stashed_after: stash ops that run after the captured op that they are for, whose
             results they read.
         tangent_bytes: bytes that the caller allocates when the backward starts.
         part: for each captured op, how often the step has turned from forward to backward before
@@ -62,7 +62,7 @@ class Problem:
     inverted: dict[int, int]
     latest: dict[int, int]
     producer: dict[int, int]
-    prepared_after: frozenset[int]
+    stashed_after: frozenset[int]
     tangent_bytes: int
     part: tuple[int, ...]
 
@@ -88,19 +88,19 @@ class Problem:
 
     def can_come_back_by(self, recovery: Recovery, value: int, time: int) -> bool:
         """The same of one of its recoveries."""
-        if time > self.latest.get(recovery.restore.id, time):
+        if time > self.latest.get(recovery.restore_op.id, time):
             return False
         made = self.inverted.get(value)
         return made is None or (time > made and self.is_backward(time))
 
     def restore_seconds(self, recovery: Recovery) -> float:
-        """Time of a restore, and of what prepares it."""
-        prepare = 0.0 if recovery.prepare is None else self.op_seconds[recovery.prepare.id]
-        return prepare + self.op_seconds[recovery.restore.id]
+        """Time of a restore, and of its stash."""
+        stash_s = 0.0 if recovery.stash_op is None else self.op_seconds[recovery.stash_op.id]
+        return stash_s + self.op_seconds[recovery.restore_op.id]
 
     def kept_bytes(self, recovery: Recovery) -> int:
         """What a recovery keeps instead of a value."""
-        return sum(self.nbytes[kept.id] for kept in recovery.keeps)
+        return sum(self.nbytes[kept.id] for kept in recovery.stashed)
 
     @property
     def num_ops(self) -> int:
@@ -166,8 +166,8 @@ def make_problem(
         inverted=inverted,
         latest=_latest(program, recoveries),
         producer=_producers(program, recoveries),
-        prepared_after=frozenset(
-            r.prepare.id for r in recoveries if r.prepare is not None and r.prepare.operands
+        stashed_after=frozenset(
+            r.stash_op.id for r in recoveries if r.stash_op is not None and r.stash_op.operands
         ),
         tangent_bytes=tangent_bytes(program),
         part=_parts(program),
@@ -186,16 +186,16 @@ def _options(
 
     def rank(recovery: Recovery) -> tuple[float, float, bool]:
         seconds = _cost(recovery, costs)
-        kept_bytes = sum(value.device_bytes for value in recovery.keeps)
+        kept_bytes = sum(value.device_bytes for value in recovery.stashed)
         order = (kept_bytes, seconds) if is_lean else (seconds, kept_bytes)
         return (*order, recovery.exactness is not Effect.EXACT)
 
     options: dict[int, dict[int, Recovery]] = {}
     for recovery in sorted(recoveries, key=rank):
-        for id in recovery.restores:
+        for id in recovery.values:
             is_close = recovery.exactness is Effect.EXACT or id not in anchors
             if id not in program.held and is_close:
-                options.setdefault(id, {}).setdefault(recovery.restore.id, recovery)
+                options.setdefault(id, {}).setdefault(recovery.restore_op.id, recovery)
     return options
 
 
@@ -210,7 +210,8 @@ def _without_cycles(
     Where nothing reads what was made after what it restores, that cannot be.
     """
     kept = {
-        id: {one.restore.id: one} if id in inverted else options[id] for id, one in chosen.items()
+        id: {one.restore_op.id: one} if id in inverted else options[id]
+        for id, one in chosen.items()
     }
     every = (one for of in kept.values() for one in of.values())
     if not any(inverts(program, one) for one in every):
@@ -219,11 +220,11 @@ def _without_cycles(
         (id, read)
         for id, of in kept.items()
         for one in of.values()
-        for read in one.restore.operands
+        for read in one.restore_op.operands
     )
     for component in nx.strongly_connected_components(reads):
         if len(component) > 1:
-            kept |= {id: {chosen[id].restore.id: chosen[id]} for id in component if id in kept}
+            kept |= {id: {chosen[id].restore_op.id: chosen[id]} for id in component if id in kept}
     return kept
 
 
@@ -232,7 +233,7 @@ def _producers(program: Program, recoveries: Sequence[Recovery]) -> dict[int, in
     found: dict[int, int] = {}
     for recovery in recoveries:
         made_by = _made_by(program, recovery)
-        found |= dict.fromkeys((kept.id for kept in recovery.keeps), made_by)
+        found |= dict.fromkeys((kept.id for kept in recovery.stashed), made_by)
     return found
 
 
@@ -271,7 +272,7 @@ def _latest(program: Program, recoveries: Sequence[Recovery]) -> dict[int, int]:
     for op in reversed(program.ops):
         writers.update((value, op.id) for value in op.mutates)
     written = {
-        one.restore.id: [writers[id] for id in one.restore.operands if id in writers]
+        one.restore_op.id: [writers[id] for id in one.restore_op.operands if id in writers]
         for one in recoveries
     }
     return {op: min(ops) for op, ops in written.items() if ops}
@@ -290,7 +291,7 @@ def inverts(program: Program, recovery: Recovery) -> bool:
 
 def _made_by(program: Program, recovery: Recovery) -> int:
     """The captured op that makes what a recovery restores."""
-    made_by = program.values[recovery.restores[0]].producer
+    made_by = program.values[recovery.values[0]].producer
     assert made_by is not None, "a recovery restores what an op produced"
     return made_by
 
@@ -301,10 +302,10 @@ def _later_sources(program: Program, recovery: Recovery) -> dict[int, int]:
     That is what ops made that read it themselves; where it reads none of that, all that was made
     after it.
     """
-    restored = set(recovery.restores)
+    restored = set(recovery.values)
     made = {
         id: program.values[id].producer
-        for id in recovery.restore.operands
+        for id in recovery.restore_op.operands
         if id < len(program.values)
     }
     later = {
@@ -322,12 +323,12 @@ def _invert(
 ) -> frozenset[int]:
     """Let values come back from later ones; what nothing gives back among those is kept."""
     kept = anchors | program.held
-    wanted = {id: one for one in inverting for id in one.restores if id not in kept}
+    wanted = {id: one for one in inverting for id in one.values if id not in kept}
     sources = {source for one in wanted.values() for source in _later_sources(program, one)}
     for id in (sources | anchors) - wanted.keys():
         chosen.pop(id, None)
     chosen.update(wanted)
-    reads = nx.DiGraph((id, read) for id in chosen for read in chosen[id].restore.operands)
+    reads = nx.DiGraph((id, read) for id in chosen for read in chosen[id].restore_op.operands)
     for component in nx.strongly_connected_components(reads):
         for id in component if len(component) > 1 else ():
             chosen.pop(id, None)
@@ -354,5 +355,5 @@ def _overwritable(
 
 
 def _cost(recovery: Recovery, costs: Costs) -> float:
-    prepare = 0.0 if recovery.prepare is None else costs.by_op[recovery.prepare.id].seconds
-    return prepare + costs.by_op[recovery.restore.id].seconds
+    stash_s = 0.0 if recovery.stash_op is None else costs.by_op[recovery.stash_op.id].seconds
+    return stash_s + costs.by_op[recovery.restore_op.id].seconds

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memplan.ir.schedule import Effect, Recovery, Restore, Run
+from memplan.planner.account import Account, Decisions, Effort, ScheduledCall, account_of
 from memplan.planner.hoist import hoist
-from memplan.planner.lowering import Decisions, Effort, Lowered, ScheduledCall, lower
 from memplan.planner.problem import Problem
 
 _MAX_CHAIN = 400
@@ -90,7 +90,7 @@ class Candidate:
     def order(self) -> tuple[float, bool, int, int, int]:
         """The best first; of alike ones the exact."""
         is_inexact = self.recovery.exactness is not Effect.EXACT
-        return self.score, is_inexact, self.value, self.time, self.recovery.restore.id
+        return self.score, is_inexact, self.value, self.time, self.recovery.restore_op.id
 
 
 def repair(
@@ -99,7 +99,7 @@ def repair(
     target: int,
     effort: Effort,
     greed: Greed,
-) -> Iterator[tuple[Decisions, Lowered]]:
+) -> Iterator[tuple[Decisions, Account]]:
     """Yield the start and each round's decisions, until the target is met or nothing helps.
 
     Args:
@@ -110,20 +110,20 @@ def repair(
         greed: how to choose.
     """
     decisions = start
-    lowered = lower(problem, decisions)
-    effort.spend(len(lowered.calls))
-    yield decisions, lowered
+    account = account_of(problem, decisions)
+    effort.spend(len(account.calls))
+    yield decisions, account
     least, stale = math.inf, 0
-    while lowered.peak > target and effort.is_left and lowered.seconds <= greed.most_seconds:
-        hoisted = hoist(problem, decisions, lowered, target)
+    while account.peak > target and effort.is_left and account.seconds <= greed.most_seconds:
+        hoisted = hoist(problem, decisions, account, target)
         if hoisted is not None:
-            tried = lower(problem, hoisted)
+            tried = account_of(problem, hoisted)
             effort.spend(len(tried.calls))
-            if _excess(tried, target) < _excess(lowered, target):
-                decisions, lowered = hoisted, tried
-                yield decisions, lowered
+            if _excess(tried, target) < _excess(account, target):
+                decisions, account = hoisted, tried
+                yield decisions, account
                 continue
-        chosen = _choose(problem.choosing(decisions.via), lowered, target, greed)
+        chosen = _choose(problem.choosing(decisions.via), account, target, greed)
         updated = _apply(problem, decisions, chosen)
         if stale == _PATIENCE or updated == decisions:
             if not greed.may_stretch:
@@ -131,16 +131,16 @@ def repair(
             greed, stale = replace(greed, may_stretch=False), 0
             continue
         decisions = updated
-        lowered = lower(problem, decisions)
-        effort.spend(_ROUND_CALLS * len(lowered.calls))
-        excess = _excess(lowered, target)
+        account = account_of(problem, decisions)
+        effort.spend(_ROUND_CALLS * len(account.calls))
+        excess = _excess(account, target)
         stale = 0 if excess < least else stale + 1
         least = min(least, excess)
-        yield decisions, lowered
+        yield decisions, account
 
 
-def _excess(lowered: Lowered, target: int) -> int:
-    return int(np.maximum(lowered.peak_bytes - target, 0).sum())
+def _excess(account: Account, target: int) -> int:
+    return int(np.maximum(account.peak_bytes - target, 0).sum())
 
 
 def _apply(problem: Problem, decisions: Decisions, chosen: list[Candidate]) -> Decisions:
@@ -148,7 +148,7 @@ def _apply(problem: Problem, decisions: Decisions, chosen: list[Candidate]) -> D
     breaks = set(decisions.breaks)
     via = dict(decisions.via)
     for candidate in chosen:
-        via[candidate.value] = candidate.recovery.restore.id
+        via[candidate.value] = candidate.recovery.restore_op.id
         if candidate.crosses:
             evicted.add(candidate.value)
             evicted.difference_update(candidate.stretched)
@@ -156,17 +156,17 @@ def _apply(problem: Problem, decisions: Decisions, chosen: list[Candidate]) -> D
             breaks.add((candidate.value, candidate.time))
         breaks.difference_update((parent, candidate.time) for parent in candidate.stretched)
         breaks.update((parent, candidate.time) for parent in candidate.parents)
-    others = ((v, op) for v, op in via.items() if op != problem.recovery[v].restore.id)
+    others = ((v, op) for v, op in via.items() if op != problem.recovery[v].restore_op.id)
     return Decisions(frozenset(evicted), frozenset(breaks), decisions.early, frozenset(others))
 
 
-def _choose(problem: Problem, lowered: Lowered, target: int, greed: Greed) -> list[Candidate]:
+def _choose(problem: Problem, account: Account, target: int, greed: Greed) -> list[Candidate]:
     """The best candidates that together remove a share of the excess."""
-    excess = np.maximum(lowered.peak_bytes - target, 0)
+    excess = np.maximum(account.peak_bytes - target, 0)
     area = np.concatenate([[0], np.cumsum(excess)])
     left = excess.astype(np.int64)
     goal = float(area[-1]) * (1 - greed.share)
-    found = _Gaps(problem, lowered, greed, target, area).candidates()
+    found = _Gaps(problem, account, greed, target, area).candidates()
     chosen: list[Candidate] = []
     dropped: dict[int, Recovery] = {}
     relied_on: set[int] = set()
@@ -198,20 +198,20 @@ class _Gaps:
     def __init__(
         self,
         problem: Problem,
-        lowered: Lowered,
+        account: Account,
         greed: Greed,
         target: int,
         area: NDArray[np.int64],
     ) -> None:
         self.problem = problem
-        self.copies = lowered.copies
-        self.highest = RangeMaximum(lowered.peak_bytes)
+        self.copies = account.copies
+        self.highest = RangeMaximum(account.peak_bytes)
         self.target = target
         self.greed = greed
         self.least_score = math.inf
         self.area: list[int] = area.tolist()
-        self.position_of_run = {c.op: c.position for c in lowered.calls if c.kind is Run}
-        self.restored = {copy.value for copy in lowered.copies if copy.made.kind is Restore}
+        self.position_of_run = {c.op: c.position for c in account.calls if c.kind is Run}
+        self.restored = {copy.value for copy in account.copies if copy.made.kind is Restore}
         self.spans: dict[int, list[tuple[int, int]]] = {}
         for copy in self.copies:
             end = copy.uses[-1].position if copy.uses else copy.made.position
@@ -252,7 +252,7 @@ class _Gaps:
         covered: int,
     ) -> Iterator[Candidate]:
         """A drop between two uses: with missing parents made again, or held until then."""
-        problem, stop, restore = self.problem, use.position, recovery.restore
+        problem, stop, restore = self.problem, use.position, recovery.restore_op
         saved = (problem.nbytes[value] - problem.kept_bytes(recovery)) * covered
         if saved <= 0:
             return
@@ -299,9 +299,9 @@ class _Gaps:
         seconds = problem.restore_seconds(recovery)
         parents: list[int] = []
         sources: set[int] = set()
-        ops = {recovery.restore.id}
+        ops = {recovery.restore_op.id}
         seen = {value}
-        stack = [recovery.restore.id]
+        stack = [recovery.restore_op.id]
         while stack:
             if seconds > most_seconds or len(parents) > _MAX_CHAIN:
                 return None
@@ -313,7 +313,7 @@ class _Gaps:
                     sources.add(operand)
                     continue
                 parents.append(operand)
-                op = problem.recovery[operand].restore.id
+                op = problem.recovery[operand].restore_op.id
                 if op in ops:
                     continue
                 ops.add(op)

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from memplan.ir.liveness import floor_bytes
 from memplan.ir.program import Costs, Program
 from memplan.ir.schedule import Recovery, Schedule
-from memplan.planner.improve import add_back, search_nearby
-from memplan.planner.lowering import (
+from memplan.planner.account import (
     Decisions,
     Effort,
     Evaluated,
+    account_of,
     keep_everything,
-    lower,
     to_schedule,
 )
+from memplan.planner.improve import add_back, search_nearby
 from memplan.planner.problem import Problem, make_problem, make_problems
 from memplan.planner.repair import Greed, repair
 from memplan.planner.starts import starts
@@ -138,20 +138,20 @@ def _cheapest(problems: Sequence[Problem], floor: int, target: int, limit: float
 def keep_all(program: Program, costs: Costs) -> Schedule:
     """The captured step as it is: every op once, each value held to its last use."""
     problem = make_problem(program, (), costs)
-    return to_schedule(problem, lower(problem, keep_everything(problem)))
+    return to_schedule(problem, account_of(problem, keep_everything(problem)))
 
 
 def solution_of(problem: Problem, state: Evaluated) -> Solution:
     """A state as steps."""
-    lowered = lower(problem, state.decisions)
-    peak = lowered.peak + problem.program.resident_bytes
-    return Solution(to_schedule(problem, lowered), peak, lowered.seconds)
+    account = account_of(problem, state.decisions)
+    peak = account.peak + problem.program.resident_bytes
+    return Solution(to_schedule(problem, account), peak, account.seconds)
 
 
 def everything_kept(problem: Problem) -> Evaluated:
     """The state in which nothing comes back."""
     decisions = keep_everything(problem)
-    return Evaluated.of(decisions, lower(problem, decisions))
+    return Evaluated.of(decisions, account_of(problem, decisions))
 
 
 def effort_for(problem: Problem) -> Effort:
@@ -199,8 +199,8 @@ def _end(
 ) -> Evaluated:
     """The last state of a repair."""
     last = None
-    for decisions, lowered in repair(problem, start, target, effort, greed):
-        last = Evaluated.of(decisions, lowered)
+    for decisions, account in repair(problem, start, target, effort, greed):
+        last = Evaluated.of(decisions, account)
     assert last is not None, "a repair yields its start"
     return last
 
@@ -259,8 +259,8 @@ def _reach(
         for is_sharing in (True, False) if effort.is_left else (True,):
             greed = Greed(0.6, is_sharing, most_seconds=_HOPELESS * limit)
             states = [
-                Evaluated.of(decisions, lowered)
-                for decisions, lowered in repair(problem, start, target, effort, greed)
+                Evaluated.of(decisions, account)
+                for decisions, account in repair(problem, start, target, effort, greed)
             ]
             passed += [one for one in states if one.seconds <= limit]
             if states[-1].peak <= target:

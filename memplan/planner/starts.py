@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from memplan.planner.lowering import Decisions, keep_everything, lower
+from memplan.planner.account import Decisions, account_of, keep_everything
 from memplan.planner.problem import Problem
 
 
@@ -43,7 +43,7 @@ def _partly_undone(problem: Problem, target: int) -> tuple[Decisions, ...]:
 
     def price(value: int) -> tuple[float, int]:
         made = {id for id in inside.between[value] if id in problem.recovery}
-        ops = {problem.recovery[id].restore.id for id in (*made, value)}
+        ops = {problem.recovery[id].restore_op.id for id in (*made, value)}
         nbytes = sum(problem.nbytes[id] for id in {*made, value} - base.evicted)
         return (sum(problem.op_seconds[op] for op in ops) / max(nbytes, 1), value)
 
@@ -56,11 +56,11 @@ def _partly_undone(problem: Problem, target: int) -> tuple[Decisions, ...]:
         return Decisions(dropped, frozenset(), early)
 
     fewest, most = 0, len(cheapest)
-    if lower(problem, decisions(most)).peak > target:
+    if account_of(problem, decisions(most)).peak > target:
         return (decisions(most),)
     while fewest < most:
         middle = (fewest + most) // 2
-        if lower(problem, decisions(middle)).peak <= target:
+        if account_of(problem, decisions(middle)).peak <= target:
             most = middle
         else:
             fewest = middle + 1
@@ -69,7 +69,8 @@ def _partly_undone(problem: Problem, target: int) -> tuple[Decisions, ...]:
 
 def _inside(problem: Problem) -> _Inside:
     sources = {
-        value: problem.operands[recovery.restore.id] for value, recovery in problem.recovery.items()
+        value: problem.operands[recovery.restore_op.id]
+        for value, recovery in problem.recovery.items()
     }
     ops = problem.program.ops
     first_read: dict[int, int] = {}

@@ -65,7 +65,7 @@ def describe_plan(
 def fingerprint(program: Program, recoveries: Sequence[Recovery]) -> str:
     """Digest of a program and of the recoveries that a schedule may name."""
     rows = [
-        [r.restores, r.restore.id, r.restore.target, r.restore.operands, len(r.keeps)]
+        [r.values, r.restore_op.id, r.restore_op.target, r.restore_op.operands, len(r.stashed)]
         for r in recoveries
     ]
     text = program.fingerprint + json.dumps(rows)

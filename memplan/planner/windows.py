@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from memplan.ir.schedule import Prepare, Restore, Run
-from memplan.planner.lowering import Kind
+from memplan.ir.schedule import Restore, Run, Stash
+from memplan.planner.account import Kind
 from memplan.planner.milp import Answer, Milp
 from memplan.planner.problem import Problem
 
@@ -42,22 +42,22 @@ class Windows:
         self.made_at = {v: op.id for op in problem.program.ops for v in op.results}
         self.made_at |= problem.producer
         self.recoveries = [
-            r for r in problem.recoveries if not problem.program.held.issuperset(r.restores)
+            r for r in problem.recoveries if not problem.program.held.issuperset(r.values)
         ]
         self.restores: dict[int, list[int]] = {}
         for recovery in self.recoveries:
-            for value in recovery.restores:
+            for value in recovery.values:
                 ops = self.restores.setdefault(value, [])
-                if value not in problem.program.held and recovery.restore.id not in ops:
-                    ops.append(recovery.restore.id)
-        self.made_after = {v for op in problem.prepared_after for v in problem.results[op]}
+                if value not in problem.program.held and recovery.restore_op.id not in ops:
+                    ops.append(recovery.restore_op.id)
+        self.made_after = {v for op in problem.stashed_after for v in problem.results[op]}
         self.live: dict[tuple[int, int], int] = {}
         self.again: dict[tuple[int, int], int] = {}
         self.over: dict[tuple[int, int], int] = {}
         self.needed = [self._needed_from(cut) for cut in self.cuts]
         for window in range(len(self.cuts)):
             self._variables(window)
-        self._prepares()
+        self._stashes()
         for window in range(len(self.cuts)):
             self._availability(window)
             self._bytes(window)
@@ -97,14 +97,14 @@ class Windows:
         if len(offered) > 1:
             self.milp.at_most(1.0, [(self.over[window, value], 1.0) for value in offered])
 
-    def _prepares(self) -> None:
-        """A recovery that keeps something is prepared once, if it is used at all."""
+    def _stashes(self) -> None:
+        """A recovery that keeps something is stashed once, if it is used at all."""
         for recovery in self.recoveries:
-            if recovery.prepare is None:
+            if recovery.stash_op is None:
                 continue
-            is_used = self.milp.variable(self.problem.op_seconds[recovery.prepare.id])
+            is_used = self.milp.variable(self.problem.op_seconds[recovery.stash_op.id])
             for (_, op), variable in self.again.items():
-                if op == recovery.restore.id:
+                if op == recovery.restore_op.id:
                     self.milp.at_least(0.0, [(is_used, 1.0), (variable, -1.0)])
 
     def available(self, window: int, value: int) -> list[_Term]:
@@ -230,15 +230,15 @@ class Windows:
         before: dict[int, list[int]] = {}
         after: dict[int, list[int]] = {}
         for recovery in self.recoveries:
-            if recovery.prepare is not None and recovery.restore.id in used:
-                made_by = problem.producer[recovery.keeps[0].id]
-                beside = after if recovery.prepare.id in problem.prepared_after else before
-                beside.setdefault(made_by, []).append(recovery.prepare.id)
+            if recovery.stash_op is not None and recovery.restore_op.id in used:
+                made_by = problem.producer[recovery.stashed[0].id]
+                beside = after if recovery.stash_op.id in problem.stashed_after else before
+                beside.setdefault(made_by, []).append(recovery.stash_op.id)
         for time in range(problem.num_ops):
             for op in sorted(restores.get(time, ()), key=self.order):
                 yield Restore, op, time
             for op in before.get(time, ()):
-                yield Prepare, op, time
+                yield Stash, op, time
             yield Run, time, time
             for op in after.get(time, ()):
-                yield Prepare, op, time
+                yield Stash, op, time

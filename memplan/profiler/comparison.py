@@ -118,6 +118,19 @@ def compare(
             parameters, the original runs as it was before.
         sample: one batch.
         steps: how many interleaved rounds to time.
+
+    Returns:
+        Both profiles, and which results have the same bits.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> layers = [layer for _ in range(9) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        >>> model = memplan.WithLoss(nn.Sequential(*layers), nn.functional.mse_loss)
+        >>> batch = torch.randn(256, 64), torch.randn(256, 64)
+        >>> planned = memplan.optimize(model, batch, budget="80%")
+        >>> memplan.compare(model, planned, batch).is_exact
+        True
     """
     batch = Sample.of(sample)
     optimizer = planned.optimizer if isinstance(planned, PlannedModule) else None

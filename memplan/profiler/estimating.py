@@ -82,8 +82,21 @@ def estimate(
         costs: "measured" runs each distinct kernel alone, on this machine. "analytic" runs
             nothing: the interval then spans what kernels may need inside.
 
+    Returns:
+        The peak, and an interval that it is in.
+
     Raises:
         MemplanError: if the device is not known, or the step needs data.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = memplan.WithLoss(net, nn.functional.cross_entropy)
+        >>> batch = torch.randn(4, 8), torch.randint(2, (4,))
+        >>> found = memplan.estimate(model, batch)
+        >>> found.least_bytes <= memplan.profile(model, batch).peak_bytes <= found.most_bytes
+        True
     """
     spec = None if device is None else device_named(device)
     if costs == "measured" and spec is not None:

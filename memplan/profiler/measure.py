@@ -95,6 +95,19 @@ def profile(
 
     Parameters, buffers, gradients, the optimizer's state and random states are as before
     afterwards.
+
+    Returns:
+        Peak, resident bytes, the most bytes in each phase, and seconds.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = memplan.WithLoss(net, nn.functional.cross_entropy)
+        >>> batch = torch.randn(4, 8), torch.randint(2, (4,))
+        >>> measured = memplan.profile(model, batch)
+        >>> measured.peak_bytes > measured.resident_bytes
+        True
     """
     batch = Sample.of(sample)
     if optimizer is None and isinstance(module, PlannedModule):

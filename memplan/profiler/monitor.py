@@ -49,8 +49,22 @@ def log_memory(planned: PlannedModule, every: int = 100) -> MemoryLog:
         planned: what ``memplan.optimize`` returned.
         every: how many steps there are to a line.
 
+    Returns:
+        What was logged, line by line; a context.
+
     Raises:
         MemplanError: if ``every`` is less than 1.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = memplan.WithLoss(net, nn.functional.cross_entropy)
+        >>> batch = torch.randn(4, 8), torch.randint(2, (4,))
+        >>> planned = memplan.optimize(model, batch)
+        >>> with memplan.log_memory(planned, every=2) as log:
+        ...     for _ in range(4):
+        ...         planned(*batch).backward()
     """
     if every < 1:
         raise MemplanError(f"every {every} steps is not possible; log every step with every=1")

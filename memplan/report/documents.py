@@ -181,10 +181,14 @@ def frontier_document(plans: Sequence[Plan]) -> FrontierDocument:
 def comparison_document(
     comparison: Comparison, plan: Plan, traces: Mapping[str, MemoryTrace]
 ) -> ComparisonDocument:
-    """Two measured steps and the plan of the second; the totals are those of its trace."""
+    """Two measured steps and the plan of the second; the totals are those of its trace.
+
+    Without traces, for what shows no categories, they are what was measured.
+    """
     error = comparison.max_gradient_error
+    measured = comparison.planned
     return ComparisonDocument(
-        **_totals(traces[PLANNED]),
+        **(_totals(traces[PLANNED]) if traces else _totals_without_names(measured)),
         original=_measured(comparison.original, comparison.losses[0]),
         planned=_measured(comparison.planned, comparison.losses[1]),
         plan=PlanBody(**_plan(plan)),
@@ -198,6 +202,15 @@ def comparison_document(
         max_gradient_error=error if math.isfinite(error) else None,
         traces=_traces(traces),
     )
+
+
+def _totals_without_names(profile: Profile) -> dict[str, Any]:
+    return {
+        "peak_bytes": profile.peak_bytes,
+        "resident_bytes": profile.resident_bytes,
+        "categories": {},
+        "unexplained_bytes": 0,
+    }
 
 
 def _measured(profile: Profile, loss: float) -> MeasuredStep:

@@ -145,7 +145,7 @@ class DriftCheck:
                 value
                 for one in built.step.recoveries
                 if one.exactness is not Effect.EXACT
-                for value in one.restores
+                for value in one.values
             )
             built = self.again(anchors)
         notes = [str(self.measure(built.step, state, sample))]
@@ -193,7 +193,7 @@ def rounded(recoveries: Iterable[Recovery], schedule: Schedule) -> tuple[Recover
     """The recoveries of a schedule that do not give the bits back."""
     used = set(schedule.restored_ops)
     return tuple(
-        one for one in recoveries if one.restore.id in used and one.exactness is not Effect.EXACT
+        one for one in recoveries if one.restore_op.id in used and one.exactness is not Effect.EXACT
     )
 
 
@@ -220,13 +220,13 @@ def measure_drift(
     if not inexact:
         return Drift((), 0.0)
     copies = _Copies()
-    probe = copies.probe(frozenset(value for one in inexact for value in one.restores))
+    probe = copies.probe(frozenset(value for one in inexact for value in one.values))
     gradients = _run(step, step.plan.schedule, state, sample, probe)
     error = None
     if reference is not None and gradients:
         others = _run(step, reference, state, sample, None)
         error = _relative(gradients, others)
-    chain_of = {value: one for one in inexact for value in one.restores}
+    chain_of = {value: one for one in inexact for value in one.values}
     errors: dict[tuple[str, float], list[float]] = {}
     for value, found in copies.errors.items():
         one = chain_of[value]
@@ -349,7 +349,7 @@ def _to_keep(step: PlannedStep, drift: Drift) -> frozenset[int]:
     """
     by_chain: dict[str, list[tuple[int, float, float]]] = {}
     inexact = rounded(step.recoveries, step.plan.schedule)
-    chain_of = {value: one for one in inexact for value in one.restores}
+    chain_of = {value: one for one in inexact for value in one.values}
     for value, error in drift.by_value.items():
         one = chain_of[value]
         by_chain.setdefault(one.chain, []).append((value, error, one.tolerance))

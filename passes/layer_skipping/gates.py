@@ -294,8 +294,30 @@ def width_of(shape: torch.Size, dim: int) -> int:
 def skipped_flops(planned: PlannedModule) -> float:
     """The share of the forward's operations that the last call without gradients skipped.
 
+    Returns:
+        A share, from 0 to 1.
+
     Raises:
         MemplanError: if the module has no gates.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> one = memplan.passes.skip_layers("gated", capacity=0.5)
+        >>> planned = memplan.optimize(model, batch, passes=[one]).eval()
+        >>> with torch.no_grad():
+        ...     _ = planned(*batch)
+        >>> 0 <= memplan.passes.skipped_flops(planned) <= 1
+        True
     """
     for name, child in planned.named_children():
         if name == CHILD and isinstance(child, GatedBlocks):

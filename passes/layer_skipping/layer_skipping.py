@@ -66,6 +66,23 @@ def skip_layers(
 
     Raises:
         MemplanError: naming the argument that makes no sense.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> one = memplan.passes.skip_layers("subset", rate=0.5)
+        >>> planned = memplan.optimize(model, batch, passes=[one])
+        >>> planned.plan.peak_bytes < memplan.plan(model, batch).peak_bytes
+        True
     """
     if mode not in MODES:
         raise MemplanError(f"mode is one of {', '.join(MODES)}, got {mode!r}")

@@ -80,6 +80,24 @@ def learn_locally(
 
     Raises:
         MemplanError: naming the argument that makes no sense.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> one = memplan.passes.learn_locally(blocks=2)
+        >>> planned = memplan.optimize(model, batch, passes=[one])
+        >>> planned(*batch).backward()
+        >>> len(planned.local_losses.last)
+        2
     """
     if blocks != "fit" and not (isinstance(blocks, int) and blocks >= 1):
         raise MemplanError(f'blocks is a number of at least 1, or "fit", got {blocks!r}')

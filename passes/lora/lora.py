@@ -72,6 +72,23 @@ def add_lora(
 
     Raises:
         MemplanError: naming the argument that makes no sense.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.add_lora(rank=4)])
+        >>> trained = [name for name, p in planned.named_parameters() if p.requires_grad]
+        >>> {name.partition(".")[0] for name in trained}
+        {'lora'}
     """
     if rank != "fit" and not (isinstance(rank, int) and rank >= 1):
         raise MemplanError(f'rank is a number of at least 1, or "fit", got {rank!r}')
@@ -190,8 +207,27 @@ def merge_lora(planned: PlannedModule) -> nn.Module:
 
     The weights as they were are kept for ``unmerge_lora``. Returns the original.
 
+    Returns:
+        The original.
+
     Raises:
         MemplanError: if there are no adapters, or they are merged already.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.add_lora(rank=4)])
+        >>> memplan.passes.merge_lora(planned) is model
+        True
     """
     lora = lora_of(planned)
     if lora.merged:
@@ -211,8 +247,28 @@ def merge_lora(planned: PlannedModule) -> nn.Module:
 def unmerge_lora(planned: PlannedModule) -> nn.Module:
     """Put back, bit for bit, the weights that ``merge_lora`` changed. Returns the original.
 
+    Returns:
+        The original.
+
     Raises:
         MemplanError: if there are no adapters, or they are not merged.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.add_lora(rank=4)])
+        >>> _ = memplan.passes.merge_lora(planned)
+        >>> memplan.passes.unmerge_lora(planned) is model
+        True
     """
     lora = lora_of(planned)
     if not lora.merged:

@@ -39,6 +39,24 @@ def save_lora(planned: PlannedModule, folder: str | Path, *, inside: str | None 
 
     Raises:
         MemplanError: if there are no adapters, or peft's format cannot hold what is trained.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> import tempfile
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.add_lora(rank=4)])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     memplan.passes.save_lora(planned, folder)
+        ...     memplan.passes.load_lora(planned, folder)
     """
     lora, prefix = lora_of(planned), _prefix(planned.original, inside)
     tensors, targets = {}, []
@@ -67,6 +85,24 @@ def load_lora(planned: PlannedModule, folder: str | Path, *, inside: str | None 
 
     Raises:
         MemplanError: if they are not for this module, naming the first difference.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> import tempfile
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.add_lora(rank=4)])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     memplan.passes.save_lora(planned, folder)
+        ...     memplan.passes.load_lora(planned, folder)
     """
     lora, prefix = lora_of(planned), _prefix(planned.original, inside)
     lora.require_apart()
@@ -108,8 +144,30 @@ def lora_like(folder: str | Path, **changes: Any) -> Pass:
         folder: where it is.
         changes: arguments of ``add_lora`` that are to be others.
 
+    Returns:
+        A pass of effect ``RESTRICTED``.
+
     Raises:
         MemplanError: if there is something in its configuration that ``add_lora`` has not.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> import tempfile
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.add_lora(rank=4)])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     memplan.passes.save_lora(planned, folder)
+        ...     memplan.passes.lora_like(folder).arguments["rank"]
+        4
     """
     config = read_config(Path(folder))
     settings, names = _settings(config), list(read_adapter(Path(folder)))

@@ -55,6 +55,23 @@ def invert_couplings(tolerance: float | None = None, grid: bool | int = False) -
 
     Returns:
         A pass of effect ``ROUNDING``; with a grid, which changes the forward, ``APPROXIMATE``.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> both = [memplan.passes.make_reversible(), memplan.passes.invert_couplings()]
+        >>> planned = memplan.optimize(model, batch, budget="70%", passes=both)
+        >>> planned.plan.peak_bytes <= planned.plan.budget_bytes
+        True
     """
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance is a relative error above 0, got {tolerance!r}")
@@ -82,6 +99,26 @@ def check_drift(planned: PlannedModule, batch: object) -> Drift:
     Args:
         planned: from ``memplan.optimize`` with ``invert_couplings()``.
         batch: one batch, as for ``optimize``.
+
+    Returns:
+        Errors of the streams that come back, and of the gradients.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> both = [memplan.passes.make_reversible(), memplan.passes.invert_couplings()]
+        >>> planned = memplan.optimize(model, batch, budget="70%", passes=both)
+        >>> memplan.passes.check_drift(planned, batch).is_within_tolerance
+        True
     """
     return planned.measure_drift(batch)
 
@@ -114,8 +151,8 @@ def _each_recovery(
                 total = op.results[0]
                 yield Recovery(
                     _NAME,
-                    restores=(stream,),
-                    restore=op.variant(
+                    values=(stream,),
+                    restore_op=op.variant(
                         next(context.op_ids),
                         _UNDO,
                         (value for value in (total, *op.operands) if value != stream),

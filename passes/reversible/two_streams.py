@@ -43,6 +43,22 @@ def make_reversible(alpha: float = 0.0, beta: float = 1.0) -> Pass:
 
     Returns:
         A pass of effect ``APPROXIMATE``: it is another model.
+
+    Example:
+        >>> import memplan, torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+        ...     def forward(self, x):
+        ...         return x + self.branch(x)
+        >>> blocks = nn.Sequential(*(Block() for _ in range(4)))
+        >>> model = memplan.WithLoss(blocks, nn.functional.mse_loss)
+        >>> batch = torch.randn(64, 32), torch.randn(64, 32)
+        >>> planned = memplan.optimize(model, batch, passes=[memplan.passes.make_reversible()])
+        >>> [effect.value for effect in planned.plan.effects]
+        ['approximate']
     """
     return Pass(
         _NAME,

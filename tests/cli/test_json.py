@@ -97,6 +97,13 @@ def documents(results):
     return {name: json.loads(result.stdout) for name, result in results.items()}
 
 
+def cut(value):
+    """With the first item alone of each list: as wrong as the whole, and sooner read."""
+    if isinstance(value, list):
+        return [cut(one) for one in value[:1]]
+    return {key: cut(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
 def problem(document):
     error = best_match(VALIDATOR.iter_errors(document))
     return None if error is None else f"{error.json_path}: {error.message[:300]}"
@@ -176,18 +183,21 @@ NULLABLE = {"reserved_bytes", "budget_bytes", "max_gradient_error", "growth_byte
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_field_that_is_missing_or_renamed_fails(documents, name):
-    for field in documents[name].keys() - OPTIONAL:
-        rest = {key: value for key, value in documents[name].items() if key != field}
+    document = cut(documents[name])
+    assert VALIDATOR.is_valid(document)
+    for field in document.keys() - OPTIONAL:
+        rest = {key: value for key, value in document.items() if key != field}
         assert not VALIDATOR.is_valid(rest), field
-        assert not VALIDATOR.is_valid({**rest, f"{field}_": documents[name][field]}), field
-    assert not VALIDATOR.is_valid({**documents[name], "more": 1})
+        assert not VALIDATOR.is_valid({**rest, f"{field}_": document[field]}), field
+    assert not VALIDATOR.is_valid({**document, "more": 1})
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_field_of_the_wrong_type_fails(documents, name):
-    for field in documents[name]:
+    document = cut(documents[name])
+    for field in document:
         for wrong in ([1], -2.5, {"a": "b"}, *([] if field in NULLABLE else [None])):
-            assert not VALIDATOR.is_valid({**documents[name], field: wrong}), (field, wrong)
+            assert not VALIDATOR.is_valid({**document, field: wrong}), (field, wrong)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,9 @@ def test_blocks_are_undone_inside_parts():
         model, batch, passes=[learn_locally(2), invert_couplings()], max_slowdown=1.5
     )
     step = undone.prepare(memplan.Sample.of(batch))
-    undoing = {one.restore.id for one in step.recoveries if one.restore.target == "memplan.undo"}
+    undoing = {
+        one.restore_op.id for one in step.recoveries if one.restore_op.target == "memplan.undo"
+    }
     assert undoing.intersection(step.plan.schedule.restored_ops)
     mine = copy.deepcopy(undone)
     in_eager(mine, batch)[0].backward()

@@ -36,16 +36,16 @@ def dropouts(width=256, rows=512):
     return model, (torch.randn(rows, width), torch.randn(rows, width))
 
 
-def prepared(planned):
+def stashes(planned):
     steps = planned.plan.schedule.forward
-    return sum(isinstance(step, memplan.ir.schedule.Prepare) for step in steps)
+    return sum(isinstance(step, memplan.ir.schedule.Stash) for step in steps)
 
 
 def test_masks_are_kept_packed_where_they_are_in_the_way():
     model, batch = dropouts()
     passes = [memplan.passes.split_dropout(), memplan.passes.pack_masks()]
     planned = memplan.optimize(model, batch, budget="90%", default_passes=False, passes=passes)
-    assert prepared(planned) > 0
+    assert stashes(planned) > 0
     laws.assert_same_bits(laws.step(model, batch), laws.step(planned, batch))
     laws.assert_within_budget(planned, batch)
     assert memplan.Plan.from_json(planned.plan.to_json()).schedule == planned.plan.schedule
@@ -69,13 +69,13 @@ def test_masks_that_are_computed_are_offered_too_where_the_backward_reads_them()
     packing = [memplan.passes.pack_masks()]
     planned = memplan.optimize(model, batch, budget="100%", default_passes=False, passes=packing)
     offered = planned.prepare(memplan.Sample(batch)).recoveries
-    assert len(offered) == 1 and "gt" in offered[0].restore.signature
+    assert len(offered) == 1 and "gt" in offered[0].restore_op.signature
     laws.assert_same_bits(laws.step(model, batch), laws.step(planned, batch))
 
 
 def test_nothing_is_packed_at_the_whole_budget():
     model, batch = dropouts()
-    assert prepared(memplan.optimize(model, batch, budget="100%")) == 0
+    assert stashes(memplan.optimize(model, batch, budget="100%")) == 0
 
 
 def test_the_smallest_budget_draws_again_and_keeps_no_mask():

@@ -21,8 +21,8 @@ from support.couplings import (
     WIDTH,
     Streams,
     classifier,
+    lowered,
     num_undone,
-    prepared,
     streams,
     undone,
 )
@@ -325,7 +325,7 @@ def test_what_cannot_be_undone_is_kept_with_a_reason(kind, reason):
     planned = memplan.optimize(
         model, sample, budget="1 B", passes=[invert_couplings()], options=SMALLEST
     )
-    found = find_couplings(prepared(model, sample).captured.graph)
+    found = find_couplings(lowered(model, sample).captured.graph)
     assert not found.chains and found.kept[reason]
     assert any("found no couplings" in note and reason in note for note in planned.plan.notes)
     laws.assert_same_bits(laws.step(model, sample), laws.step(planned, sample))

@@ -258,7 +258,7 @@ def test_masks_are_packed_where_bytes_are_short():
     share = (above(whole) - 6 * TENSOR_BYTES // 4 * 3 // 4) / above(planned(model, batch, ()))
     packed = planned(model, batch, (*PASSES, "pack_masks"), budget=f"{share:.1%}")
     steps = packed.plan.schedule.forward
-    assert any(isinstance(step, memplan.ir.schedule.Prepare) for step in steps)
+    assert any(isinstance(step, memplan.ir.schedule.Stash) for step in steps)
 
 
 @pytest.mark.parametrize("max_slowdown", [1.0, 1.02, 1.3])

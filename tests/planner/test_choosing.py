@@ -57,8 +57,8 @@ def kinds(recoveries, schedule) -> dict[int, str]:
     return {
         value: one.pass_name
         for one in recoveries
-        if one.restore.id in ran
-        for value in one.restores
+        if one.restore_op.id in ran
+        for value in one.values
     }
 
 

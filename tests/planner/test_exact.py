@@ -12,9 +12,9 @@ from memplan.errors import MemplanError
 from memplan.ir.program import Phase, Role
 from memplan.ir.schedule import check_schedule
 from memplan.planner import bound_seconds, frontier, prove, solve
+from memplan.planner.account import Decisions, account_of, keep_everything
 from memplan.planner.bound import least_seconds
 from memplan.planner.exact import solve_exactly
-from memplan.planner.lowering import Decisions, keep_everything, lower
 from memplan.planner.problem import make_problem
 
 from support.programs import (
@@ -32,9 +32,9 @@ WHOLE_EFFORT = True
 LIMIT_S = 20.0
 
 
-def once(lowered) -> bool:
+def once(account) -> bool:
     """Whether no op is restored twice."""
-    restored = [call.op for call in lowered.calls if call.kind.__name__ == "Restore"]
+    restored = [call.op for call in account.calls if call.kind.__name__ == "Restore"]
     return len(set(restored)) == len(restored)
 
 
@@ -44,9 +44,9 @@ def test_the_optimum_is_legal_and_no_choice_of_what_to_keep_beats_it(made):
     program, costs = made
     recoveries = recompute_all(program)
     problem = make_problem(program, recoveries, costs)
-    base = lower(problem, keep_everything(problem))
+    base = account_of(problem, keep_everything(problem))
     every = [
-        lower(problem, Decisions(frozenset(kept), frozenset()))
+        account_of(problem, Decisions(frozenset(kept), frozenset()))
         for kept in subsets(sorted(problem.recovery))
     ]
     for target in (int(0.9 * base.peak), int(0.7 * base.peak)):
@@ -83,7 +83,7 @@ def test_the_search_is_within_a_percent_of_the_optimum_and_at_most_five():
         program, costs = training_step(seed, num_forward=14)
         recoveries = recompute_all(program)
         problem = make_problem(program, recoveries, costs)
-        peak = lower(problem, keep_everything(problem)).peak
+        peak = account_of(problem, keep_everything(problem)).peak
         for share in (0.9, 0.8, 0.7):
             target = int(share * peak)
             exact = solve_exactly(problem, target, LIMIT_S)
@@ -118,7 +118,7 @@ def test_the_solver_improves_what_was_found_or_keeps_it():
     program, costs = training_step(3, num_forward=10)
     recoveries = recompute_all(program)
     problem = make_problem(program, recoveries, costs)
-    everything = lower(problem, keep_everything(problem))
+    everything = account_of(problem, keep_everything(problem))
     budget = int(0.8 * everything.peak) + program.resident_bytes
     found = solve(program, costs, recoveries, budget_bytes=budget)
     proven = prove(program, costs, recoveries, found, budget_bytes=budget, time_limit_s=LIMIT_S)

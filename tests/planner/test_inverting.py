@@ -53,7 +53,7 @@ def undo(program: Program, streams: list[int], changes: list[int]) -> tuple[Reco
 
 
 def with_undoing(costs: Costs, recoveries: tuple[Recovery, ...]) -> Costs:
-    return Costs({**costs.by_op, **{one.restore.id: OpCost(0.1) for one in recoveries}})
+    return Costs({**costs.by_op, **{one.restore_op.id: OpCost(0.1) for one in recoveries}})
 
 
 def test_only_what_reads_results_of_what_it_restores_looks_back():
@@ -110,8 +110,8 @@ def test_schedules_are_legal_and_within_any_budget_that_is_met(length, share, ke
         not {
             value
             for one in undone
-            if one.restore.id in found.schedule.restored_ops
-            for value in one.restores
+            if one.restore_op.id in found.schedule.restored_ops
+            for value in one.values
         }
         & anchors
     )

@@ -10,9 +10,9 @@ from memplan.ir.liveness import ScheduledStep, floor_bytes
 from memplan.ir.program import Costs, OpCost, Phase, Role
 from memplan.ir.schedule import Restore, check_schedule
 from memplan.planner import MAX_SLOWDOWN, keep_all, solve
+from memplan.planner.account import Decisions, account_of, to_schedule
 from memplan.planner.exact import solve_exactly
 from memplan.planner.hoist import hoist
-from memplan.planner.lowering import Decisions, lower, to_schedule
 from memplan.planner.problem import make_problem
 from memplan.planner.repair import RangeMaximum
 
@@ -118,11 +118,11 @@ def test_a_restore_does_not_move_to_before_its_value_was_made():
     costs = Costs({op.id: OpCost(1.0, 0, 10 * (op.id == 1)) for op in program.ops})
     problem = make_problem(program, recompute_all(program), costs)
     decisions = Decisions(frozenset(), frozenset({(kept, 3)}))
-    lowered = lower(problem, decisions)
-    assert lowered.peak == 1 + 15 + 10 + 10
-    hoisted = hoist(problem, decisions, lowered, target=33)
+    account = account_of(problem, decisions)
+    assert account.peak == 1 + 15 + 10 + 10
+    hoisted = hoist(problem, decisions, account, target=33)
     assert hoisted == Decisions(frozenset(), frozenset({(kept, 2)}), frozenset({(kept, 2)}))
-    assert lower(problem, hoisted).peak <= 33
+    assert account_of(problem, hoisted).peak <= 33
 
 
 def updated_in_the_backward():
@@ -145,8 +145,8 @@ def test_what_reads_an_updated_parameter_does_not_run_again():
     costs, recoveries = unit_costs(program), recompute_all(program)
     problem = make_problem(program, recoveries, costs)
     assert problem.can_come_back(wide, 3) and not problem.can_come_back(wide, 6)
-    lowered = lower(problem, Decisions(frozenset({wide}), frozenset({(wide, 6)})))
-    check_schedule(program, recoveries, to_schedule(problem, lowered))
+    account = account_of(problem, Decisions(frozenset({wide}), frozenset({(wide, 6)})))
+    check_schedule(program, recoveries, to_schedule(problem, account))
     found = solve(program, costs, recoveries, budget_bytes=1)
     check_schedule(program, recoveries, found.schedule)
     assert found.peak_bytes >= 200

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import memplan
-from memplan.compiler.lower import prepare
+from memplan.compiler.lower import lower
 from memplan.compiler.request import make_request
 from memplan.passes import invert_couplings
-from memplan.planner.lowering import lower, to_schedule
+from memplan.planner.account import account_of, to_schedule
 from memplan.planner.problem import make_problems
 from memplan.planner.starts import starts
 from memplan.transforms.apply import changing
@@ -103,22 +103,22 @@ ROWS = {
 }
 
 
-def prepared(model, sample, *passes):
+def lowered(model, sample, *passes):
     request = make_request(
         model,
         passes=passes,
     )
     batch = memplan.Sample.of(sample)
     with changing(model, batch, request.passes) as changed:
-        return prepare(changed, batch, request)
+        return lower(changed, batch, request)
 
 
 def undone(model, sample, *passes):
     """The model under a plan in which every stream that can comes back from a later one."""
-    step = prepared(model, sample, *(passes or (invert_couplings(),)))
+    step = lowered(model, sample, *(passes or (invert_couplings(),)))
     program = step.captured.program
     problem = make_problems(program, step.recoveries, step.costs)[1][0]
-    schedule = to_schedule(problem, lower(problem, starts(problem, 0)[1]))
+    schedule = to_schedule(problem, account_of(problem, starts(problem, 0)[1]))
     plan = step.describe(schedule, budget_bytes=None)
     return memplan.optimize(model, sample, plan=plan)
 
@@ -126,7 +126,7 @@ def undone(model, sample, *passes):
 def num_undone(planned):
     """How many values come back from later ones."""
     step = next(reversed(planned._steps.values()))[-1].step
-    ops = {one.restore.id for one in step.recoveries if one.restore.target == "memplan.undo"}
+    ops = {one.restore_op.id for one in step.recoveries if one.restore_op.target == "memplan.undo"}
     return sum(op in ops for op in step.plan.schedule.restored_ops)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import memplan
 from memplan import Effect, MemplanError, Pass
 from memplan.capture import Captured, OpCall
-from memplan.compiler.lower import Prepared, prepare
+from memplan.compiler.lower import LoweredStep, lower
 from memplan.compiler.request import Request
 from memplan.costs import CPU, DEVICES
 from memplan.ir.program import Memory, Op, Phase
@@ -138,7 +138,7 @@ def used(planned: memplan.PlannedModule, sample: Any) -> set[str]:
     """Targets of the ops that restore something."""
     step = planned.prepare(memplan.Sample.of(sample))
     ran = set(step.plan.schedule.restored_ops)
-    return {one.restore.target for one in step.recoveries if one.restore.id in ran}
+    return {one.restore_op.target for one in step.recoveries if one.restore_op.id in ran}
 
 
 def test_an_exact_recovery_from_a_test():
@@ -213,20 +213,20 @@ def test_of_recoveries_that_cost_the_same_the_exact_one_is_taken():
         assert used(planned, batch) == {"again.restore"}
 
 
-def prepared(one: Pass, model: nn.Module, batch: torch.Tensor, device: str | None) -> Prepared:
+def lowered(one: Pass, model: nn.Module, batch: torch.Tensor, device: str | None) -> LoweredStep:
     """A step with a pass's recoveries, with analytic costs."""
     options = memplan.Options(costs="analytic", device=device)
     sample, request = memplan.Sample.of(batch), Request(passes=(one,), options=options)
     with changing(model, sample, request.passes) as changed:
-        return prepare(changed, sample, request)
+        return lower(changed, sample, request)
 
 
 @pytest.mark.parametrize("device", [None, "a100"])
 def test_costs_are_those_of_its_own_traffic(device):
     """A stash of a product moves its own bytes, and computes no product."""
-    step = prepared(as_bfloat16(), Layers(), torch.randn(64, 64), device)
+    step = lowered(as_bfloat16(), Layers(), torch.randn(64, 64), device)
     product = next(op for op in step.captured.program.ops if "addmm" in op.target)
-    stashes = [one.prepare for one in step.recoveries if one.prepare is not None]
+    stashes = [one.stash_op for one in step.recoveries if one.stash_op is not None]
     stash = next(op for op in stashes if op.variant_of == product.id)
     of = CPU if device is None else DEVICES[device]
     expected = of.launch_s + (64 * 64 * 4 + 64 * 64 * 2) / of.bytes_per_s
@@ -238,9 +238,9 @@ def test_what_is_on_the_host_moves_over_the_link_and_is_counted_apart():
     to_host = stashing(
         "to_host", torch.float32, torch.clone, torch.clone, shrinks=1, memory=Memory.HOST
     )
-    step = prepared(to_host, Layers(), torch.randn(64, 64), "a100")
+    step = lowered(to_host, Layers(), torch.randn(64, 64), "a100")
     program, of = step.captured.program, DEVICES["a100"]
-    stash = step.recoveries[0].prepare
+    stash = step.recoveries[0].stash_op
     assert stash is not None
     expected = 64 * 64 * 4 / of.bytes_per_s + 64 * 64 * 4 / of.link_bytes_per_s
     assert step.costs.by_op[stash.id].seconds == pytest.approx(of.launch_s + expected)

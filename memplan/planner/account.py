@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from memplan.ir.schedule import Free, Prepare, Restore, Run, Schedule, Step
+from memplan.ir.schedule import Free, Restore, Run, Schedule, Stash, Step
 from memplan.planner.problem import Problem, Via
 
 
@@ -41,7 +41,7 @@ class Decisions:
     via: frozenset[Via] = frozenset()
 
 
-Kind: TypeAlias = type[Run] | type[Prepare] | type[Restore]
+Kind: TypeAlias = type[Run] | type[Stash] | type[Restore]
 
 
 class ScheduledCall:
@@ -70,7 +70,7 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Lowered:
+class Account:
     """A schedule in the making, with its exact account.
 
     Attributes:
@@ -108,9 +108,9 @@ class Evaluated:
     seconds: float
 
     @classmethod
-    def of(cls, decisions: Decisions, lowered: Lowered) -> Evaluated:
+    def of(cls, decisions: Decisions, account: Account) -> Evaluated:
         """The decisions with their account."""
-        return cls(decisions, lowered.peak, lowered.seconds)
+        return cls(decisions, account.peak, account.seconds)
 
 
 class Effort:
@@ -149,21 +149,21 @@ def keep_everything(problem: Problem) -> Decisions:
     return Decisions(frozenset(problem.recovery.keys() - read), frozenset())
 
 
-def lower(problem: Problem, decisions: Decisions) -> Lowered:
+def account_of(problem: Problem, decisions: Decisions) -> Account:
     """Follow the captured order, restoring what is missing where it is needed."""
     sweep = _Sweep(problem.choosing(decisions.via), decisions)
     sweep.run()
-    return _account(problem, sweep.finish(), sweep.copies, sweep.overwriting)
+    return _summed(problem, sweep.finish(), sweep.copies, sweep.overwriting)
 
 
-def follow(problem: Problem, calls: Iterable[tuple[Kind, int, int]]) -> Lowered:
+def follow(problem: Problem, calls: Iterable[tuple[Kind, int, int]]) -> Account:
     """Account for calls that were chosen: kind, op, and the captured op that each is for."""
     sweep = _Sweep(problem, Decisions(frozenset(), frozenset()))
     for kind, op, time in calls:
         sweep.call(ScheduledCall(kind, op, time))
     for position, call in enumerate(sweep.calls):
         call.position = position
-    return _account(problem, sweep.calls, sweep.copies, sweep.overwriting)
+    return _summed(problem, sweep.calls, sweep.copies, sweep.overwriting)
 
 
 class _Sweep:
@@ -183,9 +183,9 @@ class _Sweep:
         self.calls: list[ScheduledCall] = []
         self.copies: list[Copy] = []
         self.current: dict[int, Copy] = {}
-        self.prepared: dict[int, ScheduledCall] = {}
+        self.stashes: dict[int, ScheduledCall] = {}
         self.first: dict[int, Copy] = {}
-        self.read_after = {v for op in problem.prepared_after for v in problem.operands[op]}
+        self.read_after = {v for op in problem.stashed_after for v in problem.operands[op]}
         self.held = problem.program.held
         self.overwriting: list[tuple[ScheduledCall, tuple[Copy, ...]]] = []
 
@@ -230,7 +230,7 @@ class _Sweep:
                 stack.pop()
                 continue
             recovery = problem.recovery[value]
-            op = recovery.restore.id
+            op = recovery.restore_op.id
             operands = problem.operands[op]
             missing = [
                 id for id in operands if id not in problem.producer and not self.is_there(id, time)
@@ -238,8 +238,8 @@ class _Sweep:
             if missing:
                 stack.extend(missing)
                 continue
-            if recovery.prepare is not None:
-                self.prepare(recovery.prepare.id)
+            if recovery.stash_op is not None:
+                self.stash(recovery.stash_op.id)
             self.call(ScheduledCall(Restore, op, time))
             stack.pop()
 
@@ -260,13 +260,13 @@ class _Sweep:
                 if is_new and value in self.read_after:
                     self.first[value] = copy
 
-    def prepare(self, op: int) -> None:
-        """Plan the run of a ``prepare`` op; ``finish`` puts it beside the op that it is for."""
-        if op in self.prepared:
+    def stash(self, op: int) -> None:
+        """Plan the run of a stash op; ``finish`` puts it beside the op that it is for."""
+        if op in self.stashes:
             return
         kept = self.problem.results[op]
-        call = ScheduledCall(Prepare, op, self.problem.producer[kept[0]])
-        self.prepared[op] = call
+        call = ScheduledCall(Stash, op, self.problem.producer[kept[0]])
+        self.stashes[op] = call
         for value in self.problem.operands[op]:
             self.first[value].uses.insert(0, call)
         for value in kept:
@@ -276,11 +276,11 @@ class _Sweep:
     def finish(self) -> list[ScheduledCall]:
         before: dict[int, list[ScheduledCall]] = {}
         after: dict[int, list[ScheduledCall]] = {}
-        for call in self.prepared.values():
-            beside = after if call.op in self.problem.prepared_after else before
+        for call in self.stashes.values():
+            beside = after if call.op in self.problem.stashed_after else before
             beside.setdefault(call.time, []).append(call)
-        ordered: list[ScheduledCall] = [] if self.prepared else self.calls
-        for call in self.calls if self.prepared else ():
+        ordered: list[ScheduledCall] = [] if self.stashes else self.calls
+        for call in self.calls if self.stashes else ():
             is_run = call.kind is Run
             if is_run and call.time in before:
                 ordered.extend(before[call.time])
@@ -292,12 +292,12 @@ class _Sweep:
         return ordered
 
 
-def _account(
+def _summed(
     problem: Problem,
     calls: list[ScheduledCall],
     copies: list[Copy],
     overwriting: list[tuple[ScheduledCall, tuple[Copy, ...]]],
-) -> Lowered:
+) -> Account:
     held, sizes = problem.program.held, problem.nbytes
     for call, over in overwriting:
         call.over = next((copy for copy in over if copy.uses[-1] is call), None)
@@ -320,7 +320,7 @@ def _account(
         if call.over is not None:
             during[call.position] -= sizes[call.over.value]
     seconds = sum([problem.op_seconds[call.op] for call in calls])
-    return Lowered(calls, needed, before, before + np.array(during, dtype=np.int64), seconds)
+    return Account(calls, needed, before, before + np.array(during, dtype=np.int64), seconds)
 
 
 def first_of_backward(problem: Problem, calls: list[ScheduledCall]) -> int:
@@ -332,18 +332,18 @@ def first_of_backward(problem: Problem, calls: list[ScheduledCall]) -> int:
     return len(calls)
 
 
-def to_schedule(problem: Problem, lowered: Lowered) -> Schedule:
+def to_schedule(problem: Problem, account: Account) -> Schedule:
     """Write the calls down as steps, freeing each copy right after its last use."""
     ends: dict[int, list[int]] = {}
     binds: dict[int, list[int]] = {}
-    for copy in lowered.copies:
+    for copy in account.copies:
         binds.setdefault(copy.made.position, []).append(copy.value)
         if copy.value not in problem.program.held:
             last = copy.uses[-1]
             if last.over is not copy:
                 ends.setdefault(last.position, []).append(copy.value)
     segments: tuple[list[Step], list[Step]] = ([], [])
-    for call in lowered.calls:
+    for call in account.calls:
         steps = segments[call.time >= problem.num_forward]
         over = None if call.over is None else call.over.value
         steps.append(call.kind(call.op, tuple(sorted(binds.get(call.position, ()))), over))
