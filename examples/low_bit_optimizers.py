@@ -1,11 +1,11 @@
-"""What an optimizer's state and update take, and what a whole step then needs.
+"""The memory of an optimizer's state and update, and of a whole step with it.
 
     pip install "memplan[low-bit]"
     python examples/low_bit_optimizers.py
 
 Each optimizer trains the same GPT on the same text; predicted and measured peak of the whole step
-stand side by side. Low-bit optimizers change the training by rounding their state; memplan only
-counts them, and gives what they would give without it.
+are shown side by side. Low-bit optimizers change the training by rounding their state; memplan only
+counts them, and gives the results that they would give without it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MakeOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
 def optimizers() -> dict[str, MakeOptimizer]:
-    """All by name; those of packages that are not there are left out, and named on stderr."""
+    """The optimizers by name; those of missing packages are left out, and named on stderr."""
     made: dict[str, MakeOptimizer] = {
         "torch AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=3e-4),
         "torch Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
@@ -52,7 +52,7 @@ def optimizers() -> dict[str, MakeOptimizer]:
 
 
 def main() -> None:
-    """Plan and measure a step with each."""
+    """Plan and measure a step with each optimizer."""
     table = Table(title="One training step of a GPT at its least memory", title_justify="left")
     table.add_column("optimizer")
     for header in ("state", "predicted peak", "measured peak", "bits"):

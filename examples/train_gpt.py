@@ -4,7 +4,7 @@
     python examples/train_gpt.py --plain --steps 100       # the untouched module
 
 Both print the same losses, bit for bit. The budget is for the whole step, the optimizer's state
-and update included; with --update-in-backward no set of gradients is ever alive. The text is the
+and update included; with --update-in-backward the gradients are never all alive. The text is the
 Python language reference, as CPython ships it in ``pydoc_data.topics``.
 """
 
@@ -25,7 +25,7 @@ from models.gpt import GPT
 
 
 def load_text() -> tuple[torch.Tensor, int]:
-    """All topics as one sequence of characters' numbers, and the size of the vocabulary."""
+    """All topics as one sequence of character numbers, and the size of the vocabulary."""
     text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
     characters = sorted(set(text))
     number = {character: index for index, character in enumerate(characters)}
@@ -35,7 +35,7 @@ def load_text() -> tuple[torch.Tensor, int]:
 def batches(
     text: torch.Tensor, batch_size: int, context: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (tokens, targets), each [batch_size, context], at random places of the text."""
+    """Endless (tokens, targets), each [batch_size, context], from random places in the text."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(text) - context - 1, (batch_size,), generator=generator)
@@ -107,7 +107,7 @@ def train(
     source: Iterator[tuple[torch.Tensor, torch.Tensor]],
     steps: int,
 ) -> None:
-    """The usual loop, whatever the module is."""
+    """Run the usual loop, for any module."""
     num_tokens = 0
     start = time.perf_counter()
     for step in range(steps):

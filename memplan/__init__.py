@@ -68,7 +68,7 @@ except _PackageNotFoundError:  # imported from a checkout that is not installed
 
 _folder = _Path(__file__).parent
 if not (_folder / "passes").is_dir():
-    # Imported from a checkout, where the package `memplan.passes` stands beside this one.
+    # Imported from a checkout, where the package `memplan.passes` lies beside this one.
     __path__.append(str(_folder.parent))
 
 # Last: passes import the kernel.

@@ -1,6 +1,6 @@
 """``optimize``, ``plan``, ``frontier``: passes change the model, and steps are built for it.
 
-How one step is built, from the trace to what runs, is in ``compiler.build``.
+The build of one step, from the trace to the code that runs, is in ``compiler.build``.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def optimize(
     """Make a module that trains as ``model`` does, within a budget of memory.
 
     Args:
-        model: the module; its output must hold the loss for the logits to be inside the plan
+        model: the module; its output must include the loss for the logits to be inside the plan
             (see ``WithLoss``). It stays usable, and shares its parameters with the result.
         sample: one batch. A mapping is keyword arguments, a tuple or list positional ones,
-            anything else the one argument. Left out, planning happens at the first call.
+            anything else the only argument. If omitted, planning happens at the first call.
         budget: hard bound on the peak of the whole step: "6GiB", 6_000_000_000, or "50%" of what
             the step needs above its resident bytes.
         max_slowdown: bound on predicted time over the unplanned step's; without a budget, the
             least memory within it. Neither: all savings that are free.
         passes: techniques to add to the EXACT defaults.
         default_passes: False leaves the defaults out.
-        optimizer: whose state and update the budget then covers too: one over
-            ``model.parameters()``, or a callable that makes one of them, found as
+        optimizer: the budget then covers its state and update too: one over
+            ``model.parameters()``, or a callable that makes one, available as
             ``planned.optimizer``. None: the step is forward and backward.
         plan: a saved plan to apply; excludes budget, max_slowdown and passes.
-        options: the rest.
+        options: further settings.
 
     Returns:
         A module with the model's parameters, whose calls run the plan.
@@ -107,10 +107,10 @@ def plan(
     optimizer: object = None,
     options: Options | None = None,
 ) -> Plan:
-    """The plan that ``optimize`` would run, with the same arguments. Never runs the model.
+    """Make the plan that ``optimize`` would run, with the same arguments. Never runs the model.
 
     Returns:
-        The plan: what it predicts, and the schedule that reaches it.
+        The plan: its predictions, and the schedule behind them.
 
     Example:
         >>> import memplan, torch
@@ -144,7 +144,7 @@ def frontier(
     optimizer: object = None,
     options: Options | None = None,
 ) -> list[Plan]:
-    """What each amount of memory costs in time: plans by ascending peak and falling slowdown.
+    """Tell what memory costs in time: plans by ascending peak and falling slowdown.
 
     Budgets are spread evenly from the smallest feasible one to the captured step's peak. Other
     arguments are those of ``plan``. Never runs the model.
@@ -152,11 +152,11 @@ def frontier(
     Args:
         model: the module.
         sample: one batch.
-        points: budgets to plan for; fewer plans come back where one serves several.
+        points: number of budgets to plan for; fewer plans are returned where one serves several.
         passes: techniques to add to the EXACT defaults.
         default_passes: False leaves the defaults out.
-        optimizer: whose state and update are part of the step.
-        options: the rest.
+        optimizer: its state and update are part of the step.
+        options: further settings.
 
     Returns:
         Plans by ascending peak; the last is the unplanned step's.

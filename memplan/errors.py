@@ -1,4 +1,4 @@
-"""What memplan raises. Every message names the input, what was expected, and what to do."""
+"""Errors that memplan raises. Every message names the input, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class CaptureError(MemplanError):
 
 
 class UnfaithfulCapture(CaptureError):
-    """A planned step left other results behind than the untouched module."""
+    """A planned step left results other than the untouched module's."""
 
 
 class PlanMismatch(MemplanError):
-    """A plan is used for something that it was not made for."""
+    """A plan is used for a step that it was not made for."""
 
 
 class NotPlannedYet(MemplanError):

@@ -1,4 +1,4 @@
-"""Python's garbage collector, paused while very many long-lived objects are made."""
+"""A pause of Python's garbage collector while very many long-lived objects are created."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def paused_collector() -> Iterator[None]:
-    """No cyclic collection inside. Captured graphs are large, and every scan would walk them."""
+    """Pause cyclic collection inside. Captured graphs are large, and every scan would walk them."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -11,43 +11,43 @@ from memplan.ir.program import Costs
 
 @dataclass(frozen=True)
 class Options:
-    """Settings.
+    """Settings for planning.
 
     Attributes:
         device: the device to plan for, such as "h100" (see ``memplan.costs.DEVICES``); the model
-            and sample may be anywhere, also without data. Such a plan is for reading: ``optimize``
-            refuses it. None is the device that the model is on.
+            and sample may be anywhere, or without data. Such a plan is for reading: ``optimize``
+            refuses it. None is the model's device.
         costs: "measured" runs each distinct op on its own, "auto" is measured where the tensors
             have data. "analytic" runs nothing, and knows no workspace: the budget then bounds all
-            but what kernels allocate inside. Or ``Costs`` of one's own.
+            memory but what kernels allocate inside. Or ``Costs`` of one's own.
         on_infeasible: "raise" ``InfeasibleBudget``, or plan for the "smallest" feasible budget.
-        cache_size: how many signatures a planned module remembers.
+        cache_size: the number of signatures that a planned module remembers.
         differentiable_outputs: "all", or positions among the leaves of the output; None is the
             loss alone where there is exactly one.
         solver: "search" is fast and near the optimum. "exact" (extra ``exact``) goes on until the
             plan is proven the fastest within its budget among those that restore each op at most
-            once, or ``solver_limit_s`` is over; for steps of up to about a hundred ops.
+            once, or ``solver_limit_s`` has passed; for steps of up to about a hundred ops.
         with_bound: prove how fast any plan within the budget can be: ``Plan.slowdown_bound`` (extra
             ``exact``).
-        solver_limit_s: seconds that each of these proofs may take.
-        update_in_backward: update each parameter as soon as its gradient is finished, and free the
+        solver_limit_s: time limit for each of these proofs, in seconds.
+        update_in_backward: update each parameter as soon as its gradient is complete, and free the
             gradient; the user's ``optimizer.step()`` then changes nothing. Exact for optimizers
             that treat parameters separately; others are refused, and so are clipping by the norm
             of all gradients, gradient accumulation and a GradScaler.
-        fused: finish the gradients in the forward, each as soon as what it needs is there;
+        fused: complete the gradients in the forward, each as soon as its inputs are there;
             ``loss.backward()`` then hands them on, times the gradient that arrives at the loss. For
             models with losses of their own inside, whose gradients do not meet: a part's
-            activations are free before the next part runs. The gradient that arrives must be a
+            activations are freed before the next part runs. The gradient that arrives must be a
             power of two, or one where gradients are in float16 or need not be linear in it; a
             second forward before the backward, and ``retain_graph``, are refused.
         verify: "forward" compares the first call of each signature with a forward of the untouched
-            module: outputs, buffers and random states, bit by bit. What differs by rounding is said
-            (a warning, and ``Plan.notes``); more is an error that names the module. Left out, and
-            said in the notes, where it does not fit into the budget, or into what the captured
-            step needs if there is none; and without a note where passes change the output by
-            design. "step" compares gradients, too, before that call: where a whole step without
-            a plan fits into the budget, if there is one, and neither ``update_in_backward`` nor
-            ``fused`` is asked for. "none" does not compare.
+            module: outputs, buffers and random states, bit by bit. Rounding is reported (a
+            warning, and ``Plan.notes``); more is an error that names the module. Skipped, and
+            reported in the notes, where it does not fit into the budget, or, without one, into
+            what the captured step needs; and without a note where passes change the output by
+            design. "step" compares gradients, too, before that call: where a whole step without a
+            plan fits into the budget, if there is one, and neither ``update_in_backward`` nor
+            ``fused`` is set. "none" does not compare.
     """
 
     device: str | None = None

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 import torch
 
 RandomStates: TypeAlias = tuple[torch.Tensor, ...]
-"""Of the CPU's generator, then of those of the GPUs."""
+"""States of the CPU's generator, then of the GPUs'."""
 
 
 def save_rng_state(device: str) -> torch.Tensor:
@@ -25,14 +25,14 @@ def random_states() -> RandomStates:
 
 
 def set_random_states(states: RandomStates) -> None:
-    """Put back what ``random_states`` returned."""
+    """Restore the states that ``random_states`` returned."""
     torch.set_rng_state(states[0])
     for index, state in enumerate(states[1:]):
         torch.cuda.set_rng_state(state, index)
 
 
 def dropout(x: torch.Tensor, probability: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zero where numbers drawn as eager draws them say so, ``x * scale`` elsewhere; and where."""
+    """Apply dropout, drawing as eager does: zero or ``x * scale``, and the mask of the latter."""
     mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - probability)
     return apply_mask(x, mask, scale), mask
 
@@ -43,13 +43,13 @@ def draw(
     kind: tuple[torch.dtype, torch.device],
     *args: Any,
 ) -> torch.Tensor:
-    """What an op of torch's that draws in place draws into a tensor.
+    """Draw into a new tensor with one of torch's in-place random ops.
 
     Args:
-        op: its name, and that of its overload.
-        layout: shape and strides of the tensor, and the strides of what is returned.
+        op: its name and its overload's.
+        layout: shape and strides of the tensor, and strides of the result.
         kind: its dtype and device.
-        args: what the op is given beside it.
+        args: the op's other arguments.
     """
     shape, strides, result_strides = layout
     dtype, device = kind
@@ -65,7 +65,7 @@ def draw(
 def draw_mask(
     shape: tuple[int, ...], strides: tuple[int, ...], probability: float, device: str
 ) -> torch.Tensor:
-    """True where dropout keeps what it is given: booleans of a shape and layout."""
+    """A boolean mask of a shape and layout, True where dropout keeps its input."""
     mask = torch.empty_strided(shape, strides, dtype=torch.bool, device=device)
     return mask.bernoulli_(1 - probability)
 
@@ -83,4 +83,4 @@ def drop_all(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 OWN_DRAWS: Final[dict[str, Callable[..., Any]]] = {
     function.__name__: function for function in (dropout, draw, draw_mask)
 }
-"""The functions of this file that draw, by name."""
+"""This file's functions that draw, by name."""

@@ -1,13 +1,14 @@
-"""Tables as data, and how they look in Markdown and in HTML."""
+"""Tables as data, and their rendering in Markdown and in HTML."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 ALARM = "DIFFERENT"
-"""A cell that starts so is a broken promise, and stands out."""
+"""Start of a cell that marks a broken promise, and is highlighted."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,12 @@ class Table:
     """A table.
 
     Attributes:
-        title: above it.
-        headers: of the columns.
+        title: text above it.
+        headers: column headers.
         rows: cells as text; an empty row separates sections.
-        numbers: positions of the columns that are aligned to the right.
-        folded: positions of the columns that are broken where there is no room; others never are.
-        footer: below it.
+        numbers: positions of the right-aligned columns.
+        folded: positions of the columns that wrap if there is no room; others never do.
+        footer: text below it.
     """
 
     title: str
@@ -31,7 +32,7 @@ class Table:
     footer: str = ""
 
     def to_markdown(self) -> str:
-        """One of GitHub's tables, under its title."""
+        """A GitHub table, under its title."""
         sides = ["--:" if n in self.numbers else "---" for n in range(len(self.headers))]
         lines = [f"**{self.title}**", "", _line(self.headers), _line(sides)]
         lines += [_line([f"**{c}**" if alarms(c) else c for c in row]) for row in self.rows if row]
@@ -40,7 +41,7 @@ class Table:
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        """For a notebook."""
+        """HTML for a notebook."""
         numbers = self.numbers
         header = "".join(_cell("th", text, n in numbers) for n, text in enumerate(self.headers))
         rows = [f"<tr>{header}</tr>"]
@@ -52,12 +53,12 @@ class Table:
         return f"<table>{caption}{''.join(rows)}</table>{footer}"
 
 
-class ShownAsTables:
-    """A result that is a line in a terminal, and tables in a notebook."""
+class ShownAsTables(ABC):
+    """A result shown as a line in a terminal, and as tables in a notebook."""
 
+    @abstractmethod
     def tables(self) -> list[Table]:
-        """What there is to see."""
-        raise NotImplementedError
+        """The tables to show."""
 
     def __repr__(self) -> str:
         return f"<{self}>"
@@ -67,17 +68,17 @@ class ShownAsTables:
 
 
 def markdown(tables: Sequence[Table]) -> str:
-    """All, one after the other."""
+    """The tables in Markdown, one after the other."""
     return "\n\n".join(table.to_markdown() for table in tables)
 
 
 def said_of_bits(equal: bool) -> str:
-    """In words."""
+    """The result of a comparison of bits, in words."""
     return "same bits" if equal else ALARM
 
 
 def alarms(cell: str) -> bool:
-    """Whether a cell is to stand out."""
+    """Tell whether a cell is to be highlighted."""
     return cell.startswith(ALARM)
 
 

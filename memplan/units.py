@@ -21,7 +21,7 @@ _PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*", re.ASCII)
 
 
 def parse_bytes(size: int | str) -> int:
-    """Read a number of bytes.
+    """Parse a number of bytes.
 
     Args:
         size: an int of bytes, or text such as ``"6GiB"``, ``"6 GB"`` or ``"1.5g"``.
@@ -43,7 +43,7 @@ def parse_bytes(size: int | str) -> int:
 
 
 def parse_share(text: str) -> float:
-    """Read a percentage.
+    """Parse a percentage.
 
     Raises:
         UnitsError: for anything else.
@@ -58,7 +58,7 @@ def parse_share(text: str) -> float:
 
 
 def format_bytes(nbytes: int) -> str:
-    """Write a number of bytes for people.
+    """Format a number of bytes for people.
 
     >>> format_bytes(1536), format_bytes(12), format_bytes(-2 * 1024**3)
     ('1.50 KiB', '12 B', '-2.00 GiB')
@@ -95,7 +95,7 @@ class Budget:
 
 
 def parse_budget(budget: int | str) -> Budget:
-    """Read a budget.
+    """Parse a budget.
 
     Raises:
         UnitsError: for anything that is neither bytes nor a percentage up to 100.

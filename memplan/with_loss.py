@@ -34,11 +34,11 @@ class WithLoss(nn.Module):
         return self.loss_fn(self.model(*inputs), target)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
+        """The model's own state."""
         return self.model.state_dict(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Into the model."""
+        """Load into the model."""
         return self.model.load_state_dict(state_dict, strict=strict, assign=assign)

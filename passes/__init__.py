@@ -1,4 +1,4 @@
-"""The techniques, one file or folder each. A pass is made by its factory: ``add_lora(rank=8)``."""
+"""The techniques, one file or folder each. A factory makes each pass: ``add_lora(rank=8)``."""
 
 from collections.abc import Callable
 from typing import Final
@@ -42,7 +42,7 @@ PASSES: Final[dict[str, Callable[..., Pass]]] = {
     "split_dropout": split_dropout,
     "train_biases_only": train_biases_only,
 }
-"""Every factory by name."""
+"""All factories by name."""
 
 DEFAULT_PASSES: Final[tuple[str, ...]] = (
     "split_dropout",

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: small modules after sublayers, trained in the place of the model.
+"""Bottleneck adapters: small modules after sublayers, trained in place of the model.
 
 Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019,
 https://arxiv.org/abs/1902.00751: ``y + up(f(down(y)))`` on the output ``y`` of each sublayer,
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from memplan.analysis import (
+    NamedAsLayers,
     Patterns,
     as_texts,
     is_conv1d,
@@ -51,22 +52,22 @@ def add_adapters(
 ) -> Pass:
     """Train bottlenecks after layers, and freeze every other parameter.
 
-    Adapters begin as no change. They are named ``adapters.<layer>`` in the planned module, in
-    float32 where the model has 16 bits. ``requires_grad`` is set on the model given; ``unfreeze``
-    puts it back.
+    Adapters start as the identity. They are named ``adapters.<layer>`` in the planned module, in
+    float32 where the model has 16 bits. ``requires_grad`` is set on the model itself; ``unfreeze``
+    restores it.
 
     Args:
         size: features of the bottleneck.
         activation: "gelu", "relu", "silu" or "tanh".
-        targets: after which linear layers: "sublayers" for those that end a residual branch; or
+        targets: the linear layers to adapt: "sublayers" for those that end a residual branch; or
             patterns.
-        also_train: what of the model itself is trained as well: "head", "norms", ...
+        also_train: the model's own parameters to train as well: "head", "norms", ...
 
     Returns:
         A pass of effect ``RESTRICTED``.
 
     Raises:
-        MemplanError: naming the argument that makes no sense.
+        MemplanError: naming the invalid argument.
 
     Example:
         >>> import memplan, torch
@@ -112,7 +113,7 @@ def _change(settings: _AdapterSettings, model: nn.Module, context: ModelContext)
             )
         targets = (*ends, *(one for one in targets if one != _SUBLAYERS))
     names = targeted_layers(model, targets, context.forward, _can_be_adapted)
-    tree = nn.Module()
+    tree = NamedAsLayers()
     with torch.random.fork_rng():
         layers = {
             name: Bottleneck(model.get_submodule(name), settings.size, settings.activation)
@@ -162,7 +163,7 @@ class Bottleneck(nn.Module):
         self.activation = activation
 
     def forward(self, layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """What the adapted layer returns, given what the layer itself does."""
+        """The adapted layer's output, from the layer's own."""
         del layer, x
         dtype = y.dtype
         inner = functional.linear(y, self.down.to(dtype), self.down_bias.to(dtype))

@@ -1,11 +1,11 @@
-"""Activation checkpointing: drop what the forward made, and make it again for the backward.
+"""Activation checkpointing: drop what the forward computed, and recompute it for the backward.
 
 Deterministic ops are recomputed from their inputs (Griewank and Walther, "Algorithm 799: revolve",
 2000; Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
 https://arxiv.org/abs/1604.06174). Here the unit is one op, not a block: which values are dropped,
 and when, is the planner's choice. Random ops are redrawn: the generator's state before the op is
-kept (5 KB on the CPU), and the op runs again under it. Batch norm in training runs again without
-its running statistics, which are made once. All give the bits of the first run.
+stashed (5 KB on the CPU), and the op is recomputed under it. Batch norm in training is recomputed
+without its running statistics, which are updated once. All give the bits of the first run.
 
 Not offered: ops that write in place, and ops that read what the step overwrites.
 """
@@ -33,14 +33,14 @@ _SAVE_STATE, _REDRAW = "memplan.save_rng_state", "memplan.redraw"
 _NORMALISE = "memplan.batch_norm_without_statistics"
 _BATCH_NORM = "aten._native_batch_norm_legit_functional.default"
 _CUDA_STATE_BYTES = 16
-"""Of a GPU's generator: its seed, and how far it is."""
+"""Size of a GPU generator's state: its seed, and its offset."""
 
 _TRAINING = 5
-"""Which argument of it says that it takes the batch's statistics."""
+"""Position of batch norm's argument that selects the batch's statistics."""
 
 
 def checkpoint_activations() -> Pass:
-    """Offer to recompute, or redraw, everything that the forward makes.
+    """Offer to recompute, or redraw, everything that the forward computes.
 
     Returns:
         A pass of effect ``EXACT``.
@@ -67,7 +67,7 @@ def checkpoint_activations() -> Pass:
 def redraw(
     state: torch.Tensor, device: str, op: Callable[..., Any] | str, /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a random op as it ran under ``state``; the generator is left as it was found.
+    """Recompute a random op under ``state``; the generator is left unchanged.
 
     One of ``OWN_DRAWS`` goes by its name: generated code cannot hold Python functions.
     """
@@ -104,7 +104,7 @@ def _call_of_batch_norm(captured: Captured, op: Op, stashed: Sequence[Any]) -> O
 
 def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery, ...]:
     program = captured.program
-    # What the backward overwrites is read by nothing after it.
+    # Nothing reads what the backward overwrites after that.
     overwritten = {value for op in program.ops if op.phase is Phase.FORWARD for value in op.mutates}
     offered = []
     for op in program.ops:
@@ -123,7 +123,7 @@ def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery,
 
 
 def _batch_norm(captured: Captured, op: Op, id: int) -> Recovery:
-    """Normalise again, without reading or making running statistics: those are made once."""
+    """Normalise again, without reading or updating running statistics: those are updated once."""
     node = captured.calls[op.id]
     read = [captured.storage[arg] for arg in node.args[:3] if isinstance(arg, fx.Node)]
     results = op.results[:3]
@@ -131,8 +131,8 @@ def _batch_norm(captured: Captured, op: Op, id: int) -> Recovery:
 
 
 def _redraw(op: Op, device: torch.device, context: RecoveryContext) -> Recovery:
-    """Keep the state of the generator before a random op; draw again under it."""
-    # That of a GPU's generator is kept in the host's memory.
+    """Stash the generator's state before a random op; redraw under it."""
+    # A GPU generator's state is stashed in the host's memory.
     is_cuda = device.type == "cuda"
     nbytes = _CUDA_STATE_BYTES if is_cuda else torch.get_rng_state().nbytes
     memory = Memory.HOST if is_cuda else Memory.DEVICE

@@ -1,13 +1,13 @@
-"""Operands that a backward kernel is given and whose values it never reads.
+"""Operands of backward kernels whose values are never read.
 
-Autograd keeps what the backward of an op takes, and some take a tensor for its shape alone: pooling
+Autograd saves the operands of an op's backward, and some are there for their shape alone: pooling
 and padding take their input, the negative log-likelihood takes all log-probabilities. Convolutions
 and norms read their input for the gradients of their own parameters only, and not when those are
 frozen. Here such an operand is replaced by a view of the incoming gradient, of the same shape, so
-that nothing is kept for it. The same kernel runs, with the same bits.
+that nothing is saved for it. The same kernel runs, with the same bits.
 
-Only where that frees memory: where nothing else in the backward reads the operand, and it is not
-one of the step's own inputs.
+Applied only where it frees memory: where nothing else in the backward reads the operand, and it
+is not one of the step's own inputs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _VIEWS: Final = frozenset({aten.t.default, aten.permute.default, aten.transpose.
 
 
 def drop_dead_operands() -> Pass:
-    """Keep nothing for operands whose values no kernel reads.
+    """Save nothing for operands whose values no kernel reads.
 
     Returns:
         A pass of effect ``EXACT``.
@@ -72,7 +72,7 @@ def drop_dead_operands() -> Pass:
 
 
 def _notes(captured: Captured) -> tuple[str, ...]:
-    """Frozen layers of which freezing frees no activations, and why."""
+    """Frozen layers whose freezing frees no activations, and why."""
     trained = {position for position, _ in captured.gradients}
     frozen = {
         primal.node
@@ -90,7 +90,7 @@ def _notes(captured: Captured) -> tuple[str, ...]:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """What a node is a view of."""
+    """The node that a node is a view of."""
     while node.target in _VIEWS:
         node = node.all_input_nodes[0]
     return node

@@ -1,11 +1,11 @@
 """Dropout in two ops, mask and product, and its backward by the same product.
 
 torch's kernel for the CPU draws a boolean mask and multiplies by it, ``(x * float(m)) * s``, where
-the conversion from bool is slow; its backward does the same to the gradient. Here
-the mask is drawn by an op of its own, and read as bytes: the product can be recomputed from a mask
-that is kept (one byte an element) without drawing anew, and can be written over ``x``. All have the
-same bits: m is 0 or 1, so one of the two products is exact, signed zeros and NaN included; in half
-precision s is exact too, as captured. The numbers are drawn in the same order.
+the conversion from bool is slow; its backward does the same to the gradient. Here the mask is drawn
+by an op of its own, and read as bytes: the product can be recomputed from a saved mask (one byte
+per element) without redrawing, and can be written over ``x``. All have the same bits: m is 0 or 1,
+so one of the two products is exact, signed zeros and NaN included; in half precision s is exact
+too, as captured. The numbers are drawn in the same order.
 
 Not applied to other devices, whose kernels are fused.
 """
@@ -27,7 +27,7 @@ _BACKWARD = torch.ops.aten.native_dropout_backward.default
 
 
 def split_dropout() -> Pass:
-    """Draw dropout's mask apart from applying it, on the CPU.
+    """Separate the drawing of dropout's mask from its use, on the CPU.
 
     Returns:
         A pass of effect ``EXACT``.
@@ -55,7 +55,7 @@ def _rewrite(graph: fx.Graph) -> None:
 
 
 def _draws(node: fx.Node) -> bool:
-    """Whether a node is a dropout that draws numbers."""
+    """Tell whether a node is a dropout that draws numbers."""
     if node.target is dropout:
         return True
     return node.target is _FORWARD and bool(node.args[2]) and 0 < float(str(node.args[1])) < 1
@@ -65,7 +65,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
     x, probability, last = node.args
     product, mask = node.meta["val"]
     scale = last
-    if node.target is _FORWARD:  # which scales by a number of the tensor's type
+    if node.target is _FORWARD:  # it scales by a number of the tensor's type
         scale = torch.tensor(1 / (1 - float(str(probability))), dtype=product.dtype).item()
     with graph.inserting_before(node):
         drawn = graph.call_function(

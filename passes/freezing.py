@@ -1,11 +1,11 @@
-"""Train fewer parameters: biases alone, or all but what is frozen.
+"""Freezing: train biases alone, or all but chosen parameters.
 
 Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
-Language-models", 2022, https://arxiv.org/abs/2106.10199, trains biases alone. What that frees
-beside gradients and optimizer state depends on the layers around: a linear layer whose weight is
-frozen keeps no input, but the activation function after it keeps its own; a convolution keeps its
-input in eager torch, and here does not (``drop_dead_operands``). Before the first layer that is
-trained nothing is kept at all.
+Language-models", 2022, https://arxiv.org/abs/2106.10199, trains biases alone. The savings beside
+gradients and optimizer state depend on the layers around: a linear layer whose weight is frozen
+saves no input, but the activation function after it saves its own; a convolution saves its input in
+eager torch, but not here (``drop_dead_operands``). Before the first trained layer nothing is saved
+at all.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 def train_biases_only(also_train: Patterns = ()) -> Pass:
     """Train biases, and freeze every other parameter.
 
-    ``requires_grad`` is set on the model given; ``unfreeze`` puts it back.
+    ``requires_grad`` is set on the model itself; ``unfreeze`` restores it.
 
     Args:
-        also_train: what else is trained: "norms", "head", or other patterns.
+        also_train: other parameters to train: "norms", "head", or other patterns.
 
     Returns:
         A pass of effect ``RESTRICTED``.
@@ -54,15 +54,15 @@ def train_biases_only(also_train: Patterns = ()) -> Pass:
 
 
 def freeze(patterns: Patterns = (), blocks: int = 0) -> Pass:
-    """Do not train some parameters.
+    """Freeze some parameters.
 
-    ``requires_grad`` is set on the model given; ``unfreeze`` puts it back.
+    ``requires_grad`` is set on the model itself; ``unfreeze`` restores it.
 
     Args:
-        patterns: of modules or parameters.
+        patterns: patterns of modules or parameters.
         blocks: freeze so many blocks from the start, all that is called before the next, and
-            parameters that the modules around the blocks hold themselves. Blocks are the members
-            of the longest ``nn.ModuleList`` or ``nn.Sequential`` of one type.
+            parameters that the modules around the blocks own directly. Blocks are the members of
+            the longest ``nn.ModuleList`` or ``nn.Sequential`` of one type.
 
     Returns:
         A pass of effect ``RESTRICTED``.
@@ -95,10 +95,10 @@ def freeze(patterns: Patterns = (), blocks: int = 0) -> Pass:
 
 
 def unfreeze(planned: PlannedModule) -> nn.Module:
-    """Let the original's parameters require gradients as before they were planned for.
+    """Restore the ``requires_grad`` that the original's parameters had before planning.
 
-    The planned module plans again at its next call; an optimizer that it was planned with must then
-    hold all that is trained. Returns the original.
+    The planned module plans again at its next call; an optimizer that it was planned with must
+    then hold all trained parameters. Returns the original.
 
     Returns:
         The original.
@@ -133,7 +133,7 @@ def _freeze(
 
 
 def _up_to(model: nn.Module, blocks: int, context: ModelContext) -> frozenset[str]:
-    """Parameters of the first blocks, and of what a forward calls before the next one."""
+    """Parameters of the first blocks, and of all that a forward calls before the next one."""
     chain = _longest_chain(model)
     if blocks > len(chain):
         raise MemplanError(f"blocks={blocks}, and the model has {len(chain)}: {chain[:1]} and on")
@@ -154,7 +154,7 @@ def _longest_chain(model: nn.Module) -> list[str]:
     """FQNs of the members of the longest list of modules of one type.
 
     Raises:
-        MemplanError: if there is none of two or more.
+        MemplanError: if none has two or more.
     """
     chains = [
         [f"{name}.{member}" if name else member for member, _ in holder.named_children()]

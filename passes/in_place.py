@@ -1,11 +1,11 @@
-"""Results written over operands that are not needed any more.
+"""Results written over operands that are no longer needed.
 
 Pointwise kernels, and softmax's over the last dimension, read an element (a row) before they write
-it. Where an operand ends at such an op, the result can take its memory: the same bits, one tensor
-less at the peak, and often less time. The pass marks what can be done; which operands end where
-follows from the plan, and what a backward still reads ends later.
+it. Where an operand is last used by such an op, the result can take its memory: the same bits, one
+tensor less at the peak, and often less time. The pass marks the candidates; the plan decides which
+operands end where, and those that a backward still reads end later.
 
-Not offered: complex results. A quotient of 20 complex numbers has other last bits in place.
+Not offered: complex results. In place, a quotient of 20 complex numbers has other last bits.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _OVER_ANY: Final[dict[object, _Into]] = {
     aten.hardtanh_backward.default: (aten.hardtanh_backward.grad_input, "grad_input", (0, 1)),
     aten.softplus_backward.default: (aten.softplus_backward.grad_input, "grad_input", (0, 1)),
 }
-"""Ops with a form that writes where it is told, its keyword, and the operands that it may be."""
+"""Ops with a form that writes to a given output, its keyword, and the operands to write over."""
 
 _OVER_ROWS: Final[dict[object, _Into]] = {
     aten._softmax.default: (aten._softmax.out, "out", (0,)),
@@ -88,7 +88,7 @@ _OVER_ROWS: Final[dict[object, _Into]] = {
 
 
 def reuse_operands() -> Pass:
-    """Offer to write results over operands that end there.
+    """Offer to write results over operands that are last used there.
 
     Returns:
         A pass of effect ``EXACT``.
@@ -130,7 +130,7 @@ def _in_place(node: fx.Node) -> Iterable[tuple[int, InPlace]]:
 
 
 def _is_along_rows(node: fx.Node) -> bool:
-    """Whether a softmax, or its backward, is along a last dimension that is contiguous."""
+    """Tell whether a softmax, or its backward, runs along a contiguous last dimension."""
     value = node.meta["val"]
     dim = next(argument for argument in node.args if isinstance(argument, int))
     return dim in (-1, value.dim() - 1) and value.is_contiguous()

@@ -1,4 +1,4 @@
-"""Mini-batch dropping: a random part of the batches is passed over, before they are loaded.
+"""Mini-batch dropping: a random part of the batches is skipped, before they are loaded.
 
 Stochastic mini-batch dropping (SMD) of Wang et al., "E2-Train: Training State-of-the-art CNNs with
 Over 80% Energy Savings", 2019, https://arxiv.org/abs/1910.13349, section 3.1: each batch is dropped
@@ -28,21 +28,21 @@ _CHILD: Final = "minibatch_dropping"
 
 
 def drop_minibatches(p: float = 0.5, seed: int = 0) -> Pass:
-    """Pass over a random part of the batches: ``for batch in planned.batches(loader):``.
+    """Skip a random part of the batches: ``for batch in planned.batches(loader):``.
 
-    Whether a batch is dropped depends on the seed and on how many there were before it, and on
-    nothing else: it is known before the batch is loaded, and is the same on every rank. The loop's
-    body does not run for it, so that optimizer, schedule and weight decay stand still.
+    Only the seed and the number of batches before it decide whether a batch is dropped: that is
+    known before the batch is loaded, and is the same on every rank. The loop's body does not run
+    for a dropped batch, so optimizer, schedule and weight decay stand still.
 
     Args:
         p: probability that a batch is dropped; 0 drops none.
-        seed: of the decisions.
+        seed: seed of the decisions.
 
     Returns:
         A pass of effect ``STOCHASTIC`` that changes no step.
 
     Raises:
-        MemplanError: naming the argument that makes no sense.
+        MemplanError: naming the invalid argument.
 
     Example:
         >>> import memplan, torch
@@ -90,15 +90,15 @@ def _loop(
 
 
 class MinibatchDropping(nn.Module):
-    """Which batches are dropped, and how far the training has come; both go into ``state_dict``.
+    """The dropping decisions and the training's progress; both go into ``state_dict``.
 
     Attributes:
         p: probability that a batch is dropped.
-        seed: of the decisions.
+        seed: seed of the decisions.
         iteration: batches so far, dropped ones included.
-        position: those of the epoch that is running.
-        order: the random states of when that epoch began.
-        is_resuming: whether the next epoch goes on with a loaded state.
+        position: batches so far in the current epoch.
+        order: the random states at the start of that epoch.
+        is_resuming: whether the next epoch continues from a loaded state.
     """
 
     def __init__(self, p: float, seed: int) -> None:
@@ -109,12 +109,12 @@ class MinibatchDropping(nn.Module):
         self.is_resuming = False
 
     def is_dropped(self, iteration: int) -> bool:
-        """Whether a batch is, by its number from the beginning of the training."""
+        """Tell whether a batch is dropped, by its number from the start of the training."""
         drawn = Random(f"drop_minibatches {self.seed} {iteration}").random()
         return drawn < self.p
 
     def get_extra_state(self) -> dict[str, Any]:
-        """For ``state_dict``."""
+        """The state for ``state_dict``."""
         return {
             "p": self.p,
             "seed": self.seed,
@@ -124,10 +124,10 @@ class MinibatchDropping(nn.Module):
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """From ``state_dict``.
+        """Load the state from ``state_dict``.
 
         Raises:
-            MemplanError: if other batches were dropped there.
+            MemplanError: if the state is from other dropping decisions.
         """
         if (state["p"], state["seed"]) != (self.p, self.seed):
             raise MemplanError(
@@ -141,25 +141,25 @@ class MinibatchDropping(nn.Module):
 
 
 class Batches:
-    """The batches of a loader that are not dropped; made once, and gone through once an epoch.
+    """The batches of a loader that are not dropped; created once, and iterated once an epoch.
 
-    After a state was loaded, the epoch that was running goes on where it was: in the same order,
+    After a state is loaded, the interrupted epoch continues from its position: in the same order,
     if the loader draws it, when the epoch begins, from torch's random state or from a generator of
     its own. An epoch that is left early is over.
 
     Attributes:
-        num_kept: batches given out, in all epochs.
-        num_dropped: batches passed over.
+        num_kept: batches yielded, in all epochs.
+        num_dropped: batches skipped.
         seconds: time in the loop, loading and body.
 
     Args:
         loader: any iterable of batches.
-        dropping: decides.
-        parameters: of the model.
-        accumulate: batches that one update is made of; they are dropped or kept together. None:
-            one, and a batch is not dropped while gradients wait for an update.
-        schedule: steps for each dropped batch, as the paper's does; the loop's body steps it for
-            the others.
+        dropping: makes the decisions.
+        parameters: the model's parameters.
+        accumulate: number of batches per update; they are dropped or kept together. None: one, and
+            a batch is not dropped while gradients wait for an update.
+        schedule: stepped for each dropped batch, as in the paper; the loop's body steps it for the
+            others.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Batches:
         self.seconds = 0.0
 
     def __len__(self) -> int:
-        """How many the next epoch gives out.
+        """The number of batches that the next epoch yields.
 
         Raises:
             TypeError: if the loader has no length.
@@ -187,7 +187,7 @@ class Batches:
         return self.count(1)
 
     def count(self, epochs: int) -> int:
-        """How many the next epochs give out together, for a schedule of executed steps.
+        """The number of batches that the next epochs yield, for a schedule of executed steps.
 
         Raises:
             TypeError: if the loader has no length.
@@ -212,7 +212,7 @@ class Batches:
 
     @property
     def summary(self) -> str:
-        """What was kept and dropped so far, and the time that it took, in a line."""
+        """One line on the batches kept and dropped so far, and the time taken."""
         total, p = self.num_kept + self.num_dropped, self._dropping.p
         whole_s = self.seconds / self.num_kept * total if self.num_kept else 0.0
         return (
@@ -224,7 +224,7 @@ class Batches:
         return self._dropping.position if self._dropping.is_resuming else 0
 
     def _is_kept(self, first: int, place: int) -> bool:
-        """Whether a batch is, by its place in the epoch whose first has this number."""
+        """Tell whether a batch is kept, by its place in the epoch whose first has this number."""
         return not self._dropping.is_dropped(first + place // self._window * self._window)
 
     def __iter__(self) -> Iterator[Any]:
@@ -261,7 +261,7 @@ class Batches:
         """Count dropped batches.
 
         Raises:
-            MemplanError: if gradients wait for an update that they would have been part of.
+            MemplanError: if gradients that they would have been part of wait for an update.
         """
         if places and self._updates is not None and self._updates.are_due():
             raise MemplanError(

@@ -1,9 +1,9 @@
-"""Boolean masks kept as bits: an eighth of their memory, without making them anew.
+"""Boolean masks stashed as bits: an eighth of their memory, without recomputation.
 
-Masks of dropout are drawn one number after the other, and masks of signs are made of whole tensors
-that are gone by then; packing and unpacking work on eight booleans at a time. So of the ways to get
-a mask back this is the cheap one; drawing it again under the generator's kept state, or computing
-it again, frees more. All are offered, and the plan says where one is worth it.
+Dropout masks are drawn one number after the other, and sign masks are computed from whole tensors
+that are gone by then; packing and unpacking work on eight booleans at a time. So this is the cheap
+way to restore a mask; redrawing it under the generator's stashed state, or recomputing it, frees
+more. All are offered, and the plan decides where each is worth it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 _NAME = "pack_masks"
 _PACK, _UNPACK = "memplan.pack_mask", "memplan.unpack_mask"
 _LEAST_BYTES = 4096
-"""Smaller masks take about as long to pack as to make."""
+"""Size below which a mask takes about as long to pack as to compute."""
 
 _GATHER: Final = 0x0102040810204080
-"""Times eight bytes of 0 or 1, this has them as the bits of the highest byte."""
+"""Factor that collects eight bytes of 0 or 1 as the bits of the highest byte."""
 
 _SPREAD: Final = 0x0101010101010101
-"""Times a byte, this is the byte eight times."""
+"""Factor that repeats a byte eight times."""
 
 _ONE_EACH: Final = 0x8040201008040201 - (1 << 64)
-"""Bit i of byte i, for all eight, as a signed integer."""
+"""Mask of bit i of byte i, for all eight, as a signed integer."""
 
 
 def pack_masks() -> Pass:
-    """Offer to keep boolean masks that the forward makes and the backward reads as bits.
+    """Offer to stash as bits the boolean masks that the forward makes and the backward reads.
 
     Returns:
         A pass of effect ``EXACT``.
@@ -63,7 +63,7 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
-    """The boolean tensor that was packed, of its shape and layout."""
+    """The boolean tensor from its bits, with its shape and layout."""
     words = packed.to(torch.int64).mul_(_SPREAD).bitwise_and_(_ONE_EACH)
     return words.view(torch.uint8).clamp_(max=1).view(torch.bool).as_strided(shape, strides)
 
@@ -91,7 +91,7 @@ def _recoveries(captured: Captured, context: RecoveryContext) -> tuple[Recovery,
 
 
 def _mask_bytes(value: object) -> int | None:
-    """The size of a mask that can be packed: booleans, whole bytes of them, and nothing else."""
+    """The size of a mask that can be packed: booleans that fill whole bytes, and nothing else."""
     if not isinstance(value, torch.Tensor) or value.dtype is not torch.bool:
         return None
     nbytes = value.untyped_storage().nbytes()

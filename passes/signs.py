@@ -1,15 +1,15 @@
-"""The signs of what a rectifier was given, in the place of its values.
+"""The signs of a rectifier's input, saved in place of its values.
 
 The backward of a ReLU, a ReLU6, a hard tanh or a leaky ReLU reads a whole tensor, and of each
-element only on which side of a bound it is. Where nothing else in the backward reads that memory, a
-boolean mask is made of it in the forward and kept: one byte an element, and one bit where the mask
+element only on which side of a bound it is. Where nothing else in the backward reads that memory,
+the forward computes a boolean mask and saves it: one byte per element, and one bit where the mask
 is packed. That is so between frozen layers, and before dropout, pooling or a sum; a layer that
 trains reads its input itself.
 
-The kernel decides what is in the mask, and applies it: it is run on a gradient of ones, and in the
-backward on a tensor of zeros and ones in the place of the values. So all bits are its own, for NaN
-too. Booleans are slow to convert to and fro in any other way; a part is done at a time, so that no
-whole tensor is made.
+The kernel itself computes the mask, and applies it: it runs on a gradient of ones, and in the
+backward on a tensor of zeros and ones in place of the values. So all bits are its own, for NaN
+too. Booleans are slow to convert in any other way; this is done part by part, so that no whole
+tensor is made.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from memplan.transforms.passes import Effect, Pass
 _NAME = "keep_signs"
 _PARTS = 8
 _LEAST_PART = 1 << 17
-"""Elements: tensors are gone through in up to so many parts, of at least so many elements."""
+"""Elements that a part has at least; a tensor is processed in up to ``_PARTS`` of them."""
 
 _LEAST_BYTES = 1 << 16
-"""Smaller tensors are not worth two calls."""
+"""Size below which a tensor is not worth two calls."""
 
 _BLOCK = 64
-"""Parts begin at multiples of so many elements, as the blocks of vectorised loops do: what a kernel
-does to NaN may depend on an element's place in one."""
+"""Parts begin at multiples of this many elements, as the blocks of vectorised loops do: a kernel's
+treatment of NaN may depend on an element's place in one."""
 
 aten = torch.ops.aten
 
@@ -54,10 +54,10 @@ class _Rectifier:
 
     Attributes:
         kernel: the op.
-        out: its form that writes where it is told, to ``grad_input``.
-        on_ones: numbers, in the place of the captured ones where not None, with which a gradient of
-            ones becomes 1 where it is let through, and else 0.
-        on_mask: the same, with which values of one let a gradient through, and zeros do not.
+        out: its form that writes to ``grad_input``.
+        on_ones: numbers, in place of the captured ones where not None, with which a gradient of
+            ones becomes 1 where it passes, and else 0.
+        on_mask: the same, with which a gradient passes where values are one, not where zero.
     """
 
     kernel: Callable[..., Any]
@@ -66,7 +66,7 @@ class _Rectifier:
     on_mask: tuple[float | bool | None, ...]
 
     def told(self, numbers: tuple[Any, ...], other: tuple[float | bool | None, ...]) -> Any:
-        """The captured numbers, or others in their place."""
+        """The captured numbers, with some replaced."""
         return tuple(a if b is None else b for a, b in zip(numbers, other, strict=True))
 
 
@@ -90,11 +90,11 @@ _RECTIFIERS: Final[Mapping[str, _Rectifier]] = {
         ),
     )
 }
-"""By the name of the kernel: generated code can hold that."""
+"""Rectifiers by the name of the kernel, which generated code can hold."""
 
 
 def keep_signs() -> Pass:
-    """Keep masks for rectifiers whose values nothing else in the backward reads.
+    """Save masks for rectifiers whose values nothing else in the backward reads.
 
     Returns:
         A pass of effect ``EXACT``.
@@ -116,7 +116,7 @@ def keep_signs() -> Pass:
 def let_through(
     values: torch.Tensor, strides: tuple[int, ...], name: str, numbers: tuple[Any, ...]
 ) -> torch.Tensor:
-    """Where a rectifier lets a gradient through: booleans of the values' shape, so strided."""
+    """A mask of where a rectifier passes a gradient: booleans of the values' shape, so strided."""
     rectifier = _RECTIFIERS[name]
     told = rectifier.told(numbers, rectifier.on_ones)
     if values.stride() != strides:
@@ -133,7 +133,7 @@ def let_through(
 def rectify(
     gradient: torch.Tensor, mask: torch.Tensor, name: str, numbers: tuple[Any, ...]
 ) -> torch.Tensor:
-    """A rectifier's backward by the mask of ``let_through``, and laid out like it."""
+    """Compute a rectifier's backward from the mask of ``let_through``, with the mask's layout."""
     into = torch.empty_like(mask, dtype=gradient.dtype)
     return _rectify(gradient, mask, name, numbers, into)
 
@@ -154,7 +154,7 @@ def _rectify(
 ) -> torch.Tensor:
     rectifier = _RECTIFIERS[name]
     told = rectifier.told(numbers, rectifier.on_mask)
-    flags = mask.view(torch.uint8)  # which is converted much faster than booleans
+    flags = mask.view(torch.uint8)  # converted much faster than booleans
     if gradient.stride() != mask.stride():
         rectifier.out(gradient, flags.to(gradient.dtype), *told, grad_input=into)
         return into
@@ -164,7 +164,7 @@ def _rectify(
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor without gaps, in parts along its memory."""
+    """The parts of a tensor without gaps, along its memory."""
     count = tensor.numel()
     size = max(-(-count // (_PARTS * _BLOCK)) * _BLOCK, _LEAST_PART)
     flat = tensor.as_strided((count,), (1,))
@@ -189,9 +189,9 @@ def _rewrite(graph: fx.Graph) -> None:
 
 
 def _is_normalized(node: fx.Node, readers: Mapping[int, frozenset[fx.Node]]) -> bool:
-    """Whether values are the result of a batch norm whose input is kept for the norm's backward.
+    """Tell whether values are the result of a batch norm whose input is saved for its backward.
 
-    Recomputing that result takes no longer than making a mask, and frees all of it.
+    Recomputing that result takes no longer than computing a mask, and frees all of it.
     """
     assert isinstance(node.args[1], fx.Node)
     source = _origin(node.args[1])
@@ -203,7 +203,7 @@ def _is_normalized(node: fx.Node, readers: Mapping[int, frozenset[fx.Node]]) -> 
 
 
 def _can_be_masked(node: fx.Node) -> bool:
-    """Whether a rectifier's backward reads values of the forward, and has no gaps in its tensors.
+    """Tell whether a rectifier's backward reads forward values, and its tensors have no gaps.
 
     Its mask is laid out like its result. An expanded gradient has too little memory to write over.
     """
@@ -219,14 +219,14 @@ def _can_be_masked(node: fx.Node) -> bool:
 
 
 def _origin(node: fx.Node) -> fx.Node:
-    """The first node that is the same elements of the same memory."""
+    """The first node with the same elements of the same memory."""
     while len(node.all_input_nodes) == 1 and _is_same(node, node.all_input_nodes[0]):
         node = node.all_input_nodes[0]
     return node
 
 
 def _is_same(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two nodes are the same elements of the same memory."""
+    """Tell whether two nodes have the same elements of the same memory."""
     mine, theirs = node.meta.get("val"), other.meta.get("val")
     if not (isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor)):
         return False
@@ -234,15 +234,15 @@ def _is_same(node: fx.Node, other: fx.Node) -> bool:
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Where in its memory a tensor lies, and how."""
+    """The place and layout of a tensor in its memory."""
     return (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _replace(graph: fx.Graph, nodes: list[fx.Node]) -> bool:
-    """Give rectifiers masks in the place of values that all lie in one memory.
+    """Give rectifiers masks in place of values that all lie in one memory.
 
-    Those that ask the same of the same elements share one. Nothing is done, and False returned, if
-    the masks together are no smaller than the memory.
+    Those that test the same elements in the same way share one. If the masks together are no
+    smaller than the memory, nothing is done, and False is returned.
     """
     groups: dict[tuple[object, ...], list[fx.Node]] = {}
     for node in nodes:
@@ -279,14 +279,14 @@ def _storage(node: object) -> int | None:
 
 
 def _insert_mask(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """Make a rectifier's mask in the forward, right after the values."""
+    """Compute a rectifier's mask in the forward, right after the values."""
     assert isinstance(node.args[1], fx.Node)
     source, numbers = _origin(node.args[1]), _numbers(node)
     strides = _tensor(node).stride()
     is_alike = _tensor(source).stride() == strides
     with graph.inserting_after(source):
         if is_alike and source.target is aten.relu.default and numbers == (0,):
-            # Nothing is below zero, and NaN lets through: what the conversion calls True.
+            # Nothing is below zero, and NaN passes: what the conversion calls True.
             mask = graph.call_function(aten._to_copy.default, (source,), {"dtype": torch.bool})
         else:
             args = (source, strides, str(node.target), numbers)

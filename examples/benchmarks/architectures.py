@@ -1,9 +1,9 @@
-"""Which architectures of transformers memplan plans: the first 60, in alphabetical order.
+"""The first 60 architectures of transformers, in alphabetical order, planned and compared.
 
-Counted are those of which one recipe (``models/tiny.py``) makes a tiny model that trains in eager
-within a minute. Each is planned at 60 %, or at its smallest feasible budget, and then compared with
-the untouched model: loss, gradients, buffers, random state, and the allocator's bytes. Each runs
-in a process of its own.
+An architecture counts if one recipe (``models/tiny.py``) makes a tiny model of it that trains in
+eager within a minute. Each is planned at 60 %, or at its smallest feasible budget, and then
+compared with the untouched model: loss, gradients, buffers, random state, and the allocator's
+bytes. Each runs in a process of its own.
 
     python examples/benchmarks/architectures.py --json results.json --markdown table.md
 """
@@ -33,11 +33,11 @@ from models.tiny import model_types, tiny_model
 EAGER_S = 60
 PLANNED_S = 300
 CLOSE = 1e-5
-"""Of the largest gradient: what counts as rounding."""
+"""Limit on what counts as rounding, as a share of the largest gradient."""
 
 
 def main() -> None:
-    """Run, print a line each, and write the results."""
+    """Run, print one line for each, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="architectures; all, in order, if none is named")
     parser.add_argument("--count", type=int, default=60, help="stop after so many that train")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def run(name: str) -> dict[str, Any]:
-    """What became of one architecture."""
+    """The outcome for one architecture."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=in_child, args=(name, sender))
@@ -89,7 +89,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def in_child(name: str, sender: Connection) -> None:
-    """Sends whether it trains, then what came of planning it."""
+    """Send whether it trains, then the outcome of planning it."""
     try:
         torch.manual_seed(0)
         model, batch = tiny_model(name)
@@ -111,7 +111,7 @@ def in_child(name: str, sender: Connection) -> None:
 def planned(
     model: torch.nn.Module, sample: memplan.Sample, eager: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Plan one model and hold it against eager."""
+    """Plan one model and compare it with eager."""
     start = time.perf_counter()
     options = memplan.Options(on_infeasible="smallest")
     module = memplan.optimize(model, sample, budget="60%", options=options)
@@ -143,7 +143,7 @@ def planned(
 
 
 def step(module: torch.nn.Module, sample: memplan.Sample) -> dict[str, torch.Tensor]:
-    """All that one step leaves behind, by name."""
+    """All results of one step, by name."""
     with preserved(module):
         torch.manual_seed(1)
         result = run_step(module, sample)
@@ -155,7 +155,7 @@ def step(module: torch.nn.Module, sample: memplan.Sample) -> dict[str, torch.Ten
 
 
 def one_line(error: Exception) -> str:
-    """An error without paths of this machine."""
+    """An error without paths on this machine."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text.replace(str(Path(transformers.__file__).parent.parent) + "/", "")
 

@@ -1,12 +1,12 @@
-"""What a budget costs: memory and time of a step, planned and not, in one process.
+"""The cost of a budget: memory and time of a step, planned and not, in one process.
 
     python examples/benchmarks/budgets.py                     # the GPT of examples/train_gpt.py
     python examples/benchmarks/budgets.py gpt mlp gpt2 vit    # needs transformers
 
-Beside memplan stands what a user would pick instead: the untouched module, and
+Beside memplan stand the alternatives of a user: the untouched module, and
 ``torch.utils.checkpoint`` around every block. Times are medians of ratios to the untouched module
-over interleaved rounds; peaks are exact. ``--json`` writes the numbers, and with ``--readme`` the
-README's table is made from them.
+over interleaved rounds; peaks are exact. ``--json`` writes the numbers, and ``--readme`` makes the
+README's table from them.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Checkpointed(nn.Module):
         self.block = block
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the block returns."""
+        """The block's output."""
         return checkpoint(self.block, *args, use_reentrant=False, **kwargs)
 
 
 def gpt() -> Scaled:
-    """The GPT of the examples, and the same with every block checkpointed."""
+    """The GPT of the examples, and its copy with every block checkpointed."""
     model, batch = gpt_and_batch()
     peer = copy.deepcopy(model)
     peer.blocks = nn.Sequential(*(Checkpointed(block) for block in peer.blocks))
@@ -105,7 +105,7 @@ def vit() -> Scaled:
 
 
 def hugging_face_peer(model: Any) -> nn.Module:
-    """A copy under the checkpoints of transformers, one for each layer."""
+    """A copy under transformers' own checkpoints, one for each layer."""
     peer = copy.deepcopy(model)
     peer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert isinstance(peer, nn.Module)
@@ -121,7 +121,7 @@ MODELS: dict[str, Callable[[], Scaled]] = {
 
 
 def measure(name: str, rounds: int, budgets: list[str], *, peers: bool) -> list[dict[str, Any]]:
-    """All rows of one model."""
+    """All rows for one model."""
     torch.manual_seed(0)
     model, sample, peer = MODELS[name]()
     batch = memplan.Sample.of(sample)
@@ -157,7 +157,7 @@ def measure(name: str, rounds: int, budgets: list[str], *, peers: bool) -> list[
 def _interleaved(
     modules: dict[str, nn.Module], batch: memplan.Sample, rounds: int, name: str
 ) -> dict[str, list[float]]:
-    """Seconds of each module's step: one of each in every round, in an order of its own."""
+    """Seconds of each module's step: one step of each per round, in a random order."""
     times: dict[str, list[float]] = {key: [] for key in modules}
     order = random.Random(0)
     for number in range(rounds + 1):
@@ -173,7 +173,7 @@ def _interleaved(
 
 
 def _same_gradients(original: nn.Module, module: nn.Module, batch: memplan.Sample) -> bool:
-    """Whether the gradients have the same bits, parameter by parameter."""
+    """Tell whether the gradients have the same bits, parameter by parameter."""
     gradients = []
     for one in (original, module):
         torch.manual_seed(1)

@@ -1,9 +1,9 @@
-"""Run the commands of a page, and write what they print below them.
+"""Run the commands of a page, and write their output below them.
 
 python examples/benchmarks/commands.py README.md
 
-Each stands in the page as <!-- run: memplan ... -->, before a block of text; of what it prints, a
-last "| head -N" leaves N lines.
+Each stands in the page as <!-- run: memplan ... -->, before a block of text; a last
+"| head -N" keeps N lines of its output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WIDTH = "92"
 
 
 def printed(command: str) -> str:
-    """What a command prints, without trailing spaces."""
+    """The output of a command, without trailing spaces."""
     command, _, most = command.partition(" | head -")
     program, *arguments = shlex.split(command)
     beside = Path(sys.executable).parent / program

@@ -1,4 +1,4 @@
-"""Predicted slowdown over the budget: does it ever grow, how low can one go, how slow is that."""
+"""Predicted slowdown over the budget: its rises, the smallest budgets, and the slowest plans."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUDGETS = 40
 
 
 def curves(names: Iterable[str]) -> list[dict[str, Any]]:
-    """One row for each model, printed as it is made."""
+    """One row for each model, printed as it is computed."""
     rows = []
     for name in names:
         torch.manual_seed(0)
@@ -31,7 +31,7 @@ def curves(names: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def curve(step: LoweredStep) -> dict[str, Any]:
-    """Predicted slowdowns of budgets from the smallest to the unplanned peak, evenly spread."""
+    """Predicted slowdowns at evenly spread budgets, from the smallest to the unplanned peak."""
     program, resident = step.captured.program, step.captured.program.resident_bytes
     floor = floor_bytes(program, step.recoveries, step.costs) - resident
     smallest = _planned(step, 1).peak_bytes - resident
@@ -61,7 +61,7 @@ def _planned(step: LoweredStep, budget_bytes: int) -> Solution:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as a line."""
+    """A row as one line."""
     return (
         f"{row['model']:18} {row['ops']:5} ops  smallest {row['smallest_over_floor']:.3f}x floor "
         f"({row['smallest_share']:.0%}) at {row['slowdowns'][0]:.2f}x; from 1.1x smallest at most "

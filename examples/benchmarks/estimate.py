@@ -1,4 +1,4 @@
-"""How far estimates are from measured peaks, on the CPU: memplan's and those of other tools.
+"""The error of estimates against measured peaks, on the CPU: memplan's and other tools'.
 
     python examples/benchmarks/estimate.py                       # needs transformers
     python examples/benchmarks/estimate.py --models gpt2,swin --threads 1 2
@@ -6,9 +6,9 @@
     python examples/benchmarks/estimate.py --read examples/benchmarks/results/estimate.json
 
 A cell is a model, a batch size and an optimizer, whose step is part of the measured step; the
-truth is what torch's allocator handed out. Measured costs start from an empty cache in every cell.
-Models marked * had no part in the constants of ``memplan/costs/kernels.py``. How each estimator is
-called is in ``estimators.py``.
+truth is the bytes handed out by torch's allocator. Measured costs start from an empty cache in
+every cell. Models marked * had no part in the constants of ``memplan/costs/kernels.py``. The calls
+of the estimators are in ``estimators.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from estimators import OTHERS, OURS, Estimator, Row
 
 Made = tuple[nn.Module, Any]
 SHARES = (0.25, 0.5, 1.0)
-"""Of a model's batch."""
+"""Shares of a model's batch."""
 OPTIMIZERS: dict[str, type[Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 
 
@@ -74,7 +74,7 @@ def whisper() -> Made:
 
 
 def deberta() -> Made:
-    """Attention that tells content from position."""
+    """Attention that separates content from position."""
     config = transformers.DebertaV2Config(
         num_hidden_layers=4, hidden_size=128, num_attention_heads=4, intermediate_size=512,
         vocab_size=2000, max_position_embeddings=128, relative_attention=True,
@@ -110,7 +110,7 @@ MODELS: dict[str, Callable[[], Made]] = {
 
 
 def cells(name: str, threads: int, estimators: dict[str, Estimator]) -> list[Row]:
-    """All cells of a model, the truth beside the estimates."""
+    """All cells of a model: the truth and the estimates."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     module, whole = MODELS[name]()
@@ -149,7 +149,7 @@ def _part(tensor: torch.Tensor, share: float) -> torch.Tensor:
 def _answer(
     estimator: Estimator, module: nn.Module, sample: memplan.Sample, optimizer: Optimizer
 ) -> Row:
-    """An estimate and the seconds that it took, or why there is none."""
+    """An estimate and the seconds it took, or the reason why there is none."""
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
@@ -161,7 +161,7 @@ def _answer(
 
 
 def _errors(rows: list[Row], key: str) -> list[float]:
-    """Estimate over truth, less one, wherever there is an estimate."""
+    """Estimate over truth, minus one, for each row with an estimate."""
     return [
         row["estimates"][key]["peak_bytes"] / row["peak_bytes"] - 1
         for row in rows
@@ -183,7 +183,7 @@ def _percent(share: float | None = None) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: the median size of the error for each model and estimator."""
+    """Markdown: the median absolute error for each model and estimator."""
     keys = list(rows[0]["estimates"])
     lines = [f"| model | {' | '.join(keys)} |", f"|---|{'--:|' * len(keys)}"]
     for name in dict.fromkeys(row["model"] for row in rows):
@@ -195,7 +195,7 @@ def table(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """Markdown: all cells of each estimator together, and what memplan promises."""
+    """Markdown: all cells of each estimator together, and memplan's promises."""
     lines = [
         "| estimator | cells | median | p95 | most under | most over | seconds, against a step's |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -223,7 +223,7 @@ def _p95(ordered: list[float]) -> float:
 
 
 def verdicts(rows: list[Row]) -> list[str]:
-    """Each target, and what became of it."""
+    """The targets, each met or missed."""
     errors = _errors(rows, "measured")
     sizes = sorted(map(abs, errors))
     intervals = [
@@ -263,7 +263,7 @@ def report(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Measure, print, and write JSON if asked to."""
+    """Measure, print, and optionally write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help="names, with commas between")
     parser.add_argument(

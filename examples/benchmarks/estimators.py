@@ -1,15 +1,15 @@
-"""Estimators of a training step's peak, each called as its documentation would have it.
+"""Estimators of a training step's peak, each called as its documentation prescribes.
 
 Beside memplan stand, where they are installed:
 
 * ``torch.distributed._tools.MemTracker`` under ``FakeTensorMode``: a fake copy of the model, a
-  fresh optimizer, one step to make its state and one that is tracked; "Total" at the peak.
+  fresh optimizer, one step to create its state and one that is tracked; "Total" at the peak.
 * ``torch_preflight.VRAMGuard(model, optimizer=, batch_size=, example_input=)``: its own measure of
   activations on the meta device, through a module of one input that calls the model on the whole
   batch, so that the loss counts. Its allowances for a CUDA context and fragmentation are left out,
-  for the truth has neither.
-* ``torchinfo.summary(model, input_data=, mode="train")``: its "Estimated Total Size", which knows
-  of no optimizer.
+  as the truth has neither.
+* ``torchinfo.summary(model, input_data=, mode="train")``: its "Estimated Total Size", which ignores
+  the optimizer.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Row = dict[str, Any]
 
 
 def analytic(module: nn.Module, sample: memplan.Sample, optimizer: Optimizer) -> Row:
-    """Nothing is run."""
+    """Estimate without running anything."""
     return _found(estimate(module, sample, optimizer=optimizer))
 
 
 def measured(module: nn.Module, sample: memplan.Sample, optimizer: Optimizer) -> Row:
-    """Each distinct kernel is run alone."""
+    """Estimate by running each distinct kernel alone."""
     with tempfile.TemporaryDirectory() as empty:
         os.environ["MEMPLAN_CACHE_DIR"] = empty
         return _found(estimate(module, sample, optimizer=optimizer, costs="measured"))
@@ -86,13 +86,13 @@ class OneInput(nn.Module):
         )
 
     def forward(self, first: torch.Tensor) -> Any:
-        """What the model returns."""
+        """The model's output."""
         return self.model(*self.args, **self.kwargs)
 
 
 def preflight(module: nn.Module, sample: memplan.Sample, optimizer: Optimizer) -> Row:
     """torch-preflight's guard of a live model."""
-    from torch_preflight import VRAMGuard  # noqa: PLC0415  it need not be there
+    from torch_preflight import VRAMGuard  # noqa: PLC0415  it is optional
 
     first = sample.tensors()[0]
     guard = VRAMGuard(
@@ -107,7 +107,7 @@ def preflight(module: nn.Module, sample: memplan.Sample, optimizer: Optimizer) -
 
 def torchinfo(module: nn.Module, sample: memplan.Sample, optimizer: Optimizer) -> Row:
     """Torchinfo's total size."""
-    import torchinfo as package  # noqa: PLC0415  it need not be there
+    import torchinfo as package  # noqa: PLC0415  it is optional
 
     data = dict(sample.kwargs) or list(sample.args)
     found = package.summary(module, input_data=data, mode="train", verbose=0)

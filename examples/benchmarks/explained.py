@@ -1,8 +1,8 @@
-"""How much of a measured step is explained, and how near its estimate is, on 60 architectures.
+"""The share of a measured step that is explained, and its estimate's error, on 60 architectures.
 
-Each of ``architectures.py``, in a process of its own, with AdamW: the bytes at the peak that no
-op, storage or optimizer is known for; the measured peak by the trace against that of the plain
-profile; and what ``estimate`` said before.
+Each of ``architectures.py``, in a process of its own, with AdamW: the bytes at the peak without a
+known op, storage or optimizer; the measured peak by the trace against that of the plain profile;
+and the prior result of ``estimate``.
 
     python examples/benchmarks/explained.py [--count 60]
 """
@@ -56,7 +56,7 @@ def look(name: str, sender: Connection) -> None:
 
 
 def run(name: str) -> dict[str, Any] | None:
-    """What was found of one architecture, or None if it does not train."""
+    """The measurements of one architecture, or None if it does not train."""
     receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=look, args=(name, sender))
     child.start()
@@ -71,7 +71,7 @@ def run(name: str) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    """Print a line each, and what they come to."""
+    """Print one line for each, and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=60, help="stop after so many that train")
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""What training a part of a network takes: frozen layers, planned and not.
+"""The cost of training a part of a network: frozen layers, planned and not.
 
 python examples/benchmarks/frozen.py [--quick]
 
-Prints a table. Peaks are measured, above what is resident (parameters, buffers, the batch). Eager
-keeps the inputs of convolutions and norms whether their parameters train or not, and the results of
-ReLU; of linear layers that are frozen it keeps nothing.
+Prints a table. Peaks are measured, above resident bytes (parameters, buffers, the batch). Eager
+saves the inputs of convolutions and norms whether their parameters train or not, and the results
+of ReLU; for frozen linear layers it saves nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ CLASSES = 100
 
 
 class Bottleneck(nn.Module):
-    """ResNet's block: 1 x 1, 3 x 3, 1 x 1, and the way around them.
+    """ResNet's block: 1 x 1, 3 x 3 and 1 x 1 convolutions, and a shortcut.
 
     Args:
-        inputs: channels.
-        width: channels of the 3 x 3 convolution; four times as many come out.
-        stride: of the 3 x 3 convolution.
+        inputs: input channels.
+        width: channels of the 3 x 3 convolution; the output has four times as many.
+        stride: stride of the 3 x 3 convolution.
     """
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
@@ -101,7 +101,7 @@ def only_fourth(layers: list[nn.Module]) -> nn.Module:
 
 
 class Mean(nn.Module):
-    """The mean of what a model returns, as a loss.
+    """The mean of a model's output, as a loss.
 
     Args:
         model: returns a tensor.
@@ -112,18 +112,18 @@ class Mean(nn.Module):
         self.model = model
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any batch of the model."""
+        """The loss of any batch of the model."""
         loss: torch.Tensor = self.model(x).mean()
         return loss
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, part of which trains, and a batch.
+    """A partly trained model and a batch.
 
     Attributes:
-        name: for people.
-        make: of the module that returns a loss, and its batch.
+        name: name to print.
+        make: makes the module that returns a loss, and its batch.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Case:
 
 
 def cases(*, quick: bool) -> list[Case]:
-    """The rows of the table; smaller ones if it is to be quick."""
+    """The rows of the table; smaller ones for a quick run."""
     channels, size, batch = (16, 32, 4) if quick else (64, 64, 8)
     depths = (1, 1, 2, 1) if quick else (3, 4, 23, 3)
     images = 2 if quick else 8
@@ -169,7 +169,7 @@ def cases(*, quick: bool) -> list[Case]:
 
 
 def row(case: Case, steps: int) -> str:
-    """Measure a case: a line of the table."""
+    """Measure a case, for one line of the table."""
     torch.manual_seed(0)
     model, batch = case.make()
     planned = memplan.optimize(model, batch, max_slowdown=MAX_SLOWDOWN)

@@ -1,14 +1,14 @@
-"""What a budget costs on a GPU: GPT-2 and a Llama under autocast, planned and not.
+"""The cost of a budget on a GPU: GPT-2 and a Llama under autocast, planned and not.
 
     python examples/benchmarks/gpu.py                     # needs transformers and a CUDA device
     python examples/benchmarks/gpu.py gpt2 --json gpu.json
     python examples/benchmarks/gpu.py --json gpu.json --readme README.md    # without a device
 
 Beside memplan stand the untouched module and ``torch.utils.checkpoint`` around every layer. Times
-are medians of ratios to the untouched module over interleaved rounds. A peak is what tensors and
-kernels ask of torch's allocator above what is resident; ``allocated`` is the same in the
-allocator's blocks, and ``reserved`` what it holds of the GPU, the parameters of the model and of
-its checkpointed copy included.
+are medians of ratios to the untouched module over interleaved rounds. A peak is the bytes that
+tensors and kernels request of torch's allocator above residents; ``allocated`` is the same in the
+allocator's blocks, and ``reserved`` the bytes that it holds of the GPU, the parameters of the model
+and of its checkpointed copy included.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import nn
 import memplan
 from memplan.profiler.step import clear_gradients, preserved, run_step
 
-# Kernels that repeat themselves, so that bits can be compared; and segments that can grow, so that
-# the allocator reserves little more than is asked for.
+# Deterministic kernels, so that bits can be compared; and segments that can grow, so that the
+# allocator reserves little more than is requested.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -50,7 +50,7 @@ class Autocast(nn.Module):
         self.model = model
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [batch, length] to the loss of predicting each from those before it."""
+        """Tokens [batch, length] to the loss of next-token prediction."""
         with torch.autocast("cuda", torch.bfloat16):
             loss: torch.Tensor = self.model(input_ids=tokens, labels=tokens).loss
         return loss
@@ -75,7 +75,7 @@ MODELS: dict[str, Callable[[], tuple[Any, torch.Tensor]]] = {"gpt2": gpt2, "llam
 
 
 def allocated_bytes(module: nn.Module, tokens: torch.Tensor) -> int:
-    """The peak of a step in the allocator's blocks, above what it held before."""
+    """The peak of a step in the allocator's blocks, above the bytes held before."""
     with preserved(module):
         run_step(module, memplan.Sample.of(tokens))
         clear_gradients(module)
@@ -152,7 +152,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown of a run."""
+    """The rows as Markdown."""
     lines = [
         "| model | step | peak | predicted - measured | reserved | time | predicted | results |",
         "|---|---|--:|--:|--:|--:|--:|---|",
@@ -176,7 +176,7 @@ def _bits(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print, and write JSON if asked to."""
+    """Measure, print, and optionally write JSON."""
     parser = argparse.ArgumentParser(description="What a budget costs on a GPU.")
     parser.add_argument("names", nargs="*", choices=[[], *MODELS], default=[])
     parser.add_argument("--rounds", type=int, default=15)

@@ -1,6 +1,6 @@
-"""A network as layers, in the account of Jain et al., "Checkmate", 2020: the program that it plans.
+"""A network as layers, in the account of Jain et al., "Checkmate", 2020, and its program to plan.
 
-Layers are ops and their outputs are values of 4 bytes an element; the gradient of a layer's output
+Layers are ops and their outputs are values of 4 bytes per element; the gradient of a layer's output
 reads that output, and the outputs and gradients of its consumers; a backward layer takes twice the
 multiply-adds of its forward.
 """
@@ -31,8 +31,8 @@ class Layer:
     """A layer of a network, for one image.
 
     Attributes:
-        inputs: positions of the layers that it reads; the network's own input is left out.
-        elements: of its output.
+        inputs: positions of the layers that it reads; the network's own input is omitted.
+        elements: elements of its output.
         macs: multiply-adds of its forward.
     """
 
@@ -56,7 +56,7 @@ class _Tracer(fx.Tracer):
 
 
 def layers_of(model: nn.Module, size: tuple[int, int]) -> list[Layer]:
-    """A network's layers as its authors count them, in the order in which they run."""
+    """A network's layers as its authors count them, in execution order."""
     graph = fx.GraphModule(model, _Tracer().trace(model))
     ShapeProp(graph).propagate(torch.empty(1, 3, *size, device="meta"))
     place: dict[fx.Node, int] = {}
@@ -81,7 +81,7 @@ def layers_of(model: nn.Module, size: tuple[int, int]) -> list[Layer]:
         if isinstance(module, published.Crop):
             inputs = [add(inputs[:1], (*shapes[0][:3], shape[3]))]
         place[node] = add(inputs, shape, macs_of(module, shapes, shape))
-    if not isinstance(module, nn.Linear):  # which has its softmax inside
+    if not isinstance(module, nn.Linear):  # it includes its softmax
         add([len(layers) - 1], shape, math.prod(shape))
     return layers
 
@@ -134,7 +134,7 @@ def program_of(layers: list[Layer]) -> tuple[Program, Costs, tuple[Recovery, ...
 
 
 def everything_kept(program: Program) -> Program:
-    """The same, with all outputs of the forward read by the last op as well."""
+    """The same program, with all outputs of the forward also read by the last op."""
     *others, last = program.ops
     kept = [value for op in others if op.phase is Phase.FORWARD for value in op.results]
     last = replace(last, operands=tuple(dict.fromkeys([*last.operands, *kept])))

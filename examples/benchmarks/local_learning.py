@@ -1,9 +1,9 @@
-"""What block-wise local learning saves: peaks and times beside end-to-end training in eager.
+"""The savings of block-wise local learning: peaks and times beside end-to-end training in eager.
 
     python examples/benchmarks/local_learning.py [--quick] [--page docs/local_learning.md]
 
-Peaks are above what is there before the step, heads' parameters included in what is there. *Kept*
-recomputes nothing (a budget of 100 %); *free* is what memplan takes without a budget. Times are
+Peaks are above the bytes alive before the step, which include the heads' parameters. *Kept*
+recomputes nothing (a budget of 100 %); *free* is memplan's plan without a budget. Times are
 medians of ratios over interleaved rounds.
 """
 
@@ -43,7 +43,7 @@ Images = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of networks and batches."""
+    """Sizes of networks and batches."""
 
     num_blocks: int = 16
     depth: int = 110
@@ -63,7 +63,7 @@ def images(shape: Shape, channels: int) -> Images:
 def rows(
     name: str, network: nn.Module, batch: Images, parts: tuple[int, ...], rounds: int
 ) -> Iterator[str]:
-    """End to end in eager, and with each number of parts."""
+    """Rows for end-to-end training in eager, and for each number of parts."""
     model = memplan.WithLoss(network, nn.functional.cross_entropy)
     eager = memplan.profile(model, batch, steps=1)
     above = eager.peak_bytes - eager.resident_bytes
@@ -85,7 +85,7 @@ def rows(
 
 
 def time_ratio(one: nn.Module, other: nn.Module, batch: Any, rounds: int) -> float:
-    """How long the other's step takes, over the one's."""
+    """The time of the other's step over the one's."""
     step_s(one, batch), step_s(other, batch)
     return median(step_s(other, batch) / step_s(one, batch) for _ in range(rounds))
 
@@ -99,7 +99,7 @@ def step_s(model: nn.Module, batch: Any) -> float:
 
 
 def fused_rows(shape: Shape) -> Iterator[str]:
-    """A GPT-2 with one ordinary loss: split and fused steps within the same budgets."""
+    """Rows for a GPT-2 with one ordinary loss: split and fused steps within the same budgets."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_layer=shape.num_layers,
@@ -163,7 +163,7 @@ def main() -> None:
 
 
 def printed(header: str, lines: Iterator[str]) -> list[str]:
-    """The lines, each printed as it is made."""
+    """The lines, each printed as it is computed."""
     if header:
         print(header)
     found = []

@@ -3,7 +3,7 @@
     pip install transformers peft safetensors
     python examples/benchmarks/lora.py [--quick]
 
-Peaks are above what both have before the step. Times are medians of ratios over interleaved rounds.
+Peaks are above the shared residents. Times are medians of ratios over interleaved rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the GPT and of its batch."""
+    """Sizes of the GPT and its batch."""
 
     num_layers: int = 12
     width: int = 256
@@ -51,7 +51,7 @@ class Shape:
 
 
 def gpt(shape: Shape) -> nn.Module:
-    """A GPT-2 of transformers, always the same."""
+    """A GPT-2 from transformers, the same each time."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_layer=shape.num_layers,
@@ -67,7 +67,7 @@ def gpt(shape: Shape) -> nn.Module:
 
 
 def batch_of(shape: Shape) -> dict[str, torch.Tensor]:
-    """Random words, that are to be learned."""
+    """Random words to learn."""
     size = (shape.batch_size, shape.num_tokens)
     words = torch.randint(shape.num_words, size, generator=torch.Generator().manual_seed(0))
     return {"input_ids": words, "labels": words}
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def rows(shape: Shape, rank: int, dropout: float, rounds: int) -> Iterator[tuple[str, ...]]:
-    """Peft's step, memplan's for free, and memplan's at half of peft's memory."""
+    """Rows for peft's step, memplan's for free, and memplan's at half of peft's memory."""
     batch = batch_of(shape)
     config = peft.LoraConfig(
         r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=list(TARGETS),
@@ -124,7 +124,7 @@ def rows(shape: Shape, rank: int, dropout: float, rounds: int) -> Iterator[tuple
 
 
 def same_adapters(mine: memplan.PlannedModule, theirs: Any) -> None:
-    """Give peft's model the planned one's adapters, by way of a file, with a B that is not zero."""
+    """Copy the planned module's adapters to peft's model, through a file, with a non-zero B."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in mine.named_parameters():
@@ -136,7 +136,7 @@ def same_adapters(mine: memplan.PlannedModule, theirs: Any) -> None:
 
 
 def time_ratio(one: nn.Module, other: nn.Module, batch: Batch, rounds: int) -> float:
-    """How long the other's step takes, over the one's."""
+    """The time of the other's step over the one's."""
     ratios = []
     for _ in range(rounds):
         ratios.append(step_s(other, batch) / step_s(one, batch))
@@ -152,7 +152,7 @@ def step_s(model: nn.Module, batch: Batch) -> float:
 
 
 def difference(theirs: nn.Module, mine: nn.Module, batch: Batch) -> str:
-    """The largest of any adapter's gradient, over the largest entry of that gradient."""
+    """The largest difference of an adapter's gradient, over that gradient's largest entry."""
     found = [gradients(model, batch) for model in (theirs, mine)]
     assert found[0].keys() == found[1].keys(), "other parameters are trained"
     worst = max(
@@ -163,7 +163,7 @@ def difference(theirs: nn.Module, mine: nn.Module, batch: Batch) -> str:
 
 
 def gradients(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """Of the adapters, by the names that memplan gives them."""
+    """Gradients of the adapters, by memplan's names."""
     model.zero_grad()
     torch.manual_seed(1)
     model(**batch).loss.backward()

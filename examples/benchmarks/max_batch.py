@@ -8,13 +8,13 @@ as time. Every network is planned twice.
 
 *Layers*: in Checkmate's account (``layers.py``); parameters count twice, inputs and the workspace
 of kernels nothing. All of it is linear in the batch, so the least peak of one image gives the
-largest batch; like there, as a real number. *Keep all* holds every output to the end, as there.
+largest batch; as a real number, like there. *Keep all* keeps every output to the end, as there.
 *At most* follows from the largest working set of a single op: no plan beats it. (For VGG-19 both
-are Checkmate's number, 289.03. What it gives for FCN8, 60, is above what this account allows, and
+are Checkmate's number, 289.03. Its number for FCN8, 60, is above what this account allows, and
 needs parameters that count once; its 62 for SegNet is 61.7, rounded.)
 
 *Step*: the training step that torch runs, captured on tensors without data: parameters, gradients,
-inputs, masks, indices and statistics in their own types, convolutions' workspace apart.
+inputs, masks, indices and statistics in their own types, without convolutions' workspace.
 
 A run on real data follows: ``--run-bytes`` of memory, measured kernels, predicted peak against
 measured.
@@ -61,7 +61,7 @@ PUBLISHED = {
 """Checkmate's largest batches."""
 
 PUBLISHED_KEEP_ALL = {"U-Net": 16, "VGG-19": 167, "MobileNet": 217}
-"""And those with everything kept, where they are known."""
+"""Checkmate's largest batches with everything kept, where known."""
 
 
 def extra_forward(program: Program, costs: Costs) -> float:
@@ -106,7 +106,7 @@ def in_layers(name: str) -> dict[str, Any]:
 
 
 def training_step(name: str, batch: int, costs: str, device: str) -> tuple[LoweredStep, Any, Any]:
-    """The captured and priced step of a network with a loss; the module, and what it is given."""
+    """The captured and priced step of a network with a loss; the module, and its inputs."""
     make, (height, width) = published.MODELS[name]
     with torch.device("meta"):
         logits = make()(torch.empty(batch, 3, height, width))
@@ -119,7 +119,7 @@ def training_step(name: str, batch: int, costs: str, device: str) -> tuple[Lower
 
 
 def arithmetic(step: LoweredStep) -> Costs:
-    """Multiply-adds instead of seconds: of products and convolutions; else one an element."""
+    """Multiply-adds instead of seconds, for products and convolutions; else one per element."""
 
     def cost(op: Op) -> OpCost:
         found = step.costs.by_op[op.id]
@@ -133,7 +133,7 @@ def arithmetic(step: LoweredStep) -> Costs:
 
 
 def fits(step: LoweredStep, budget_bytes: int, *, is_planned: bool) -> bool:
-    """Whether a step is within the bytes: planned with one extra forward at most, or as it is."""
+    """Tell whether a step fits the bytes: planned with at most one extra forward, or as it is."""
     program, costs = step.captured.program, arithmetic(step)
     if not is_planned:
         return step.unplanned.peak_bytes <= budget_bytes
@@ -143,7 +143,7 @@ def fits(step: LoweredStep, budget_bytes: int, *, is_planned: bool) -> bool:
 
 
 def largest(start: int, does_fit: Callable[[int], bool]) -> int:
-    """The largest batch that fits, found from a guess by doubling and bisection."""
+    """The largest batch that fits, by doubling and bisection from a guess."""
     low, high = 0, max(1, start)
     width = max(1, start // 16)
     if does_fit(high):
@@ -160,7 +160,7 @@ def largest(start: int, does_fit: Callable[[int], bool]) -> int:
 
 
 def in_step(name: str, budget_bytes: int = BYTES) -> dict[str, Any]:
-    """The same question of the step that torch runs, without the workspace of its kernels."""
+    """The largest batch of the step that torch runs, without the workspace of its kernels."""
     start = time.perf_counter()
     steps: dict[int, LoweredStep] = {}
 
@@ -184,7 +184,7 @@ def in_step(name: str, budget_bytes: int = BYTES) -> dict[str, Any]:
 
 
 def expected_batch(step: LoweredStep, batch: int, budget_bytes: int) -> int:
-    """The batch that fits if the least peak of a step is linear in it."""
+    """The batch that fits if a step's least peak is linear in it."""
     program, costs = step.captured.program, arithmetic(step)
     limit = extra_forward(program, costs)
     lowest = solve(program, costs, step.recoveries, max_slowdown=limit).peak_bytes
@@ -193,7 +193,7 @@ def expected_batch(step: LoweredStep, batch: int, budget_bytes: int) -> int:
 
 
 def run(name: str, run_bytes: int) -> dict[str, Any]:
-    """Train one step of the largest batch that fits into some bytes here; kernels are measured."""
+    """Train one step of the largest batch that fits into given bytes here; kernels are measured."""
     expected = in_step(name, run_bytes)
     batch = expected["step_batch"]
     while True:
@@ -201,7 +201,7 @@ def run(name: str, run_bytes: int) -> dict[str, Any]:
         step, model, given = training_step(name, batch, "measured", "cpu")
         if fits(step, run_bytes, is_planned=True):
             break
-        # What kernels need inside is seen only here.
+        # Only here is the workspace of kernels known.
         batch = min(batch - 1, expected_batch(step, batch, run_bytes))
     module = memplan.optimize(model, given, budget=run_bytes)
     profile = memplan.profile(module, given, steps=1)
@@ -220,7 +220,7 @@ def run(name: str, run_bytes: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown."""
+    """The rows as Markdown."""
     lines = [
         "| network | parameters | GMAC | keep all (published) | Checkmate | memplan, its account "
         "| at most | slowdown (allowed) | keep all, torch's step | memplan, torch's step |",

@@ -1,4 +1,4 @@
-"""Opens reports in headless Chromium; fails if one logs an error or asks the network for anything.
+"""Open reports in headless Chromium; fail if one logs an error or makes a network request.
 
 python examples/benchmarks/open_report.py REPORT.html...
 """
@@ -18,7 +18,7 @@ SECONDS = 120
 
 
 def problems(browser: str, report: Path) -> list[str]:
-    """What is wrong with a report, a line each."""
+    """The problems of a report, one line each."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "net.json"
         done = subprocess.run(
@@ -53,7 +53,7 @@ def problems(browser: str, report: Path) -> list[str]:
 
 
 def _requests(log: Path) -> list[str]:
-    """Addresses that the page asked for; what the browser asks for itself has no origin."""
+    """Addresses that the page requested; the browser's own requests have no origin."""
     found = json.loads(log.read_text())
     starts = found["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
     params = [event.get("params", {}) for event in found["events"] if event["type"] == starts]
@@ -66,7 +66,7 @@ def _requests(log: Path) -> list[str]:
 
 
 def main(reports: list[str]) -> int:
-    """Check each report; 1 if there is a problem."""
+    """Check each report; return 1 if there is a problem."""
     browser = shutil.which("chromium")
     if browser is None:
         print("chromium is not installed", file=sys.stderr)

@@ -1,12 +1,12 @@
-"""What planning, the check of each call and the comparison at the first cost.
+"""The cost of planning, of checking each call, and of comparing the first one.
 
     python examples/benchmarks/overheads.py                   # needs transformers
 
-Planning: seconds of ``memplan.optimize`` with no measured costs at hand (cold), and with all of
-them (warm). The check: every call of a planned module compares shapes, modes and flags with those
-that were planned for, and values that the model branches on; its share of the step's time. The
+Planning: seconds of ``memplan.optimize`` without any measured costs (cold), and with all of them
+(warm). The check: every call of a planned module compares shapes, modes and flags with those that
+were planned for, and values that the model branches on; its share of the step's time. The
 comparison: the first call of a plan runs the untouched forward as well, which is followed without
-data before where a budget is named (with budget); what that takes, in untouched forwards.
+data first if there is a budget (with budget); its time, in untouched forwards.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ def main() -> None:
 def optimize(
     model: nn.Module, sample: memplan.Sample, budget: str | None = "50%"
 ) -> memplan.PlannedModule:
-    """Plan for half of the memory, or for as little as is feasible."""
+    """Plan for half of the memory, or for the smallest feasible budget."""
     options = memplan.Options(on_infeasible="smallest")
     return memplan.optimize(model, sample, budget=budget, options=options)
 
 
 def comparison(model: nn.Module, sample: memplan.Sample, budget: str | None) -> float:
-    """What the first call of a plan takes more than later ones, in untouched forwards."""
+    """The extra time of a plan's first call over later ones, in untouched forwards."""
     planned = optimize(model, sample, budget)
     first_s, *later_s = [seconds(forward, planned, sample)[0] for _ in range(1 + ROUNDS)]
     untouched_s = median(seconds(forward, model, sample)[0] for _ in range(ROUNDS))
@@ -96,12 +96,12 @@ def comparison(model: nn.Module, sample: memplan.Sample, budget: str | None) -> 
 
 
 def forward(module: nn.Module, sample: memplan.Sample) -> None:
-    """Call a module, and let go of what it returns."""
+    """Call a module, and drop its output."""
     module(*sample.args, **sample.kwargs)
 
 
 def seconds(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """How long a call took, and what it returned."""
+    """The time of a call, and its result."""
     start = time.perf_counter()
     result = run(*arguments)
     return time.perf_counter() - start, result

@@ -1,4 +1,4 @@
-"""Tables of pages, put where a mark says."""
+"""Tables on pages, placed at marks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def put(page: Path, source: str, markdown: str) -> None:
-    """Replace what stands on a page between the mark of a source and the next end."""
+    """Replace the text on a page between the mark of a source and the next end mark."""
     before, mark, rest = page.read_text().partition(f"<!-- table: {source} -->\n")
     _, end, after = rest.partition("<!-- end -->")
     assert mark and end, f"{page} has no marks for {source}"

@@ -1,4 +1,4 @@
-"""What the measurements of ``peers.py`` say: verdicts, tables and a figure."""
+"""The results of ``peers.py``: verdicts, tables and a figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peers import is_right
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """What the rows of one model say: dominance, the smallest peak, and predicted times."""
+    """The verdict on one model: dominance, the smallest peak, and predicted times."""
     by_run = {row["run"]: row for row in rows}
     others = [row for row in rows if not row["run"].startswith("memplan") and is_right(row)]
     dominated = [row for row in others if row["dominated_by"] is not None]
@@ -39,7 +39,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """What all models say together: dominance, and times at two budgets."""
+    """The verdict on all models together: dominance, and times at two budgets."""
     right = [row for row in rows if not row["run"].startswith("memplan") and is_right(row)]
     lines = [
         f"{sum(row['dominated_by'] is not None for row in right)} of {len(right)} right points of "
@@ -72,7 +72,7 @@ def _mean(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def _errors(rows: list[dict[str, Any]]) -> list[float]:
-    """Measured less predicted slowdowns of one model's plans, against its plan at 100 %."""
+    """Measured minus predicted slowdowns of one model's plans, against its plan at 100 %."""
     first = next(row for row in rows if row["run"] == "memplan 100%")["predicted_slowdown"]
     return [
         row["to_memplan_100"] - row["predicted_slowdown"] / first
@@ -132,7 +132,7 @@ def short_table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time over memory, one panel a model, four beside each other; needs matplotlib."""
+    """Time over memory, one panel per model, four side by side; needs matplotlib."""
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     names = list(dict.fromkeys(row["model"] for row in rows))

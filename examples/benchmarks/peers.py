@@ -1,4 +1,4 @@
-"""What memplan's plans take beside what a user would pick instead, measured in one process.
+"""memplan's plans beside the alternatives of a user, measured in one process.
 
 Used by ``planner.py peers``: the untouched module, ``torch.utils.checkpoint`` around every block
 and around every sqrt(n) blocks, and torch's ``activation_memory_budget`` (backend ``aot_eager``),
@@ -30,18 +30,18 @@ import scaled
 
 KNOB = (1.0, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.04, 0.02, 0.0)
 POINTS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)
-"""Budgets, as shares of what the captured step needs above its residents; smaller than the
-smallest are left out."""
+"""Budgets, as shares of what the captured step needs above its residents; those below the smallest
+are left out."""
 
 RIGHT = 1e-4
-"""Gradients are right up to this part of their largest entry."""
+"""Largest error of right gradients, as a share of their largest entry."""
 
 MARGIN = 1.02
 """A plan dominates a point if its peak is no higher, and its time at most this multiple."""
 
 
 NOT_A_CHAIN = frozenset({"t5", "lstm", "gru", "unet", "counting"})
-"""Models whose blocks are no one chain, in which each takes what the one before returns."""
+"""Models whose blocks are not one chain, each taking the output of the one before."""
 
 
 def every_sqrt(model: nn.Module) -> nn.Module:
@@ -76,7 +76,7 @@ class Group(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the last block returns."""
+        """The last block's output."""
         return checkpoint(self._run, x, *args, use_reentrant=False, **kwargs)
 
     def _run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -88,11 +88,11 @@ class Group(nn.Module):
 
 @dataclass(frozen=True)
 class Seen:
-    """A module's step, apart from its time.
+    """Measurements of a module's step, except its time.
 
     Attributes:
         peak_bytes: measured peak of the step.
-        resident_bytes: what is alive before and after it.
+        resident_bytes: bytes alive before and after it.
         gradient_error: the largest difference of any gradient's entry to the untouched module's,
             over the largest entry.
     """
@@ -104,14 +104,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reference:
-    """What other runs of a model are held against.
+    """The reference that other runs of a model are compared with.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         model: the untouched module.
-        batch: of every step.
-        buffers: the model's, as they were: each step begins with them.
-        gradients: of the untouched module's step.
+        batch: batch of every step.
+        buffers: the model's original buffers, with which each step begins.
+        gradients: gradients of the untouched module's step.
     """
 
     name: str
@@ -139,7 +139,7 @@ class Reference:
 def _gradients(
     module: nn.Module, buffers: Iterable[torch.Tensor], batch: memplan.Sample
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of a step from these buffers and always the same random state."""
+    """Gradients of a step from these buffers and a fixed random state."""
     for buffer, value in zip(module.buffers(), buffers, strict=True):
         buffer.copy_(value)
     torch.manual_seed(1)
@@ -151,7 +151,7 @@ def _gradients(
 
 
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
-    """Peak, time and gradients of memplan's plans and of all else."""
+    """Measure peak, time and gradients of memplan's plans and of all alternatives."""
     torch.manual_seed(0)
     model, sample, per_block = scaled.MODELS[name]()
     batch = memplan.Sample.of(sample)
@@ -185,10 +185,10 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
 def _knob_rows(
     reference: Reference, untouched: Seen, knob: float, *, rounds: int, known: set[int]
 ) -> list[dict[str, Any]]:
-    """Torch's knob at one value; nothing where a larger one gave the same peak to the byte.
+    """Rows for torch's knob at one value; none if a larger one gave the same peak to the byte.
 
-    Each value on its own: what torch compiled for one copy would serve the others as well. Where
-    gradients are wrong, times are of one round: nobody would take them.
+    Each value is compiled afresh: torch would reuse one copy's code for the others. Where gradients
+    are wrong, times are of one round: nobody would use them.
     """
     torch._dynamo.reset()
     with functorch_config.patch(activation_memory_budget=knob):
@@ -208,7 +208,7 @@ def _knob_rows(
 def _rows(
     name: str, seen: dict[str, Seen], plans: dict[str, memplan.Plan], times: dict[str, list[float]]
 ) -> list[dict[str, Any]]:
-    """Rows of the runs that were timed together, the untouched module's first."""
+    """Rows of runs that were timed together, the untouched module's first."""
     first = times.get("memplan 100%")
     return [
         {
@@ -230,12 +230,12 @@ def _rows(
 
 
 def is_right(row: dict[str, Any]) -> bool:
-    """Whether a row's gradients are right."""
+    """Tell whether a row's gradients are right."""
     return bool(row["gradient_error"] <= RIGHT)
 
 
 def _dominating(row: dict[str, Any], rows: list[dict[str, Any]]) -> str | None:
-    """The fastest plan of no higher peak and about the time of a point, or of less."""
+    """The fastest plan that dominates a point: no higher peak, and about its time or less."""
     plans = [
         other
         for other in rows

@@ -1,4 +1,4 @@
-"""How good plans are: against proven bounds and optima, and against what a user would pick instead.
+"""The quality of plans, against proven bounds and optima, and against a user's alternatives.
 
     python examples/benchmarks/planner.py bounds               # every model of the law table
     python examples/benchmarks/planner.py curves gpt2 vit      # 40 budgets each
@@ -7,7 +7,7 @@
 
 ``bounds`` prints, for each model and budget, the predicted overhead of the plan over the same step
 with nothing recomputed, the proven lower bound on that overhead, and the seconds of planning.
-``curves`` asks whether the predicted slowdown ever grows with the budget, how low budgets can be,
+``curves`` shows whether the predicted slowdown ever grows with the budget, how low budgets can be,
 and how slow plans are there.
 ``optimality`` compares plans of programs of up to about a hundred ops with the proven optimum among
 those that restore each op at most once (both need the extra ``exact``). ``peers`` measures peak and
@@ -55,7 +55,7 @@ ABOVE_FLOOR = (0.8, 0.6, 0.4, 0.2)
 
 
 def bounds(names: Iterable[str], limit_s: float) -> list[dict[str, Any]]:
-    """One row for each model and budget: overhead, bound, and what planning took."""
+    """One row for each model and budget: overhead, bound, and planning time."""
     made = models()
     rows = []
     for name in names or made:
@@ -137,7 +137,7 @@ def _bound_cell(row: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Geometric means over the cells that were solved."""
+    """Geometric means over the solved cells."""
     lines = []
     for share in SHARES:
         solved = [row for row in rows if row["share"] == share and row["is_feasible"]]
@@ -162,7 +162,7 @@ def _mean(values: list[float]) -> float:
 
 
 def optimality(limit_s: float) -> list[dict[str, Any]]:
-    """One row for each program and budget: what was found, beside what is proven."""
+    """One row for each program and budget: the plan beside the proven optimum."""
     rows = []
     for name, (program, costs, recoveries) in _small_programs():
         problem = make_problem(program, recoveries, costs)
@@ -230,7 +230,7 @@ def optimality_table(rows: list[dict[str, Any]]) -> str:
 
 
 def optimality_summary(rows: list[dict[str, Any]]) -> str:
-    """How many were proven, and how far from the optimum plans are."""
+    """The number of proven optima, and the distance of plans from them."""
     ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
     without = [row for row in rows if row["is_proven"] and row["ratio"] is None]
     found = sum(row["is_feasible"] for row in without)
@@ -266,7 +266,7 @@ def main() -> None:
         rows = []
         for name in arguments.models or scaled.MODELS:
             rows += peers.measure(name, arguments.rounds)
-            if arguments.json is not None:  # what was measured is kept if a later model ends it
+            if arguments.json is not None:  # results are kept even if a later model fails
                 _write(arguments.json, rows)
         print(peer_tables.table(rows))
         for own in peer_tables.by_model(rows):
@@ -279,7 +279,7 @@ def main() -> None:
 
 
 def _write(path: Path, rows: list[dict[str, Any]], *, whole: bool = False) -> None:
-    """Write rows in the place of those of the same models; ``whole``: of all that are there."""
+    """Write rows over those of the same models; ``whole``: over all existing ones."""
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     if not whole and path.exists():
         measured = {row["model"] for row in rows}

@@ -1,11 +1,11 @@
-"""What inverting couplings costs and saves: RevNets beside ResNets, checkpoints and libraries.
+"""Costs and savings of inverting couplings: RevNets beside ResNets, checkpoints and libraries.
 
     python examples/benchmarks/reversible.py                            # everything, on the CPU
     python examples/benchmarks/reversible.py memory drift --threads 2 --json reversible.json
     python examples/benchmarks/reversible.py memory --depths 38 47b --batch 16
     python examples/benchmarks/reversible.py --json reversible.json --markdown PAGE
 
-Activations are what a step takes at its peak besides residents and all gradients, exact to the
+Activations are the bytes of a step at its peak besides residents and all gradients, exact to the
 byte. Times are medians of ratios to RevNet's eager step over interleaved rounds in one process.
 A depth that ends in b has bottlenecks. ``peers`` needs ``pip install --no-deps memcnn revtorch``.
 """
@@ -52,15 +52,15 @@ Net = TypeVar("Net", ResNet, RevNet)
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, and how.
+    """Settings of the measurements.
 
     Attributes:
-        depths: instead of each part's own.
+        depths: depths, instead of each part's own.
         batch: images, instead of each part's own number.
-        rounds: to time.
-        blocks: of the stack that libraries run.
-        max_slowdown: of inverting plans.
-        budget: of inverting plans, instead of a slowdown.
+        rounds: rounds to time.
+        blocks: blocks of the stack that libraries run.
+        max_slowdown: bound on inverting plans.
+        budget: budget of inverting plans, instead of a slowdown.
     """
 
     depths: tuple[str, ...]
@@ -100,7 +100,7 @@ class Segmented(nn.Module):
 
 
 def per_function(net: RevNet) -> RevNet:
-    """The same with each residual function under a checkpoint; tensors are shared."""
+    """A copy with each residual function under a checkpoint; tensors are shared."""
     tensors = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     copied = copy.deepcopy(net, tensors)
     copied.functions = nn.ModuleList(map(Checkpointed, copied.functions))
@@ -123,7 +123,7 @@ def made(kind: type[Net], depth: str) -> Net:
 def inverting(
     module: nn.Module, batch: Batch, settings: Settings, budget: int | str | None = None
 ) -> memplan.PlannedModule:
-    """The module with its couplings undone in the backward."""
+    """The module with its couplings inverted in the backward."""
     budget = settings.budget if budget is None else budget
     return memplan.optimize(
         module,
@@ -185,7 +185,7 @@ def _memory(depth: str, settings: Settings) -> list[Row]:
 
 
 def _predicted(module: nn.Module, profile: memplan.Profile) -> Row:
-    """What a planned module's plan says, and how far off its peak is."""
+    """The predictions of a module's plan, and the error of its peak."""
     if not isinstance(module, memplan.PlannedModule):
         return {}
     plan = module.plan
@@ -194,7 +194,7 @@ def _predicted(module: nn.Module, profile: memplan.Profile) -> Row:
 
 
 def depths(settings: Settings) -> list[Row]:
-    """Memory over depth: the activations of the deepest network's plan are all others' budget."""
+    """Memory over depth: the activations of the deepest network's plan are the others' budget."""
     batch = images(settings.batch or 128)
     rows: list[Row] = []
     for depth in reversed(settings.depths or ("20", "56", "110", "218")):
@@ -229,11 +229,11 @@ def drift(settings: Settings) -> list[Row]:
         print(f"drift at depth {depth}", file=sys.stderr)
         net = made(RevNet, depth)
         eager = with_loss(net)
-        # RevNet itself narrows its streams to 32 bits; without gradients kept, 64 fit as well.
+        # RevNet itself casts its streams to 32 bits; without saved gradients, 64 fit as well.
         exact = right_gradients(with_loss(Segmented(net)), batch)
         row = {"depth": depth, "batch": len(batch[0])}
         for name, module in (("plain", eager), ("inverting", inverting(eager, batch, settings))):
-            outcome(module, eager, batch)  # a plan's first step may be another than all later ones
+            outcome(module, eager, batch)  # a plan's first step may differ from all later ones
             off = errors(outcome(module, eager, batch).gradients, exact.gradients)
             row |= {f"{name}_max": max(off), f"{name}_median": median(off)}
         rows.append(row)
@@ -252,7 +252,7 @@ def peers(settings: Settings) -> list[Row]:
 
 
 def budgets(settings: Settings) -> list[Row]:
-    """What a budget costs, as plans predict it."""
+    """The predicted cost of a budget."""
     depth = settings.depths[0] if settings.depths else "110"
     return reversible_budgets.budgets(with_loss(made(RevNet, depth)), images(settings.batch or 32))
 

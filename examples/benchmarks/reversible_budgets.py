@@ -1,4 +1,4 @@
-"""What a budget costs with couplings undone and without, as plans predict it."""
+"""The predicted cost of a budget, with couplings inverted and without."""
 
 from __future__ import annotations
 

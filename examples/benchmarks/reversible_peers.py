@@ -1,7 +1,7 @@
-"""A stack of reversible blocks under memplan's plan and under other libraries, as measured.
+"""A stack of reversible blocks under memplan's plan and under other libraries, measured.
 
 Used by ``reversible.py peers``. The same functions F and G of every block, with the same weights,
-run as plain PyTorch (autograd keeps everything), under ``torch.utils.checkpoint`` around every
+run as plain PyTorch (autograd saves everything), under ``torch.utils.checkpoint`` around every
 function, in MemCNN's ``InvertibleModuleWrapper``, in RevTorch's ``ReversibleSequence``, and as
 memplan's plan with ``invert_couplings``. A library that is absent or fails gets a row saying so.
 """
@@ -47,8 +47,8 @@ class Checkpointed(nn.Module):
     """A function that torch's own checkpointing recomputes.
 
     Args:
-        function: one tensor to one.
-        keeps_random_state: whether dropout inside draws the same mask again.
+        function: maps one tensor to one.
+        keeps_random_state: whether dropout inside redraws the same mask.
     """
 
     def __init__(self, function: nn.Module, *, keeps_random_state: bool = False) -> None:
@@ -57,7 +57,7 @@ class Checkpointed(nn.Module):
         self.keeps_random_state = keeps_random_state
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the function returns."""
+        """The function's output."""
         changed: torch.Tensor = checkpoint(
             self.function, x, use_reentrant=False, preserve_rng_state=self.keeps_random_state
         )
@@ -115,11 +115,11 @@ def in_revtorch(functions: Functions) -> nn.Module:
 
 
 Planning = Callable[[nn.Module, Batch, "int | None"], nn.Module]
-"""Makes memplan's module of an eager one and a batch, for a budget if there is one."""
+"""Makes memplan's module from an eager one and a batch, within a budget if any."""
 
 LIBRARIES = ("memcnn", "revtorch")
 DROPOUT_BATCH = 8
-"""Images of the steps with dropout, whose results alone matter."""
+"""Images per step with dropout, of which only the results matter."""
 
 RUNS: dict[str, Callable[[Functions], nn.Module]] = {
     "eager": Coupled,
@@ -130,7 +130,7 @@ RUNS: dict[str, Callable[[Functions], nn.Module]] = {
 
 
 class Stack:
-    """What all runs share: stem, functions of the blocks, and head."""
+    """The parts that all runs share: stem, functions of the blocks, and head."""
 
     def __init__(self, blocks: int, width: int, dropout: float) -> None:
         torch.manual_seed(0)
@@ -150,13 +150,13 @@ class Stack:
         )
 
     def double(self) -> Stack:
-        """Itself in 64 bits."""
+        """Convert the stack to 64 bits."""
         for module in (self.stem, *chain.from_iterable(self.functions), self.head):
             module.double()
         return self
 
     def run_by(self, make: Callable[[Functions], nn.Module]) -> nn.Module:
-        """The whole network and its loss, with the blocks run by something."""
+        """The whole network and its loss, with the blocks run in one way."""
         blocks = make(self.functions)
         network = nn.Sequential(self.stem, blocks, self.head)
         return memplan.WithLoss(network, cross_entropy).train()
@@ -166,11 +166,11 @@ def peers(blocks: int, width: int, batch_size: int, rounds: int, plan: Planning)
     """A row for each way to run the stack.
 
     Args:
-        blocks: each of two residual functions.
+        blocks: number of blocks, each of two residual functions.
         width: channels of each half.
         batch_size: images of 3x32x32.
         rounds: how many interleaved rounds to time.
-        plan: how memplan plans.
+        plan: makes memplan's plan.
     """
     batch = images(batch_size)
     modules, failures = _modules(Stack(blocks, width, 0.0), batch, plan)
@@ -181,7 +181,7 @@ def peers(blocks: int, width: int, batch_size: int, rounds: int, plan: Planning)
         print(f"peers: measuring {name}", file=sys.stderr)
         try:
             rows[name] = _row(modules[name], eager, batch, exact, usual)
-        except Exception as error:  # whatever a library raises is its row
+        except Exception as error:  # a library's error becomes its row
             failures[name] = _first_line(error)
             del modules[name]
     peaks = [rows[name]["peak_bytes"] for name in LIBRARIES if name in rows]
@@ -205,20 +205,20 @@ def peers(blocks: int, width: int, batch_size: int, rounds: int, plan: Planning)
 def _modules(
     stack: Stack, batch: Batch, plan: Planning
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The stack run in each way, and why some cannot."""
+    """The stack run in each way, and the reasons why some ways fail."""
     modules: dict[str, nn.Module] = {}
     failures: dict[str, str] = {}
     for name, make in RUNS.items():
         try:
             modules[name] = stack.run_by(make)
-        except Exception as error:  # whatever a library raises is its row
+        except Exception as error:  # a library's error becomes its row
             failures[name] = _first_line(error)
     modules["memplan, inverting"] = plan(modules["eager"], batch, None)
     return modules, failures
 
 
 def _row(module: nn.Module, eager: nn.Module, batch: Batch, exact: Outcome, usual: Outcome) -> Row:
-    """Memory of a step, and what it leaves behind."""
+    """Memory and results of a step."""
     with preserved(eager):
         profile = memplan.profile(module, batch, steps=1)
     found = outcome(module, eager, batch)
@@ -233,7 +233,7 @@ def _row(module: nn.Module, eager: nn.Module, batch: Batch, exact: Outcome, usua
 
 
 def _add_dropout(rows: dict[str, Row], stack: Stack, batch: Batch, plan: Planning) -> None:
-    """Steps with dropout in 64 bits: gradients, and the random state beside the eager step's."""
+    """Add steps with dropout in 64 bits: gradients, and random state against the eager step's."""
     batch = (batch[0][:DROPOUT_BATCH].double(), batch[1][:DROPOUT_BATCH])
     modules, _ = _modules(stack, batch, plan)
     eager = modules["eager"]
@@ -247,7 +247,7 @@ def _add_dropout(rows: dict[str, Row], stack: Stack, batch: Batch, plan: Plannin
             row["dropout_error"] = max(errors(found.gradients, usual.gradients))
             row["same_random_state"] = torch.equal(found.random_state, usual.random_state)
             row["slope_error"] = slope_error(modules[name], eager, batch)
-        except Exception as error:  # whatever a library raises is its row
+        except Exception as error:  # a library's error becomes its row
             row["dropout_failed"] = _first_line(error)
 
 

@@ -1,4 +1,4 @@
-"""What a training step leaves behind and takes, for ``reversible.py``: one way beside another."""
+"""Results and memory of a training step, for ``reversible.py``: one way beside another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 """Images and labels."""
 
 STEP = 1e-6
-"""How far weights move for a slope; 64 bits show ten digits of it."""
+"""Distance that weights move to measure a slope; 64 bits show ten digits of it."""
 
 
 def images(batch_size: int) -> Batch:
@@ -27,12 +27,12 @@ def images(batch_size: int) -> Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step leaves behind.
+    """The results of a step.
 
     Attributes:
-        gradients: of the parameters.
+        gradients: gradients of the parameters.
         buffers: running statistics and counts of batches.
-        random_state: torch's.
+        random_state: torch's random state.
     """
 
     gradients: list[torch.Tensor]
@@ -41,10 +41,10 @@ class Outcome:
 
 
 def outcome(run: nn.Module, owner: nn.Module, batch: Batch) -> Outcome:
-    """A step under one random state; all that it changes is put back.
+    """A step under one random state; all its changes are restored.
 
     Args:
-        run: what to run.
+        run: the module to run.
         owner: the module whose parameters and buffers it shares; they set the order.
         batch: images and labels.
     """
@@ -60,7 +60,7 @@ def outcome(run: nn.Module, owner: nn.Module, batch: Batch) -> Outcome:
 
 
 def errors(found: list[torch.Tensor], right: list[torch.Tensor]) -> list[float]:
-    """Of each tensor: the largest difference over the largest entry."""
+    """For each tensor, the largest difference over the largest entry."""
     return [
         float((a.double() - b.double()).abs().max() / b.double().abs().max())
         for a, b in zip(found, right, strict=True)
@@ -74,7 +74,7 @@ def right_gradients(module: nn.Module, batch: Batch) -> Outcome:
 
 
 def slope_error(run: nn.Module, owner: nn.Module, batch: Batch) -> float:
-    """How far the loss, as the module itself returns it, is from changing as its gradients say.
+    """Measure how far the loss's slope is from the one that its gradients imply.
 
     Along the gradients the loss changes by their squared norm. Under one random state the masks of
     dropout are the same in every forward, whichever a library draws; needs 64 bits.
@@ -104,5 +104,5 @@ def gradient_bytes(module: nn.Module) -> int:
 
 
 def activation_bytes(module: nn.Module, profile: memplan.Profile) -> int:
-    """What a step takes at its peak besides residents and all gradients."""
+    """The bytes of a step at its peak besides residents and all gradients."""
     return profile.peak_bytes - profile.resident_bytes - gradient_bytes(module)

@@ -1,4 +1,4 @@
-"""What ``reversible.py`` measured, as Markdown with targets beside the figures."""
+"""The results of ``reversible.py`` as Markdown, with targets beside the figures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MIB = 2**20
 
 INVERTING = "RevNet, inverting plan"
 TARGETS = {"110": (0.10, 1.35), "164b": (0.15, None)}
-"""Activations as a share of ResNet's and, where there is one, time over RevNet's own eager step."""
+"""Activations as a share of ResNet's and, if any, time over RevNet's own eager step."""
 
 GROWTH_TARGET = 0.03
 MAX_ERROR_TARGET, MEDIAN_ERROR_TARGET = 30, 3
 
 ALIKE = 1e-2
-"""Gradients and statistics up to this part of their largest entry are taken for the same: rounding
-is far below, and another mask of dropout or another update of a mean far above."""
+"""Gradients and statistics up to this part of their largest entry count as the same: rounding is
+far below, and another dropout mask or another update of a mean far above."""
 
 
 def memory(rows: list[Row]) -> str:
@@ -131,7 +131,7 @@ def _rightness(error: float) -> str:
 
 
 def _page(lines: list[str], verdicts: list[str]) -> str:
-    """A table, and a list below it if there is anything in that."""
+    """A table, and a list below it unless it is empty."""
     return "\n".join([*lines, *(["", *verdicts] if verdicts else [])])
 
 

@@ -1,7 +1,7 @@
 """The models of the law table, scaled to steps of about a quarter of a second on two cores.
 
 Each comes with a batch and with the same model under ``torch.utils.checkpoint`` per block, as
-``budgets.MODELS`` do, whose four make the law table's GPT-2, ViT and MLP.
+do ``budgets.MODELS``, whose four models are the law table's GPT-2, ViT and MLP.
 """
 
 from __future__ import annotations
@@ -110,20 +110,20 @@ def unet() -> Scaled:
 
 
 def autoencoder() -> Scaled:
-    """Strided and transposed convolutions; a block is a convolution with what follows it."""
+    """Strided and transposed convolutions; a block is a convolution and the layers after it."""
     model = Autoencoder(width=32)
     return model, torch.randn(72, 3, 128, 128), checkpointed(model, "", only=nn.Sequential)
 
 
 def frozen() -> Scaled:
-    """Convolutions and norms of which most are frozen."""
+    """Convolutions and norms, most of them frozen."""
     model, _ = rows.frozen()
     batch = (torch.randn(40, 3, 96, 96), torch.randint(0, 10, (40,)))
     return model, batch, checkpointed(model, "model", only=nn.SiLU | nn.Conv2d | nn.BatchNorm2d)
 
 
 def counting() -> Scaled:
-    """Tied weights, and buffers that are written in the forward; the whole is one block."""
+    """Tied weights, and buffers written in the forward; the whole is one block."""
     model = rows.Counting(lambda loss, states: (states, loss, None), width=512)
     return model, torch.randn(10240, 512), Checkpointed(copy.deepcopy(model))
 

@@ -1,10 +1,10 @@
-"""What skipping saves: peaks and times beside the whole model's in eager, and epochs of batches.
+"""The savings of skipping: peaks and times beside the whole model in eager, and epochs of batches.
 
     python examples/benchmarks/skipping.py [--quick] [--page docs/skipping.md]
 
-Peaks are above what is there before the step. *Kept* recomputes nothing (a budget of 100 %); *free*
-is what memplan takes without a budget; *half* is a budget of 50 %. Times are medians of ratios over
-interleaved rounds, of *kept*.
+Peaks are above the bytes alive before the step. *Kept* recomputes nothing (a budget of 100 %);
+*free* is memplan's plan without a budget; *half* is a budget of 50 %. Times are medians of ratios
+over interleaved rounds, of *kept*.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Images = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of models and batches."""
+    """Sizes of models and batches."""
 
     depth: int = 12
     width: int = 192
@@ -63,7 +63,7 @@ class Shape:
 
 
 def models(shape: Shape) -> Iterator[tuple[str, nn.Module, Images]]:
-    """Each with a batch."""
+    """Models, each with a batch."""
     torch.manual_seed(0)
     labels = torch.randint(10, (shape.batch_size,))
     vit = VisionTransformer(shape.depth, shape.width, image=shape.image, channels=3)
@@ -74,7 +74,7 @@ def models(shape: Shape) -> Iterator[tuple[str, nn.Module, Images]]:
 
 
 def layer_rows(shape: Shape, rounds: int) -> Iterator[str]:
-    """The whole model in eager, and what skips."""
+    """Rows for the whole model in eager, and for each way to skip."""
     for name, network, batch in models(shape):
         model = memplan.WithLoss(network, nn.functional.cross_entropy).train()
         eager = memplan.profile(model, batch, steps=1)
@@ -83,7 +83,7 @@ def layer_rows(shape: Shape, rounds: int) -> Iterator[str]:
         for way, arguments in WAYS.items():
             one = {**arguments, "batch_norm": True} if way.startswith("subset") else arguments
             passes = [skip_layers(**one)]
-            model.zero_grad()  # what is there would be added to
+            model.zero_grad()  # existing gradients would be added to
             planned = [
                 memplan.optimize(model, batch, passes=passes, budget=budget, options=SMALLEST)
                 for budget in ("100%", None, "50%")
@@ -97,7 +97,7 @@ def layer_rows(shape: Shape, rounds: int) -> Iterator[str]:
 
 
 def highest(planned: memplan.PlannedModule, batch: Images) -> memplan.Profile:
-    """The highest measured peak of a step; blocks that are not alike have several programs."""
+    """The highest measured peak of a step; blocks that differ have several programs."""
     found = [memplan.profile(planned, batch, steps=1)]
     for _ in range(3 if len(planned.plans) > 1 else 0):
         planned(*batch).backward()
@@ -112,7 +112,7 @@ def predicted(planned: memplan.PlannedModule) -> int:
 
 
 class Slow(Dataset[tuple[torch.Tensor, int]]):
-    """Samples that take a millisecond each to look up."""
+    """Samples that each take a millisecond to look up."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -126,7 +126,7 @@ class Slow(Dataset[tuple[torch.Tensor, int]]):
 
 
 def batch_rows(shape: Shape) -> Iterator[str]:
-    """Epochs of all batches, and of those that are not dropped."""
+    """Rows for epochs of all batches, and of those not dropped."""
     loader = DataLoader(Slow(shape.samples), batch_size=8)
     network = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 4))
     model = memplan.WithLoss(network, nn.functional.cross_entropy)
@@ -146,7 +146,7 @@ def batch_rows(shape: Shape) -> Iterator[str]:
 
 
 def train(step: nn.Module, batches: Iterable[Any]) -> None:
-    """One epoch."""
+    """Train for one epoch."""
     optimizer = torch.optim.SGD(step.parameters(), lr=0.01)
     for inputs, labels in batches:
         step(inputs, labels).backward()

@@ -2,7 +2,7 @@
 
 python examples/benchmarks/snippet.py README.md
 
-Without: the line that calls ``memplan.optimize`` is left out, and what needs a plan.
+Without: the line that calls ``memplan.optimize``, and those that need a plan, are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def ran(lines: list[str]) -> dict[str, Any]:
-    """The names that the lines leave behind, from a fixed random state."""
+    """The names that the lines define, run from a fixed random state."""
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec("\n".join(lines), names)
@@ -23,7 +23,7 @@ def ran(lines: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print what was equal; exit with 1 if anything was not."""
+    """Print the differences; exit with 1 if there are any."""
     page = Path(sys.argv[1]).read_text()
     lines = page.partition("```python\n")[2].partition("```")[0].splitlines()
     plain = [line for line in lines if "memplan.optimize" not in line and ".plan" not in line]

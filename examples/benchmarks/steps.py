@@ -24,7 +24,7 @@ from support.rows import MODELS as ROWS
 
 
 def models() -> Mapping[str, Callable[[], Any]]:
-    """By name: what makes a module and a batch, and sometimes more."""
+    """Factories by name, each of a module and a batch, and sometimes more."""
     return {**ROWS, **DEEP, **{f"{name} (large)": make for name, make in scaled.MODELS.items()}}
 
 

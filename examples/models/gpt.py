@@ -1,4 +1,4 @@
-"""A GPT over characters, in plain torch, with dropout."""
+"""A character-level GPT in plain torch, with dropout."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Block(nn.Module):
     """Pre-norm attention and MLP.
 
     Args:
-        width: of the residual stream.
-        heads: of the attention.
+        width: width of the residual stream.
+        heads: number of attention heads.
         dropout: probability, in attention and on both branches.
     """
 
@@ -47,10 +47,10 @@ class GPT(nn.Module):
 
     Args:
         vocabulary: number of characters.
-        context: longest sequence.
+        context: length of the longest sequence.
         depth: number of blocks.
-        width: of the residual stream.
-        heads: of the attention.
+        width: width of the residual stream.
+        heads: number of attention heads.
         dropout: probability.
     """
 

@@ -14,17 +14,17 @@ def block(width: int, heads: int) -> nn.TransformerEncoderLayer:
 
 
 class MaskedAutoencoder(nn.Module):
-    """Sees some patches of an image, and predicts the others.
+    """Predicts the hidden patches of an image from the visible ones.
 
     Args:
         depth: blocks of the encoder; the decoder has one.
         width: channels of a token in the encoder.
-        heads: of each attention.
+        heads: number of heads of each attention.
         decoder_width: channels of a token in the decoder.
         image: side of an image in pixels.
         patch: side of a patch in pixels.
-        channels: of the images.
-        mask_ratio: share of the patches that is hidden.
+        channels: channels of the images.
+        mask_ratio: share of hidden patches.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MaskedAutoencoder(nn.Module):
         return nn.functional.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
 
     def features(self, images: torch.Tensor, depth: int) -> torch.Tensor:
-        """What the first blocks make of whole images: [batch, width], the mean of all tokens."""
+        """Features [batch, width] of whole images after some blocks: the mean of all tokens."""
         tokens = self.embed(self.patches(images)) + self.positions
         for layer in self.blocks[:depth]:
             tokens = layer(tokens)

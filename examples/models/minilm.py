@@ -23,26 +23,26 @@ TOPICS = (
     *("asyncio", "_pydecimal", "email", "importlib", "logging", "multiprocessing", "tkinter"),
     *("turtle", "unittest", "xml"),
 )
-"""Modules and packages of the standard library; a docstring's topic is the one that it is from."""
+"""Modules and packages of the standard library; a docstring's topic is its source."""
 
 MOST = 200
-"""No topic has more docstrings than this."""
+"""Limit on the docstrings of a topic."""
 
 
 class Texts(NamedTuple):
-    """Texts of a fixed number of tokens, and what they are about."""
+    """Texts of a fixed number of tokens, and their topics."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
 
     def take(self, chosen: torch.Tensor | slice) -> Texts:
-        """Some of them, in memory of their own: that of a view would count as all of its base."""
+        """Some of the texts, in memory of their own: a view would count with all of its base."""
         return Texts(*(part[chosen].clone() for part in self))
 
 
 class Split(NamedTuple):
-    """Texts to train on, to choose settings with, and to test on."""
+    """Texts for training, for choosing settings, and for testing."""
 
     train: Texts
     validation: Texts
@@ -50,7 +50,7 @@ class Split(NamedTuple):
 
 
 def weights_folder() -> Path:
-    """Where the pretrained model is.
+    """The folder of the pretrained model.
 
     Raises:
         ImportError: if its package is missing.
@@ -65,13 +65,13 @@ class TopicClassifier(nn.Module):
     """MiniLM, the mean over its tokens, and a linear layer.
 
     Args:
-        num_topics: how many topics there are.
-        num_layers: so many of the pretrained layers, from the first.
+        num_topics: number of topics.
+        num_layers: number of pretrained layers, from the first.
     """
 
     def __init__(self, num_topics: int, num_layers: int = 6) -> None:
         super().__init__()
-        from safetensors.torch import load_file  # noqa: PLC0415  no dependencies of memplan
+        from safetensors.torch import load_file  # noqa: PLC0415  not a dependency of memplan
         from transformers import BertConfig, BertModel  # noqa: PLC0415
 
         folder = weights_folder()
@@ -98,7 +98,7 @@ class TopicClassifier(nn.Module):
 def load_texts(num_tokens: int) -> Split:
     """Docstrings of this Python's standard library, always split the same way.
 
-    A text's hash decides: a quarter are tested on, an eighth choose settings.
+    A text's hash decides: a quarter are for testing, an eighth for choosing settings.
     """
     from tokenizers import Tokenizer  # noqa: PLC0415  comes with transformers
 
@@ -117,10 +117,10 @@ def load_texts(num_tokens: int) -> Split:
 
 
 def docstrings() -> dict[str, int]:
-    """Different texts, ordered by their hashes, and the number of the topic of each.
+    """Distinct texts, ordered by their hashes, each with the number of its topic.
 
     Functions, methods and classes are read from source, nothing is imported. Names of the topics
-    are taken out. What two topics have in common is left out, and so is what has no four words.
+    are removed. Texts of two topics are left out, and so are those of fewer than four words.
     """
     names = re.compile("|".join(topic.strip("_") for topic in TOPICS), re.IGNORECASE)
     found: dict[str, set[int]] = {}

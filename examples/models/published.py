@@ -1,4 +1,4 @@
-"""Six convolutional networks at the sizes at which planners published largest batches.
+"""Six convolutional networks at the sizes for which planners published largest batches.
 
 Layers are those of the published runs (Keras applications 2.x; the segmentation networks have 19
 classes): VGG-19, ResNet-50 and MobileNet at 224 x 224; a U-Net and an FCN-8 on VGG-16 and a SegNet
@@ -25,14 +25,14 @@ class Padded(nn.Conv2d):
     """A convolution that pads; its authors count the padding as a layer of its own.
 
     Args:
-        inputs: channels.
-        outputs: channels.
+        inputs: input channels.
+        outputs: output channels.
         kernel: width of the square kernel.
-        stride: of the convolution.
+        stride: stride of the convolution.
         padding: rows and columns on each side.
-        kept: rows and columns of padding that the authors keep, altogether.
-        groups: of the convolution.
-        bias: whether there is one.
+        kept: rows and columns of padding that the authors keep, in total.
+        groups: groups of the convolution.
+        bias: whether it has a bias.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Concat(nn.Module):
 
 
 class Crop(nn.Module):
-    """The upper left corner, as large as another image."""
+    """The upper left corner of an image, as large as another image."""
 
     def forward(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """[batch, c, h, w] to [batch, c, height, width] of ``like``."""
@@ -89,7 +89,7 @@ def _conv_relu(inputs: int, outputs: int, kernel: int = 3) -> nn.Module:
 
 
 def _vgg(widths: list[tuple[int, int]]) -> list[nn.Sequential]:
-    """The levels of a VGG: (width, convolutions) each, and a pooling."""
+    """The levels of a VGG: each has (width, convolutions), and a pooling."""
     levels, inputs = [], 3
     for width, count in widths:
         convolutions = [_conv_relu(inputs if i == 0 else width, width) for i in range(count)]
@@ -111,7 +111,7 @@ def vgg19() -> nn.Module:
 
 
 class _Bottleneck(nn.Module):
-    """ResNet's block, its stride in the first convolution."""
+    """ResNet's block, with its stride in the first convolution."""
 
     def __init__(self, inputs: int, width: int, stride: int, *, has_shortcut: bool) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def _padded_norm(inputs: int, outputs: int) -> nn.Module:
 
 
 class PaddedRelu(Padded):
-    """The same with a ReLU, counted with the convolution."""
+    """A padded convolution with a ReLU that counts as part of it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, inputs, h, w] to [batch, outputs, h, w]."""
@@ -274,4 +274,4 @@ MODELS: Final[dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]]] = {
     "VGG-19": (vgg19, (224, 224)),
     "MobileNet": (mobilenet, (224, 224)),
 }
-"""Name to what makes the network, and the height and width of its images."""
+"""Factories of the networks, and the height and width of their images, by name."""

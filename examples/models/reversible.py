@@ -3,8 +3,8 @@
 Gomez, Ren, Urtasun and Grosse, "The Reversible Residual Network", 2017,
 https://arxiv.org/abs/1707.04585; Mangalam et al., "Reversible Vision Transformers", 2022,
 https://arxiv.org/abs/2302.04869. A reversible network carries two streams; each residual function
-reads one of them and is added to the other, so that its sum can be undone. The modules are plain
-PyTorch: autograd keeps all activations, and ``memplan.passes.invert_couplings`` need not.
+reads one of them and is added to the other, so that its sum can be inverted. The modules are plain
+PyTorch: autograd saves all activations, and ``memplan.passes.invert_couplings`` need not.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def bottleneck(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 def resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A stream as large as another: averaged over space, with channels of zeros added."""
+    """A stream as large as another: averaged over space, and padded with zero channels."""
     if x.shape == like.shape:
         return x
     stride = x.shape[-1] // like.shape[-1]
@@ -57,17 +57,17 @@ def resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def as_stream(x: torch.Tensor) -> torch.Tensor:
-    """At least 32 bits, under autocast too: a sum in 16 bits cannot be undone."""
+    """The tensor in at least 32 bits, under autocast too: 16-bit sums cannot be inverted."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _Stages(nn.Module):
-    """What plain and reversible networks share: stem, residual functions, head.
+    """The parts that plain and reversible networks share: stem, residual functions, head.
 
     Args:
         depth: number of layers with weights: 6 n + 2, with bottlenecks 9 n + 2.
-        channels: of the images.
-        classes: of the labels.
+        channels: channels of the images.
+        classes: number of labels.
         width: a factor for the number of channels.
         has_bottlenecks: whether the residual functions are narrow in the middle.
         streams: 1 or 2.
@@ -187,16 +187,16 @@ def perceptron(width: int, dropout: float = 0.0) -> nn.Sequential:
 
 
 class RevViT(nn.Module):
-    """A vision transformer whose attentions and perceptrons are on two streams.
+    """A vision transformer whose attentions and perceptrons act on two streams.
 
     Args:
         depth: blocks, each of an attention and a perceptron.
         width: channels of a token in each stream.
-        heads: of each attention.
+        heads: number of heads of each attention.
         patch: side of a patch in pixels.
         image: side of an image in pixels.
-        channels: of the images.
-        classes: of the labels.
+        channels: channels of the images.
+        classes: number of labels.
         dropout: probability, after each attention and perceptron.
     """
 

@@ -12,8 +12,8 @@ class RecurrentClassifier(nn.Module):
     Args:
         kind: ``nn.LSTM`` or ``nn.GRU``.
         vocabulary: number of tokens.
-        width: of the hidden state.
-        classes: of the output.
+        width: width of the hidden state.
+        classes: number of output classes.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class RecurrentClassifier(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Every expert runs on every token; a softmax gate weighs them (dense mixture)."""
+    """A dense mixture: every expert runs on every token, weighted by a softmax gate."""
 
     def __init__(self, width: int = 32, experts: int = 4) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A tiny model of any architecture that transformers has, and a batch for it, by one recipe."""
+"""A tiny model of any architecture of transformers, and a batch for it, by one recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL: Mapping[str, int] = {
     r".*(num_experts_per_tok|n_shared_experts|moe_topk)": 2,
     r"(n_group|topk_group)": 1,
 }
-"""Fields of configurations, by name, and the most that they are set to; the first match counts."""
+"""Largest values of configuration fields, by name; the first match counts."""
 
 TASKS = (
     "CAUSAL_LM",
@@ -42,14 +42,14 @@ TASKS = (
     "CTC",
     "TIME_SERIES_PREDICTION",
 )
-"""Heads with a loss, in the order in which they are looked for; else the bare model is taken."""
+"""Heads with a loss, in order of preference; else the bare model is used."""
 
 _FOLLOW_OTHER_FIELDS = frozenset({"layer_types", "mlp_layer_types", "dtype", "architectures"})
 _MOST_PARAMETERS = 20_000_000
 
 
 class RecipeError(Exception):
-    """The recipe makes no model of this architecture."""
+    """An architecture for which the recipe makes no model."""
 
 
 def model_types() -> list[str]:
@@ -82,7 +82,7 @@ def tiny_model(model_type: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
     Raises:
         RecipeError: if the architecture has no model of its own, or is still large.
-        Exception: whatever transformers raises at sizes that do not go together.
+        Exception: any error of transformers at incompatible sizes.
     """
     config = _shrunk(transformers.AutoConfig.for_model(model_type))
     if "use_cache" in config.to_dict():
@@ -119,7 +119,7 @@ def _shrunk(config: Any) -> Any:
 
 
 def _batch(model: nn.Module, config: Any, task: str) -> dict[str, torch.Tensor]:
-    """What the model's forward takes, by the names of its arguments."""
+    """The inputs of the model's forward, by the names of its arguments."""
     names = inspect.signature(model.forward).parameters
     vocabulary = getattr(config.get_text_config(), "vocab_size", 128)
     tokens = torch.randint(2, max(vocabulary - 2, 3), (2, 16))

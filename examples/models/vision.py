@@ -22,8 +22,8 @@ class UNet(nn.Module):
     """Ronneberger, Fischer and Brox, "U-Net", 2015: long skips from encoder to decoder.
 
     Args:
-        channels: of the images.
-        classes: of the segmentation.
+        channels: channels of the images.
+        classes: number of segmentation classes.
         width: channels after the first block; doubled at each level.
         depth: number of levels.
     """

@@ -14,11 +14,11 @@ class VisionTransformer(nn.Module):
     Args:
         depth: number of blocks.
         width: channels of a token.
-        heads: of each attention.
+        heads: number of heads of each attention.
         image: side of an image in pixels.
         patch: side of a patch in pixels.
-        channels: of the images.
-        classes: of the labels.
+        channels: channels of the images.
+        classes: number of labels.
     """
 
     def __init__(

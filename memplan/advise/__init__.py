@@ -1,1 +1,1 @@
-"""What would make a step fit: freezing, techniques, the largest batch."""
+"""Ways to make a step fit: freezing, techniques, the largest batch."""

@@ -1,4 +1,4 @@
-"""What training less would free: each part of a model frozen, or adapted, and planned for."""
+"""The savings from training less: each part of a model frozen, or adapted, and planned for."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _HELD = frozenset({Role.TANGENT, Role.OUTPUT, Role.GRADIENT})
 
 @dataclass(frozen=True, slots=True)
 class FreezingChoice:
-    """What a step holds if parts of a model are frozen or adapted, and nothing is recomputed.
+    """The bytes of a step if parts of a model are frozen or adapted, and nothing is recomputed.
 
     Attributes:
-        name: what is done, in words.
-        option: how to ask for it on the command line, after ``--pass``; "" for all trained.
-        trained_bytes: of the parameters that are trained.
-        gradient_bytes: of their gradients.
-        state_bytes: of the optimizer's state; 0 without an optimizer.
-        activation_bytes: kept from the forward for the backward.
-        peak_bytes: of the step.
-        kept_for: kernels of the backward and the bytes that are kept for them, the most first; what
-            several read counts for each.
+        name: description of the choice.
+        option: its command-line option, after ``--pass``; "" for all trained.
+        trained_bytes: bytes of the trained parameters.
+        gradient_bytes: bytes of their gradients.
+        state_bytes: bytes of the optimizer's state; 0 without an optimizer.
+        activation_bytes: bytes saved by the forward for the backward.
+        peak_bytes: peak of the step.
+        kept_for: kernels of the backward and the bytes saved for them, the most first; a value read
+            by several counts for each.
     """
 
     name: str
@@ -62,14 +62,14 @@ def compare_choices(
     options: Options | None = None,
     passes: Mapping[str, Pass] | None = None,
 ) -> list[FreezingChoice]:
-    """What freezing each part of a model, biases alone and adapters free. Never runs the model.
+    """The savings from freezing parts, training biases alone, and adapters. Never runs the model.
 
     Args:
         model: the module.
         sample: one batch.
-        optimizer: whose state is part of the step. Adapters' are stepped on by one like it.
-        options: the rest.
-        passes: what to try instead, by what follows ``--pass``.
+        optimizer: its state is part of the step. Adapters are stepped by one like it.
+        options: further settings.
+        passes: passes to try instead, by the text that follows ``--pass``.
 
     Returns:
         The model as it is, then each choice. Those that do not apply are left out.
@@ -96,7 +96,7 @@ def compare_choices(
 
 
 def _choices(model: nn.Module) -> dict[str, Pass]:
-    # The kernel does not import passes while it is imported itself: they import the kernel.
+    # Imported late: the passes import the kernel, so the kernel cannot import them at load time.
     from memplan.passes import (  # noqa: PLC0415
         add_adapters,
         add_lora,
@@ -156,7 +156,7 @@ def _described(name: str, option: str, trained_bytes: int, step: LoweredStep) ->
 
 
 def _saved(kept: ScheduledStep) -> dict[int, int]:
-    """Activations that are held when the forward ends, with their bytes."""
+    """Activations saved when the forward ends, with their bytes."""
     values = kept.program.values
     return {id: values[id].nbytes for id in kept.saved if values[id].role not in _HELD}
 

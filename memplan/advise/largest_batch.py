@@ -13,17 +13,17 @@ def largest_fitting(
 ) -> tuple[int, dict[int, int]]:
     """The largest number whose needs are within a bound, 0 if there is none.
 
-    Needs are mostly straight lines, so the next trial is where the line through the last two meets
-    the bound. They may fall a little here and there, because measured times do: where the bound is
-    met, a number further on is tried once.
+    Needs are mostly linear, so the next trial is where the line through the last two meets the
+    bound. They may dip here and there, because measured times do: once the bound is met, a number
+    further on is tried once.
 
     Args:
-        needs: bytes for a number of at least 1.
+        needs: the bytes for a number of at least 1.
         memory_bytes: the bound.
-        multiple_of: what the number is a multiple of.
+        multiple_of: the number is a multiple of this.
 
     Returns:
-        The number, and the bytes of every number that was tried.
+        The number, and the bytes of every number tried.
 
     >>> largest_fitting(lambda number: 10 + 3 * number, 100)[0]
     30
@@ -73,7 +73,7 @@ def _next(tried: dict[int, int], memory_bytes: int, low: int, high: int) -> int:
     slope = (tried[other] - tried[one]) / (other - one)
     guess = one + int((memory_bytes - tried[one]) / slope) if slope > 0 else 2 * low
     if high < MOST and (len(tried) % 2 or not low < guess < high):
-        # Where the line is of no use, halves are.
+        # If the line is of no use, bisect.
         guess = (low + high) // 2
     within = high - 1 if high < MOST else min(high - 1, max(4 * low, 2))
     return max(low + 1, min(guess, within))

@@ -1,4 +1,4 @@
-"""What each technique alone would save, and all together."""
+"""The savings of each technique alone, and of all together."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Technique:
     """A way to save memory, planned for one step.
 
     Attributes:
-        name: of the pass, ``TOGETHER``, or of the option that is added to that.
-        plan: the plan with it alone, as near to the budget as it comes.
-        fits: whether that is within the budget.
+        name: name of the pass, ``TOGETHER``, or the option that is added to the latter.
+        plan: the plan with this technique alone, as near to the budget as possible.
+        fits: whether the plan is within the budget.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Technique:
 
     @property
     def saved_bytes(self) -> int:
-        """Against the step with nothing recomputed."""
+        """Bytes saved against the step with nothing recomputed."""
         return self.plan.original_peak_bytes - self.plan.peak_bytes
 
     @property
     def bytes_per_percent(self) -> float:
-        """Saved, per percent of predicted slowdown; infinite where it is free."""
+        """Bytes saved per percent of predicted slowdown; infinite if free."""
         percent = 100 * (self.plan.slowdown - 1)
         if percent > 0:
             return self.saved_bytes / percent
@@ -50,7 +50,7 @@ class Technique:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the results keep their bits."""
+        """Tell whether the results keep their bits."""
         return self.plan.effects == (Effect.EXACT,)
 
 
@@ -63,15 +63,15 @@ def compare_techniques(
     optimizer: object = None,
     options: Options | None = None,
 ) -> list[Technique]:
-    """Plan a step with each technique alone, and with all: exact ones first, then by their yield.
+    """Plan a step with each technique alone, and with all: exact ones first, then by yield.
 
     Args:
         model: the module.
         sample: one batch.
-        budget: what is to be reached, as in ``memplan.plan``.
+        budget: the budget to reach, as in ``memplan.plan``.
         passes: the techniques to try alone, by name.
-        optimizer: whose state and update are part of the step.
-        options: the rest.
+        optimizer: its state and update are part of the step.
+        options: further settings.
     """
     options = replace(options or Options(), on_infeasible="smallest")
     found = []

@@ -1,6 +1,6 @@
-"""What several passes look for in a graph."""
+"""Structures that several passes look for in a graph."""
 
-from memplan.analysis.blocks import Block, find_blocks, own_tensors
+from memplan.analysis.blocks import Block, NamedAsLayers, find_blocks, own_tensors
 from memplan.analysis.branches import Branch, Branches, Expected, find_branches
 from memplan.analysis.calls import Key, Record, flops_of
 from memplan.analysis.cuts import Cut, balanced, find_cuts
@@ -29,6 +29,7 @@ __all__ = [
     "Cut",
     "Expected",
     "Key",
+    "NamedAsLayers",
     "Patterns",
     "Record",
     "Replay",

@@ -1,4 +1,4 @@
-"""The blocks of a forward: modules that return what they are given, and change it on the way."""
+"""The blocks of a forward: modules that return what they take, changed on the way."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from memplan.analysis.calls import ModuleCall, Record, TensorArg, TensorRef
 from memplan.analysis.selecting import list_members
 from memplan.torch_internals import TreeSpec, flatten, unflatten
 
-ADAPTERS = ("lora", "adapters")
-"""Children that passes add, in which modules stand under the names of those that they adapt."""
+
+class NamedAsLayers(nn.Module):
+    """A module beside a model's own, whose parts are named as the model's layers."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A module that is called once, with a stream, and returns a stream of its shape.
+    """A module that is called once, with a stream, and returns one of the same shape.
 
     Attributes:
         name: its FQN.
         stream: the place of the stream among the leaves of the arguments.
-        dims: by place among these leaves, the dimension of the batch of what depends on it.
+        dims: by place among these leaves, the batch dimension of those that depend on the batch.
         tensors: places of all tensors among them.
-        result: the place of the stream among the leaves of what is returned.
+        result: the place of the stream among the leaves of the output.
         output: these leaves, with None for the stream.
-        spec: of what is returned.
-        shape: of the stream.
-        branches: those inside.
+        spec: the structure of the output.
+        shape: the shape of the stream.
+        branches: the branches inside.
         is_identity: whether the block returns the stream itself if nothing is added to it.
         kind: equal for blocks that compute the same with their own parameters.
-        follows: whether it is given what the block before it returns, which nothing else reads.
+        follows: whether it alone reads what the block before it returns.
     """
 
     name: str
@@ -53,12 +54,12 @@ class Block:
     follows: bool = False
 
     def passed_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the block returns if it adds nothing."""
+        """The output of the block if it adds nothing."""
         leaves, _ = flatten((args, dict(kwargs)))
         return self.returned(leaves[self.stream])
 
     def returned(self, stream: torch.Tensor) -> Any:
-        """What the block returns, with this stream."""
+        """The output of the block, with this stream."""
         output = list(self.output)
         output[self.result] = stream
         return unflatten(output, self.spec)
@@ -71,15 +72,15 @@ def find_blocks(
     branches: Sequence[Branch],
     names: frozenset[str] | None = None,
 ) -> tuple[tuple[Block, ...], dict[str, str]]:
-    """The blocks of a forward, in order, and why other modules are none.
+    """The blocks of a forward, in order, and reasons why other modules are none.
 
     Args:
-        model: whose forward.
-        record: of the forward.
-        larger: of a forward with a batch that is larger by one.
+        model: the model.
+        record: of its forward.
+        larger: of a forward with a batch larger by one.
         branches: of the forward.
-        names: FQNs of the blocks; None: innermost modules of which there are several of a type in
-            a list of modules, and which have parameters.
+        names: FQNs of the blocks; None: innermost modules with parameters, of which a list of
+            modules has several of a type.
     """
     times = Counter(call.scope[0] for call in record.modules)
     others = {call.scope: call for call in larger.modules}
@@ -105,7 +106,7 @@ def find_blocks(
 
 
 def _follows(record: Record, before: ModuleCall, call: ModuleCall, stream: int) -> bool:
-    """Whether one block alone reads what another returns."""
+    """Tell whether one block alone reads what another returns."""
     (end,) = {one.tensor for one in before.results}
     taken = next(one.tensor for one in call.given if one.place == stream)
     readers = (
@@ -124,7 +125,7 @@ def _block(
     larger: ModuleCall | None,
     branches: Sequence[Branch],
 ) -> Block | str:
-    """The block that a module is, or why it is none."""
+    """A module as a block, or the reason why it is none."""
     if larger is None or len(larger.given) != len(call.given):
         return "with another batch it is called otherwise"
     dims: dict[int, int] = {}
@@ -174,9 +175,9 @@ _RELUS = (torch.relu, torch.Tensor.relu, torch.relu_, torch.Tensor.relu_, nn.fun
 def _is_identity(
     record: Record, end: TensorRef, stream: TensorRef, branches: Sequence[Branch]
 ) -> bool:
-    """Whether the end is the stream itself if nothing is added to it on the way.
+    """Tell whether the end is the stream itself if nothing is added to it on the way.
 
-    A ReLU of what is a ReLU's result already changes nothing.
+    A ReLU of a ReLU's result changes nothing.
     """
     totals = {one.number: one for one in branches}
     relus = 0
@@ -195,38 +196,44 @@ def _is_identity(
 
 
 def own_tensors(model: nn.Module, block: str) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a block, by FQN, and what adapters have under its name."""
+    """Parameters and buffers of a block, and of adapters under its name, by FQN."""
     named = (*model.named_parameters(remove_duplicate=False),)
     buffers = (*model.named_buffers(remove_duplicate=False),)
-    return {name: one for name, one in (*named, *buffers) if _is_own(name, block)}
+    prefixes = _prefixes(model)
+    return {name: one for name, one in (*named, *buffers) if _is_own(name, block, prefixes)}
 
 
-def _is_own(name: str, block: str) -> bool:
-    return name.startswith(f"{block}.") or any(
-        name.startswith(f"{adapters}.{block}.") for adapters in ADAPTERS
-    )
+def _prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of a layer's name: none, and the names of ``NamedAsLayers`` children."""
+    beside = (name for name, child in model.named_children() if isinstance(child, NamedAsLayers))
+    return ("", *(f"{name}." for name in beside))
 
 
-def renamed(name: str, block: str, other: str) -> str:
-    """The FQN of what another block has in the place of a tensor."""
-    for prefix in ("", *(f"{adapters}." for adapters in ADAPTERS)):
+def _is_own(name: str, block: str, prefixes: Sequence[str]) -> bool:
+    return any(name.startswith(f"{prefix}{block}.") for prefix in prefixes)
+
+
+def _renamed(name: str, block: str, prefixes: Sequence[str]) -> str:
+    """The FQN of a tensor without the name of its block."""
+    for prefix in prefixes:
         if name.startswith(f"{prefix}{block}."):
-            return f"{prefix}{other}{name.removeprefix(f'{prefix}{block}')}"
+            return f"{prefix}{name.removeprefix(f'{prefix}{block}')}"
     return name
 
 
 def _kind(model: nn.Module, record: Record, call: ModuleCall, stream: TensorArg) -> object:
-    """All that a block computes, with its parameters by their names inside."""
+    """All that a block computes, with its parameters by their names inside it."""
     name = call.scope[0]
     own = own_tensors(model, name)
     shared = _shared_outside(model, own)
     if shared:
         return name, shared
-    relative = partial(_relative, call, stream)
+    prefixes = _prefixes(model)
+    relative = partial(_relative, call, stream, prefixes)
     return (
         tuple(
             (
-                renamed(f"{one.key[0]}.", name, ""),
+                _renamed(f"{one.key[0]}.", name, prefixes),
                 one.key[1:],
                 getattr(one.function, "__qualname__", repr(one.function)),
                 tuple((given.place, relative(given), tuple(given.shape)) for given in one.given),
@@ -236,18 +243,20 @@ def _kind(model: nn.Module, record: Record, call: ModuleCall, stream: TensorArg)
         ),
         tuple(relative(one) for one in call.results),
         tuple(
-            (renamed(one, name, ""), tensor.dtype, tuple(tensor.shape))
+            (_renamed(one, name, prefixes), tensor.dtype, tuple(tensor.shape))
             for one, tensor in own.items()
         ),
     )
 
 
-def _relative(call: ModuleCall, stream: TensorArg, one: TensorArg) -> object:
-    """A tensor in the terms of its block."""
+def _relative(
+    call: ModuleCall, stream: TensorArg, prefixes: Sequence[str], one: TensorArg
+) -> object:
+    """A tensor in terms of its block."""
     if one.is_custom:
         return call.scope[0], "an autograd function, whose backward is not seen"
-    if one.name and _is_own(one.name, call.scope[0]):
-        return renamed(one.name, call.scope[0], "")
+    if one.name and _is_own(one.name, call.scope[0], prefixes):
+        return _renamed(one.name, call.scope[0], prefixes)
     if one.tensor == stream.tensor:
         return "stream"
     if one.tensor[0] in call.calls:
@@ -256,7 +265,7 @@ def _relative(call: ModuleCall, stream: TensorArg, one: TensorArg) -> object:
 
 
 def _shared_outside(model: nn.Module, own: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
-    """Names that a block's tensors have besides its own."""
+    """Names of a block's tensors outside the block."""
     ids = {id(tensor) for tensor in own.values()}
     named: list[tuple[str, torch.Tensor]] = [*model.named_parameters(remove_duplicate=False)]
     named += model.named_buffers(remove_duplicate=False)

@@ -1,8 +1,8 @@
-"""Residual branches of a forward, ``x + f(x)``: where they begin, what they read, where they end.
+"""Residual branches of a forward, ``x + f(x)``: their beginnings, inputs and ends.
 
-Found in a record of the forward, not in the code: a sum of two tensors of one shape, of which one
-is computed from the other by way of a parameter. What depends on the size of the batch is found
-by a second forward with a larger one.
+They are looked up in a record of the forward, not in the code: sums of two tensors of one shape, of
+which one is computed from the other by way of a parameter. A second forward with a larger batch
+shows what depends on the batch size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SUMS: Final = ADDITIONS | {torch.Tensor.add_}
 
 @dataclass(frozen=True)
 class Entry:
-    """An argument by which what depends on the batch comes into a branch.
+    """An argument through which what depends on the batch enters a branch.
 
     Attributes:
         place: among the leaves of the call's arguments.
-        dim: the dimension of the batch.
+        dim: the batch dimension.
     """
 
     place: int
@@ -35,14 +35,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Branch:
-    """``x + f(x)``.
+    """A branch ``x + f(x)``.
 
     Attributes:
         name: FQN of the module that makes the sum.
         total: the sum.
         stream: number of its argument that is x; 0 or 1.
-        dim: the dimension of the batch.
-        entries: by call, arguments that are to be of a part of the batch if f is.
+        dim: the batch dimension.
+        entries: by call, arguments that get a part of the batch if f does.
         inside: numbers of the calls of f.
         number: of the sum, among all calls.
     """
@@ -58,7 +58,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a call is given, with a batch, and with one that is larger by one.
+    """Arguments of a call, with a batch and with one that is larger by one.
 
     Attributes:
         key: the call.
@@ -73,7 +73,7 @@ class Expected:
     larger: tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]
 
     def shapes(self, missing: int) -> list[tuple[int, ...]]:
-        """Shapes with a batch from which samples are missing."""
+        """Shapes with a batch that lacks samples."""
         pairs = zip(self.given[0], self.larger[0], strict=True)
         return [
             tuple(a - (b - a) * missing for a, b in zip(one, other, strict=True))
@@ -81,19 +81,19 @@ class Expected:
         ]
 
     def numbers(self, missing: int) -> tuple[float, ...]:
-        """Numbers with a batch from which samples are missing."""
+        """Numbers with a batch that lacks samples."""
         pairs = zip(self.given[1], self.larger[1], strict=True)
         return tuple(a - (b - a) * missing for a, b in pairs)
 
 
 @dataclass(frozen=True)
 class Branches:
-    """What was found in a forward.
+    """The residual branches of a forward.
 
     Attributes:
-        found: in order.
-        expected: of calls inside of branches, and in the modules that make the sums.
-        blocked: why sums that look like residual branches are none, by the name of their module.
+        found: the branches, in order.
+        expected: of calls inside branches, and in the modules that make the sums.
+        blocked: reasons why sums that look like residual branches are none, by module name.
     """
 
     found: tuple[Branch, ...]
@@ -102,16 +102,16 @@ class Branches:
 
 
 class _Blocked(Exception):
-    """A sum is no residual branch, and why."""
+    """The reason why a sum is no residual branch."""
 
 
 def find_branches(model: nn.Module, record: Record, larger: Record, batch_size: int) -> Branches:
     """The residual branches of a forward; of nested ones the innermost.
 
     Args:
-        model: whose forward.
-        record: of the forward.
-        larger: of a forward with a batch that is larger by one.
+        model: the model.
+        record: of its forward.
+        larger: of a forward with a batch larger by one.
         batch_size: of the first.
     """
     finder = _Finder(model, record, larger, batch_size)
@@ -144,7 +144,7 @@ class _Finder:
         self.returned = {one.tensor[0] for one in record.returned}
 
     def stream_of(self, number: int) -> int | None:
-        """Which argument of a sum is the stream, if the call is a sum of a stream and a change."""
+        """Number of the argument that is the stream, if the call adds a stream and a change."""
         call = self.calls[number]
         if call.function not in SUMS or len(call.given) != 2 or call.constants:
             return None
@@ -162,7 +162,7 @@ class _Finder:
         return any(number == start for number in self._before(end, start))
 
     def _before(self, end: int, start: int) -> Iterator[int]:
-        """Calls that one is computed from, back to another."""
+        """Calls that a call is computed from, back to another."""
         stack, seen = [end], {end}
         while stack:
             number = stack.pop()
@@ -189,7 +189,7 @@ class _Finder:
         return frozenset(inside)
 
     def uses_parameter(self, inside: frozenset[int]) -> bool:
-        """Whether one of the calls is given a parameter."""
+        """Tell whether one of the calls takes a parameter."""
         return any(one.name in self.parameters for n in inside for one in self.calls[n].given)
 
     def branch(self, number: int, stream: int, inside: frozenset[int]) -> Branch:
@@ -226,7 +226,7 @@ class _Finder:
         )
 
     def expected(self, branches: Sequence[Branch]) -> Iterator[Expected]:
-        """What is given to the calls that a size could leak to."""
+        """Arguments of the calls that a size could leak to."""
         inside = {number: one.total for one in branches for number in one.inside}
         totals = {one.number for one in branches}
         scopes = {self.calls[number].key[:2] for number in totals}
@@ -241,7 +241,7 @@ class _Finder:
                 yield Expected(call.key, inside.get(number), sizes, theirs)
 
     def _with_sides(self, total: FunctionCall, inside: frozenset[int]) -> frozenset[int]:
-        """With what modules inside compute of the batch from other tensors (cross attention)."""
+        """Add what modules inside compute of the batch from other tensors (cross attention)."""
         own = self._own_scopes(total, inside)
         found, stack = set(inside), list(inside)
         while stack:
@@ -255,7 +255,7 @@ class _Finder:
         return frozenset(found)
 
     def _own_scopes(self, total: FunctionCall, inside: frozenset[int]) -> set[Scope]:
-        """Calls of modules that are made between the stream and the sum."""
+        """Calls of modules between the stream and the sum."""
         scopes = {scope for one in inside for scope in self.calls[one].scopes}
         return scopes - set(total.scopes)
 
@@ -282,7 +282,7 @@ class _Finder:
         return any(one.tensor[0] == start for one in self.calls[number].given)
 
     def _batch_dim(self, call: FunctionCall, place: int) -> int | None:
-        """The dimension of an argument that is the batch; None if none is."""
+        """The batch dimension of an argument, or None."""
         other = self.larger.get(call.key)
         if other is None or other.function != call.function:
             raise _Blocked("with another batch its module does something else")

@@ -1,4 +1,4 @@
-"""What a forward calls: torch's functions, each known by the module that calls it."""
+"""Torch functions that a forward calls, each known by the module that calls it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from memplan.torch_internals import FunctionMode, TreeSpec, around_calls, flatten, version_of
 
 Scope: TypeAlias = tuple[str, int]
-"""FQN of a module, and which of its calls it is."""
+"""FQN of a module, and the number of its call."""
 
 Key: TypeAlias = tuple[str, int, int]
-"""A call of a function: FQN of the module that makes it, which of its calls, and which function
-call in it. It is the same in every forward that runs the same code there."""
+"""A function call: FQN of the module that makes it, the number of the module's call, and of the
+function call in it. It is the same in every forward that runs the same code there."""
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 TensorRef: TypeAlias = tuple[int, int]
-"""Which call made a tensor, and which of its results it is; negative calls: it was there."""
+"""The call that made a tensor, and its place among the results; negative: it existed before."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class TensorArg:
 
     Attributes:
         place: among all leaves.
-        tensor: which it is.
+        tensor: its reference.
         name: its FQN, if it is a parameter or a buffer.
         shape: its shape.
-        is_custom: whether an autograd function of the user's made it, which is no call.
+        is_custom: whether it comes from a user's autograd function, which is no call.
     """
 
     place: int
@@ -51,14 +51,14 @@ class FunctionCall:
     """One call of a function.
 
     Attributes:
-        key: what it is known by.
-        scopes: the calls of modules that it is inside of, the innermost last.
-        function: what is called.
+        key: its identity.
+        scopes: the module calls that it is inside of, the innermost last.
+        function: the function.
         given: the tensors among its arguments.
         constants: the other leaves of its arguments, as text.
         numbers: those of them that are numbers.
-        results: the shapes of the tensors that it makes or writes; not of what it was given and
-            returns as it is.
+        results: the shapes of the tensors that it makes or writes, not of arguments that it
+            returns unchanged.
     """
 
     key: Key
@@ -75,12 +75,12 @@ class ModuleCall:
     """One call of a module.
 
     Attributes:
-        scope: what it is known by.
+        scope: its identity.
         calls: numbers of the calls inside.
         given: the tensors among its arguments.
-        results: the tensors among the leaves of what it returns.
-        output: what it returns, with None for each tensor.
-        spec: of that.
+        results: the tensors among the leaves of its output.
+        output: these leaves, with None for each tensor.
+        spec: the structure of the output.
     """
 
     scope: Scope
@@ -92,10 +92,10 @@ class ModuleCall:
 
 
 class Scopes(FunctionMode):
-    """Inside, and in this thread, it is known which module makes a call.
+    """Mode that knows, in this thread, the module that makes each call.
 
     Args:
-        model: whose modules.
+        model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -114,13 +114,13 @@ class Scopes(FunctionMode):
     def called(
         self, key: Key, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Make a call; for a subclass. What it calls itself has no key."""
+        """Make a call; for subclasses. Calls that it makes itself have no key."""
         del key
         return function(*args, **kwargs)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside, calls have no key."""
+        """Context in which calls have no key."""
         before, self._is_aside = self._is_aside, True
         try:
             yield
@@ -129,9 +129,9 @@ class Scopes(FunctionMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch; use it instead of the mode itself."""
+        """Context to use instead of the mode itself."""
         modules = dict(self.model.named_modules())
-        # first, so that what other passes' hooks call is the caller's
+        # first, so that calls by other passes' hooks count as the caller's
         with around_calls(modules, before=self._begin, after=self._end, is_first=True), self:
             yield
 
@@ -141,10 +141,10 @@ class Scopes(FunctionMode):
         return name, times, self._counts[-1]
 
     def began(self, scope: Scope, args: Any, kwargs: Any) -> None:
-        """Called before each module; for a subclass."""
+        """Handle the start of a module's call; for subclasses."""
 
     def ended(self, scope: Scope, output: Any) -> None:
-        """Called after each module; for a subclass."""
+        """Handle the end of a module's call; for subclasses."""
 
     def _begin(self, name: str, args: Any, kwargs: Any) -> None:
         self._times[name] = self._times.get(name, 0) + 1
@@ -159,11 +159,11 @@ class Scopes(FunctionMode):
 
 
 class Record(Scopes):
-    """Inside, every call is noted, with what is computed from what.
+    """Mode that notes every call, and what is computed from what.
 
     Attributes:
         calls: in order.
-        modules: calls of modules, in the order of their ends.
+        modules: calls of modules, in the order in which they end.
         returned: the tensors that the model returns.
     """
 
@@ -205,7 +205,7 @@ class Record(Scopes):
         return result
 
     def of(self, forward: Callable[[], Any]) -> Any:
-        """Run a forward, and note it. Returns its output.
+        """Record a forward; return its output.
 
         It may be called from inside the model's own forward.
         """
@@ -256,12 +256,12 @@ class Record(Scopes):
 
 
 def numbers_of(leaves: Iterable[object]) -> tuple[float, ...]:
-    """Those among the leaves of arguments."""
+    """The numbers among the leaves of arguments."""
     return tuple(one for one in leaves if isinstance(one, int | float))
 
 
 def flops_of(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
-    """Operations of one forward, by FQN of the module that is called; "" is the model."""
+    """Operations of one forward, by FQN of the called module; "" is the model."""
     counter = FlopCounterMode(display=False)
     with counter:
         forward()
@@ -274,7 +274,7 @@ def flops_of(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
 
 
 def _is_remark(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether an attribute is read that is the same for a part of the batch: device, dtype, ...
+    """Tell whether a call reads an attribute that a part of the batch shares: device, dtype, ...
 
     Tensors without data have some of these as attributes of their own, which is no call.
     """

@@ -1,8 +1,8 @@
-"""Where a forward can be cut: after which modules all that follows depends on their output alone.
+"""Cuts of a forward: after modules on whose output alone all that follows depends.
 
-Looked up in autograd's graph of one forward: behind the output of such a module, no other path
-leads back to what was computed before it. What lies between two of them is a block, whatever the
-model's code looks like.
+They are looked up in autograd's graph of one forward: behind the output of such a module, no other
+path leads back to what was computed before it. Between two cuts lies a block, whatever the model's
+code looks like.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Cut:
 
     Attributes:
         name: FQN of the module after whose call it is.
-        saved_bytes: what the forward has kept for the backward until then.
+        saved_bytes: bytes that the forward has saved until then.
         example: the first tensor that the module returns with a gradient, without data.
         ties: parameters that are used before it and after it.
         is_member: whether the module is one of several of a type in a list of modules.
@@ -41,15 +41,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class BlockChain:
-    """What was found of one forward.
+    """The cuts of one forward.
 
     Attributes:
         cuts: in the order of the forward; one after an activation stands for the block before it.
-        saved_bytes: what the whole forward has kept.
-        outputs: by FQN of the modules called once, what they returned.
+        saved_bytes: bytes that the whole forward saves.
+        outputs: of the modules called once, by FQN.
         inputs: the tensors that the model was called with, without data.
-        device: where the loss is.
-        blocked: of the modules after which it cannot be cut, why not.
+        device: the device of the loss.
+        blocked: by FQN of a module, the reason why no cut is possible after it.
     """
 
     cuts: tuple[Cut, ...]
@@ -61,7 +61,7 @@ class BlockChain:
 
     @property
     def blocks(self) -> tuple[Cut, ...]:
-        """Cuts after blocks: modules of a type in a list of them, or all if there are none such.
+        """Cuts after blocks: modules of one type in a list, or all cuts if there are none.
 
         There is none after the last block, whose part goes on to the loss.
         """
@@ -82,7 +82,7 @@ class _Call:
 
 @dataclass
 class _Watch:
-    """What a forward calls, and what it has kept so far."""
+    """The calls of a forward, and what it has saved so far."""
 
     calls: list[_Call] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class _Watch:
     inputs: tuple[torch.Tensor, ...] = ()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note what stands for parameters and inputs in this forward."""
+        """Note the stand-ins for parameters and inputs in this forward."""
         self.inputs = tuple(_tensors((args, dict(kwargs))))
         for name, parameter in module.named_parameters():
             self.names[id(parameter)] = name
@@ -100,7 +100,7 @@ class _Watch:
             self.held.append(parameter)
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Count what autograd keeps; each memory once, and no parameters."""
+        """Count what autograd saves: each storage once, and no parameters."""
         key = storage_key(tensor)
         if key not in self.seen:
             self.seen.add(key)
@@ -120,7 +120,7 @@ def find_cuts(model: nn.Module, forward: Callable[[], object]) -> BlockChain:
     """The places where a model's forward can be cut, in its order.
 
     Args:
-        model: whose modules.
+        model: the model.
         forward: calls it once, with gradients, and returns its output.
 
     Raises:
@@ -187,7 +187,7 @@ def _cuts(
 def _ties(
     losses: frozenset[Any], end: frozenset[Any], names: Mapping[int, str]
 ) -> tuple[str, ...] | str:
-    """Names of what is used before an end and after it; or why it cannot be cut there."""
+    """Names of what is used before and after an end, or why there can be no cut."""
     after = _reached(losses, without=end)
     first = min(map(order_of_making, end))
     if any(node.next_functions and order_of_making(node) < first for node in after):
@@ -200,7 +200,7 @@ def _ties(
 
 
 def _reached(start: Iterable[Any], *, without: frozenset[Any]) -> frozenset[Any]:
-    """Nodes of autograd's graph from some on, towards the leaves."""
+    """Nodes of autograd's graph reached from some nodes, towards the leaves."""
     seen = set(start) - without
     stack = list(seen)
     while stack:
@@ -221,7 +221,7 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def balanced(cuts: Sequence[Cut], total_bytes: int, parts: int) -> tuple[Cut, ...]:
-    """The cuts that make a number of parts whose largest keeps the fewest bytes."""
+    """The cuts into a number of parts of which the largest saves the fewest bytes."""
     ends = [cut.saved_bytes for cut in cuts]
 
     def largest(before: tuple[int, int, tuple[int, ...]], size: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which nodes of a joint graph share memory, and who reads it."""
+"""Memory that nodes of a joint graph share, and its readers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memplan.torch_internals import is_backward, storage_key
 
 
 def memory_of(node: fx.Node) -> int | None:
-    """Equal for nodes whose tensors share memory; None for what is no tensor."""
+    """A key, equal for nodes whose tensors share memory; None for what is no tensor."""
     value = node.meta.get("val")
     return storage_key(value) if isinstance(value, torch.Tensor) else None
 
@@ -20,10 +20,10 @@ def memory_of(node: fx.Node) -> int | None:
 def views_of(
     graph: fx.Graph, replaced: Mapping[fx.Node, torch.Tensor], memory: int | None
 ) -> dict[fx.Node, Any] | None:
-    """What all views of a memory become if some of them are replaced by other tensors.
+    """Values of all views of a memory, if some of them are replaced by other tensors.
 
-    Lists of views, such as ``split`` returns, are among them. None if a view cannot be made of what
-    it is then given.
+    Lists of views, such as ``split`` returns, are among them. None if a view is impossible on its
+    new operands.
     """
     values: dict[fx.Node, Any] = dict(replaced)
 
@@ -49,15 +49,15 @@ def _memories(node: fx.Node) -> set[int]:
 
 
 def given_memory(graph: fx.Graph) -> frozenset[int]:
-    """The memory of what the step is given: parameters, buffers, inputs."""
+    """The memory of what the step takes: parameters, buffers, inputs."""
     found = (memory_of(node) for node in graph.nodes if node.op == "placeholder")
     return frozenset(key for key in found if key is not None)
 
 
 def backward_readers(graph: fx.Graph) -> Mapping[int, frozenset[fx.Node]]:
-    """Memory to the backward's calls that read it; views of it are not among them.
+    """The backward's calls that read each memory, without views of it.
 
-    What the step returns is read by the graph's output.
+    The graph's output reads what the step returns.
     """
     readers: dict[int, set[fx.Node]] = {}
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""Operands that a kernel is given and whose values it never reads, and what can stand for them."""
+"""Operands whose values a kernel never reads, and stand-ins for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx
 from memplan.analysis.memory import memory_of
 
 _OPERAND = 1
-"""All of these ops take the incoming gradient first, and then the operand in question."""
+"""Place of the operand in question: all of these ops take the incoming gradient first."""
 
 aten = torch.ops.aten
 
@@ -43,11 +43,11 @@ FOR_PARAMETERS: Final[Mapping[object, Callable[[fx.Node], bool]]] = {
     aten.native_layer_norm_backward.default: lambda node: not any(_mask(node)[:2]),
     aten.native_group_norm_backward.default: lambda node: not any(_mask(node)[:2]),
 }
-"""Ops that do not if this holds: the gradients that need the values are not asked for."""
+"""Ops that read none if this holds: the gradients that need the values are not asked for."""
 
 
 def _mask(node: fx.Node) -> list[bool]:
-    """Which gradients a backward is asked for: of its input, weight and bias."""
+    """The gradients that a backward is asked for: of its input, weight and bias."""
     mask = node.args[-1]
     assert isinstance(mask, list | tuple), f"{node.target} has no output mask"
     return [bool(one) for one in mask]
@@ -61,7 +61,7 @@ def _ignores_values(node: fx.Node) -> bool:
 
 
 def can_drop(node: fx.Node) -> bool:
-    """Whether a node never reads the values of its second argument, and can do without them."""
+    """Tell whether a node never reads the values of its second argument, and can lack them."""
     if not _ignores_values(node):
         return False
     gradient, operand = node.args[0], node.args[_OPERAND]
@@ -70,14 +70,14 @@ def can_drop(node: fx.Node) -> bool:
 
 
 def operand_memory(node: fx.Node) -> int | None:
-    """The memory of that argument."""
+    """The memory of a node's second argument."""
     operand = node.args[_OPERAND]
     assert isinstance(operand, fx.Node)
     return memory_of(operand)
 
 
 def drop(graph: fx.Graph, node: fx.Node) -> None:
-    """Give a node a view of its incoming gradient for that argument."""
+    """Replace a node's second argument by a view of its incoming gradient."""
     gradient, operand = node.args[0], node.args[_OPERAND]
     assert isinstance(gradient, fx.Node) and isinstance(operand, fx.Node)
     strides = stand_in_strides(gradient.meta["val"], operand.meta["val"])
@@ -91,9 +91,9 @@ def drop(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def stand_in_strides(gradient: torch.Tensor, operand: torch.Tensor) -> tuple[int, ...] | None:
-    """How to look at the gradient's memory as at the operand; None if it cannot be done.
+    """Strides that view the gradient's memory as the operand; None if there are none.
 
-    With the operand's own strides where the memory suffices. Else all elements are the first one;
+    The operand's own strides where the memory suffices. Else all elements are the first one;
     kernels take that for an ordinary layout, so the operand must have had that.
     """
     if gradient.dtype != operand.dtype or gradient.numel() == 0 or operand.numel() == 0:

@@ -1,4 +1,4 @@
-"""A forward run again as it was recorded, but for its residual branches."""
+"""Replay of a recorded forward, with other residual branches."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from memplan.torch_internals import flatten, unflatten
 
 
 class Replay(Scopes):
-    """Runs a forward in which branches read other tensors, and their sums are other ones.
+    """Runs a forward in which branches read other tensors, and have other sums.
 
     Subclasses say which.
 
     Args:
-        model: whose forward.
-        branches: of it.
-        expected: what calls are given in the whole batch.
+        model: the model.
+        branches: of its forward.
+        expected: arguments of calls with the whole batch.
     """
+
+    advice = ""
+    """Words on what else can be done where the forward is refused."""
 
     def __init__(
         self, model: nn.Module, branches: Iterable[Branch], expected: Iterable[Expected] = ()
@@ -38,25 +41,25 @@ class Replay(Scopes):
         self._stale: list[torch.Tensor] = []
 
     def part(self, branch: Branch, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """What a branch reads in the place of x, whose dimension of the batch this is."""
+        """The tensor that a branch reads instead of x, whose batch dimension is ``dim``."""
         del branch, dim
         return x
 
     def total(self, branch: Branch, stream: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        """The sum of a stream and what a branch makes of it."""
+        """The sum of a stream and a branch's change."""
         del branch
         return stream + change
 
     def num_left_out(self, expected: Expected) -> int:
-        """By how many samples the batch of a call is smaller."""
+        """The number of samples that a call's batch lacks."""
         del expected
         return 0
 
     def of(self, forward: Callable[[], Any]) -> Any:
-        """Run a forward. Returns its output.
+        """Run a forward; return its output.
 
         Raises:
-            CaptureError: if it is not the one that was recorded.
+            CaptureError: if it is not the recorded one.
         """
         self._left = set(self.totals)
         with self.watching():
@@ -111,7 +114,7 @@ class Replay(Scopes):
             raise CaptureError(
                 f"a size that depends on the batch is used in {expected.key[0]!r} both inside a "
                 "residual branch and outside: ask for it where it is used (x.shape of what is "
-                'computed there), or use skip_layers(mode="blocks")'
+                f"computed there){self.advice}"
             )
 
     def _check_stale(self, leaves: list[Any], name: str) -> None:

@@ -1,4 +1,4 @@
-"""Residual branches of a forward: which sums are ``h + f(h)``, and what f ends with."""
+"""Residual branches of a forward: sums ``h + f(h)``, and the layers that end f."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ADDITIONS: Final = frozenset(
 
 
 class Residuals(FunctionMode):
-    """Inside, it is watched what is computed from what, and sums of residual blocks are noticed.
+    """Mode that watches what is computed from what, and notices sums of residual blocks.
 
-    Subclasses say in ``added`` what to do with them.
+    Subclasses handle these in ``added``.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Residuals(FunctionMode):
         self.call_of: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
 
     def added(self, stream: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        """The sum of a stream and what a block makes of it."""
+        """The sum of a stream and a block's change."""
         return stream + change
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -51,7 +51,7 @@ class Residuals(FunctionMode):
         return result
 
     def residual(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The stream and the change of a sum that is a residual block's."""
+        """The stream and the change of a residual block's sum, or None."""
         if len(args) != 2 or not all(isinstance(one, torch.Tensor) for one in args):
             return None
         one, other = args
@@ -63,7 +63,7 @@ class Residuals(FunctionMode):
         return None
 
     def is_computed_from(self, change: torch.Tensor, stream: torch.Tensor) -> bool:
-        """Whether a stream goes into a change, by way of more than nothing."""
+        """Tell whether a stream goes into a change, by at least one call."""
         if change not in self.call_of or stream not in self.call_of:
             return False
         wanted = self.call_of[stream]

@@ -1,4 +1,4 @@
-"""Which modules and parameters of a model are meant: by name, by type, or by what they are for."""
+"""Selection of a model's modules and parameters: by name, by type, or by purpose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ the linear layer that is called last."""
 
 _TYPE, _NAME = "type:", "name:"
 _WITH_LOSS = "model."
-"""What ``WithLoss`` puts before the names of its model."""
+"""Prefix that ``WithLoss`` puts before its model's names."""
 
 _HEAD, _NORMS, _BIASES, _LINEAR = "head", "norms", "biases", "linear"
 
@@ -48,9 +48,9 @@ def select_modules(
     """FQNs of the modules that patterns name.
 
     Args:
-        model: whose modules.
+        model: the model.
         patterns: texts.
-        forward: runs a forward; asked for if "head" is among the patterns.
+        forward: runs a forward; called if "head" is among the patterns.
 
     Raises:
         MemplanError: naming a pattern that matches nothing.
@@ -67,7 +67,7 @@ def select_modules(
 def select_parameters(
     model: nn.Module, patterns: Sequence[str], forward: Callable[[], None]
 ) -> frozenset[str]:
-    """Names of the parameters that patterns name, or that are in modules which they name.
+    """Names of the parameters that patterns name, or that are in modules that they name.
 
     Raises:
         MemplanError: naming a pattern that matches nothing.
@@ -97,7 +97,7 @@ def called_modules(model: nn.Module, forward: Callable[[], None]) -> tuple[str, 
 def parts_of(model: nn.Module, most: int = 12) -> tuple[str, ...]:
     """Patterns that together name all parameters of a model, each a part that people know.
 
-    Those are its children; of a list of alike blocks, the children of all of them together.
+    Those are its children; for a list of alike blocks, the children of all of them together.
     """
     return tuple(_parts(model, "")[:most])
 
@@ -122,7 +122,7 @@ def _parts(module: nn.Module, prefix: str) -> list[str]:
 
 
 def _are_alike(modules: Iterable[nn.Module]) -> bool:
-    """Whether there are several modules, all with the same children."""
+    """Tell whether there are several modules, all with the same children."""
     shapes = [tuple(dict(module.named_children())) for module in modules]
     return len(shapes) > 1 and len(set(shapes)) == 1 and bool(shapes[0])
 
@@ -133,7 +133,7 @@ def targeted_layers(
     forward: Callable[[], None],
     can_be: Callable[[nn.Module], bool],
 ) -> tuple[str, ...]:
-    """FQNs of the layers that are to be adapted, in the order of the model.
+    """FQNs of the layers to adapt, in the order of the model.
 
     "linear" stands for all linear layers but the head. A pattern that names a module of another
     kind stands for the layers inside it.
@@ -173,7 +173,7 @@ def targeted_layers(
 def _layers(
     model: nn.Module, names: Iterable[str], can_be: Callable[[nn.Module], bool]
 ) -> set[str]:
-    """Those modules that can be, and such inside of the others."""
+    """Modules that can be adapted, and such inside the others."""
     found = set()
     for name in names:
         module = model.get_submodule(name)
@@ -208,20 +208,20 @@ def head_of(model: nn.Module, forward: Callable[[], None]) -> str:
 
 
 def is_linear(model: nn.Module, name: str) -> bool:
-    """Whether a module is a linear layer, or transformers' layer of transposed weight."""
+    """Tell whether a module is a linear layer, or transformers' layer of transposed weight."""
     module = model.get_submodule(name)
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' linear layer of transposed weight."""
+    """Tell whether a module is transformers' linear layer of transposed weight."""
     kinds = {(one.__module__, one.__name__) for one in type(module).__mro__}
     return ("transformers.pytorch_utils", "Conv1D") in kinds
 
 
 @contextmanager
 def watched(model: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
-    """Inside, ``note`` is called with the FQN of each submodule that is called, before it runs."""
+    """Context in which ``note`` gets the FQN of each submodule that is called, before it runs."""
     parts = {name: module for name, module in model.named_modules() if name}
     with around_calls(parts, before=lambda name, *_: note(name)):
         yield
@@ -261,7 +261,7 @@ def _nothing(pattern: str, names: list[str]) -> MemplanError:
 
 
 def list_members(model: nn.Module) -> frozenset[str]:
-    """FQNs of modules in lists of modules, of which there are several of a type."""
+    """FQNs of modules of which a list of modules has several of a type."""
     found = set()
     for name, holder in model.named_modules():
         if isinstance(holder, nn.ModuleList | nn.Sequential | nn.ModuleDict):

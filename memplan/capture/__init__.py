@@ -1,4 +1,4 @@
-"""From a module and a sample to a program: forward graph, joint graph, ``Captured``."""
+"""Capture of a module and a sample as a program: forward graph, joint graph, ``Captured``."""
 
 from memplan.capture.call import (
     call_of,

@@ -1,6 +1,6 @@
-"""New gradients are added into those that are there as soon as they are finished.
+"""Accumulation of new gradients into existing ones, each as soon as it is complete.
 
-Autograd adds them up when the whole backward of a node is done, and a planned step is one node:
+Autograd accumulates when the whole backward of a node is done, and a planned step is one node:
 a second set of all gradients would be alive at its end. Here each addition is an op of the step.
 """
 
@@ -16,7 +16,7 @@ from memplan.torch_internals import Joint, JointInput, JointOutput, is_plain_ten
 
 
 def accumulate(joint: Joint, module: nn.Module) -> Joint:
-    """Add the gradient of each parameter that holds one into the one that it holds."""
+    """Add the new gradient of each parameter into the one that it holds, if any."""
     existing = {
         name: parameter.grad
         for name, parameter in module.named_parameters()
@@ -43,7 +43,7 @@ def _can_be_added_to(gradient: torch.Tensor) -> bool:
 
 
 def _placeholder(graph: fx.Graph, output: JointOutput, held: torch.Tensor) -> fx.Node:
-    """An input of the graph that stands for a gradient."""
+    """A graph input for an existing gradient."""
     assert isinstance(output.of, fx.Node)
     with graph.inserting_after(_last_placeholder(graph)):
         given = graph.placeholder(f"existing_gradient_of_{output.of.name}")
@@ -53,7 +53,7 @@ def _placeholder(graph: fx.Graph, output: JointOutput, held: torch.Tensor) -> fx
 
 
 def _add(gradient: fx.Node, given: fx.Node) -> fx.Node:
-    """Autograd adds in place too: the same bits (torch/csrc/autograd/functions)."""
+    """Add in place, with the same bits as autograd (torch/csrc/autograd/functions)."""
     graph = gradient.graph
     anchor = _last_placeholder(graph) if gradient.op == "placeholder" else gradient
     with graph.inserting_after(anchor):

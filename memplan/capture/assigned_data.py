@@ -1,7 +1,7 @@
-"""``x.data = y`` in a forward: what a trace would lose.
+"""Assignments ``x.data = y`` in a forward, which a trace would lose.
 
-It puts another storage below a tensor, unseen by autograd. For a buffer that is a new content; the
-memory of anything else may have been saved for the backward, which then reads it or not.
+They put another storage below a tensor, unseen by autograd. For a buffer, that is new content; any
+other tensor's memory may have been saved for the backward, which may or may not read it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ASSIGN: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class AssignedData(FunctionMode):
-    """Inside, buffers that are given other data are written, and nothing else may be given any."""
+    """Mode in which assigning data to a buffer writes it; for other tensors, it is refused."""
 
     def __init__(self, buffers: Iterable[tuple[str, torch.Tensor]]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class AssignedData(FunctionMode):
         return result
 
     def _note(self, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> None:
-        """Note which buffers were computed with, and views of them."""
+        """Note the buffers that are computed with, and their views."""
         if any(one.requires_grad for one in made):
             self._read |= {storage_key(one) for one in given} & self._keys.keys()
         for one in made:
@@ -51,7 +51,7 @@ class AssignedData(FunctionMode):
         """Write a buffer.
 
         Raises:
-            CaptureError: for any other tensor, and where eager's backward might read either.
+            CaptureError: for other tensors, and where eager's backward might read either data.
         """
         name, key = self._names.get(id(tensor), "").partition(".")[2], storage_key(tensor)
         if not name or (tensor.shape, tensor.dtype) != (data.shape, data.dtype):

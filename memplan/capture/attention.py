@@ -1,4 +1,4 @@
-"""Attention as a CUDA device would run it, in a trace that is made without one."""
+"""Attention as a CUDA device would run it, in a trace made without one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MOST_FLASH_DIM = 256
 
 
 class CudaAttention(FunctionMode):
-    """Inside, scaled_dot_product_attention becomes one of CUDA's fused kernels.
+    """Mode in which scaled_dot_product_attention is one of CUDA's fused kernels.
 
-    Flash attention for 16-bit operands without a mask, else the memory-efficient kernel. The CPU
-    would run it as other ops wherever there is a mask or dropout, with a matrix of scores.
+    Flash attention for 16-bit operands without a mask, else the memory-efficient kernel. With a
+    mask or dropout, the CPU would run it as other ops, with a matrix of scores.
     """
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,7 +58,7 @@ def _fused(  # noqa: PLR0917 - as torch has it
 
 
 def _as_autocast(operand: torch.Tensor) -> torch.Tensor:
-    """As autocast hands it to attention, which is among the functions that it casts down for."""
+    """The operand as autocast hands it to attention, a function that it casts down for."""
     kind = operand.device.type
     if not torch.is_autocast_enabled(kind) or operand.dtype is not torch.float32:
         return operand

@@ -1,4 +1,4 @@
-"""How an op is called: its target and arguments, for emission and for measurement alike."""
+"""Calls of ops: their targets and arguments, for emission and measurement alike."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def call_of(captured: Captured, op: Op, stashed: Sequence[Any] = ()) -> OpCall:
     """The call of a captured op, or of one that a pass adds.
 
     Args:
-        captured: what the op belongs to.
+        captured: the step of the op.
         op: the op.
-        stashed: what stands for each of its ``stashed_operands``.
+        stashed: a stand-in for each of its ``stashed_operands``.
     """
     if op.variant_of is not None:
         call = captured.lowerings[op.target](captured, op, stashed)
@@ -50,7 +50,7 @@ def stashed_operands(captured: Captured, op: Op) -> tuple[int, ...]:
 
 
 def items_of(captured: Captured, op: Op) -> dict[int, int]:
-    """Positions of an op's results in what its captured op returns, where they are items of it."""
+    """Positions of those results of an op that are items of what its captured op returns."""
     source = source_of_call(captured, op)
     bases = {id: captured.bases[id] for id in op.results if id in captured.bases}
     return {

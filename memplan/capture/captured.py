@@ -1,4 +1,4 @@
-"""What capturing yields: the program, and how it maps to the joint graph."""
+"""The result of a capture: the program, and its mapping to the joint graph."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from memplan.ir.program import Op, Program
 class InPlace:
     """A call that writes an op's result into the memory of one of its operands, bit for bit.
 
-    In a node's ``meta["in_place"]`` these stand under the positions of the arguments that they
-    write over. Which of them are possible (same layout, memory of its own) is found by the reader,
-    and where one is worth it by the planner.
+    A node's ``meta["in_place"]`` holds them by the position of the argument that they overwrite.
+    The reader decides which are possible (same layout, memory of its own), and the planner where
+    one is worth it.
 
     Attributes:
         target: called with the op's arguments.
-        out: the keyword that takes the argument to write over; "" if the target does so by itself.
+        out: the keyword of the argument to overwrite; "" if the target does so by itself.
     """
 
     target: Callable[..., object]
@@ -40,9 +40,9 @@ class OpCall:
 
     Attributes:
         in_place: by the position of an argument, the call that writes the result over it.
-        items: for each result that is one item of what the target returns, its position there;
-            the others are what it returns. None: several results stand there in their order, and
-            one result is what it returns.
+        items: the position of each result that is one item of what the target returns; others
+            are all that it returns. None: several results are its items in their order, and one
+            result is all that it returns.
     """
 
     target: Callable[..., Any]
@@ -53,13 +53,13 @@ class OpCall:
 
 
 Lowering: TypeAlias = "Callable[[Captured, Op, Sequence[Any]], OpCall]"
-"""Says how an op that a pass adds is called. Takes the captured step, the op, and what stands for
+"""Makes the call of an op that a pass adds. Takes the captured step, the op, and a stand-in for
 each of its operands that a recovery stashed, which the call hands on as it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Primal:
-    """A tensor that the step is given.
+    """A tensor that the step takes.
 
     Attributes:
         node: its placeholder in the joint graph.
@@ -80,7 +80,7 @@ class Captured:
     """A training step as a program, and the joint graph that it abstracts.
 
     Attributes:
-        program: what the planner sees.
+        program: the planner's view.
         graph: the joint graph; ops and views, no in-place op but the final copies into buffers.
         calls: op id to its node.
         storage: node of a tensor to the value whose storage it is, or is a view of.
@@ -88,15 +88,15 @@ class Captured:
         primals: in the order in which the joint graph takes them.
         constants: tensors of primals of that kind, by name.
         outputs: nodes that the forward returns, in order.
-        output: what the module makes of them.
+        output: the module's output, made of them.
         gradients: (position of the primal, node of its gradient), or, for a primal that holds a
             gradient already, the node that adds the new one into it.
         tangents: (position of the output, placeholder of its incoming gradient).
-        decisions: values that the forward asked for; the step is for inputs where they hold.
-        attributes: what the forward reads of what Python holds; the step is for where they hold.
-        differences: where the step may differ from the untouched module's.
-        needs_one: of a fused step: why the gradient that arrives at the loss must be one; or "".
-        lowerings: by target, how ops that passes add are called.
+        decisions: values that the forward asked for; the step is valid where they hold.
+        attributes: Python state that the forward reads; the step is valid where it holds.
+        differences: ways in which the step may differ from the untouched module's.
+        needs_one: in a fused step, why the gradient that arrives at the loss must be 1; or "".
+        lowerings: calls of the ops that passes add, by target.
     """
 
     program: Program
@@ -125,6 +125,6 @@ class Captured:
 
 
 def tensors_of(value: object) -> list[torch.Tensor]:
-    """The tensors among what an op returns, in order."""
+    """The tensors that an op returns, in order."""
     values = value if isinstance(value, list | tuple) else (value,)
     return [item for item in values if isinstance(item, torch.Tensor)]

@@ -1,8 +1,8 @@
 """Autocast's cache of casts, which a trace does without.
 
 In eager, a leaf that autocast casts for several ops is cast once, and its gradients are summed in
-the lower precision before they are cast back. A trace is given no leaves, so torch casts for each
-op anew. Here the cast is shared as in eager.
+the lower precision before they are cast back. A trace has no leaves, so torch casts for every op.
+Here the cast is shared as in eager.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _CAST = frozenset(
 
 @contextlib.contextmanager
 def cuda_casts_on_cpu() -> Iterator[None]:
-    """Inside, ``torch.autocast("cuda")`` casts tensors of the CPU, which stand for a GPU's.
+    """Context in which ``torch.autocast("cuda")`` casts CPU tensors, which stand for a GPU's.
 
-    By the CPU's lists of functions, which are shorter than CUDA's.
+    It uses the CPU's lists of functions, which are shorter than CUDA's.
     """
     original = torch.autocast.__init__
 
@@ -52,7 +52,7 @@ def cuda_casts_on_cpu() -> Iterator[None]:
 
 
 class CastOnce(FunctionMode):
-    """Inside, each leaf is cast once for all ops that autocast casts it for."""
+    """Mode that casts each leaf once for all ops that autocast casts it for."""
 
     def __init__(self, leaves: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class CastOnce(FunctionMode):
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def _cleared(self) -> None:
-        """Autocast does this when its outermost context ends."""
+        """Clear the casts when autocast's outermost context ends."""
         self._casts.clear()
         self._clear()
 

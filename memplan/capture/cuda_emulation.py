@@ -1,4 +1,4 @@
-"""What Python calls, as a CUDA device would run it, where there is none."""
+"""Functions called from Python, as a CUDA device would run them, where there is none."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from memplan.torch_internals import FunctionMode
 
 @contextlib.contextmanager
 def as_on_cuda(given: Sample) -> Iterator[None]:
-    """Inside, attention and autocast are those of a CUDA device."""
+    """Context in which attention and autocast are those of a CUDA device."""
     is_there = any(tensor.is_cuda for tensor in given.tensors())
     with CudaAttention(), contextlib.nullcontext() if is_there else cuda_casts_on_cpu():
         yield
 
 
 class CudaDropout(FunctionMode):
-    """Inside, dropout is CUDA's fused kernel, which keeps a mask of booleans."""
+    """Mode in which dropout is CUDA's fused kernel, which saves a boolean mask."""
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is nn.functional.dropout:

@@ -1,6 +1,6 @@
-"""Numbers drawn into a tensor in place, in the order in which eager draws them.
+"""In-place draws of random numbers, in the order in which eager draws them.
 
-A trace has an op that makes a new tensor. Where the one that is drawn into is not contiguous, its
+A trace draws into a new tensor. Where the tensor that eager draws into is not contiguous, its
 elements are drawn in another order than those of the new one.
 """
 
@@ -23,14 +23,14 @@ from memplan.torch_internals import (
 
 _KEY = "drawn in place"
 _TENSOR = "tensor"
-"""Stands for an argument that is one."""
+"""Placeholder for a tensor argument."""
 _RRELU = torch.ops.aten.rrelu_with_noise.default
 _MARK = torch.ops.aten.random_.default
-"""Traced in the place of the noted op: what it makes has the layout of what is drawn into."""
+"""Traced in place of the noted op: its result has the layout of the tensor drawn into."""
 
 
 class DrawsInPlace(DispatchMode):
-    """Inside, what is drawn in place is noted, for ``draws_as_eager``."""
+    """Mode that notes in-place draws, for ``draws_as_eager``."""
 
     def __torch_dispatch__(
         self,
@@ -39,7 +39,7 @@ class DrawsInPlace(DispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call the op; one that draws into its first argument leaves a note of how."""
+        """Call the op; if it draws into its first argument, note how."""
         del types
         kwargs = kwargs or {}
         if func is _RRELU:  # whose result is contiguous, but not in a trace
@@ -59,7 +59,7 @@ class DrawsInPlace(DispatchMode):
 
 
 def draws_as_eager(graph: fx.Graph) -> None:
-    """Draw what is noted to be drawn in place as the noted op does."""
+    """Make noted in-place draws draw as the noted ops do."""
     for node in graph.nodes:
         how = annotation(node, _KEY)
         target = node.target

@@ -1,8 +1,8 @@
-"""Dropout as eager does it, where torch's trace of it gives other numbers.
+"""Dropout as in eager, where torch's trace of it gives other numbers.
 
 Eager draws noise of the input's type, divides it by 1 - p, and multiplies. A trace holds torch's
-fused op, which multiplies by 1 / (1 - p) as it is in 64 bits. The two differ in the last bit for
-some p, and in 16 bits for most; and where p is 1, eager draws nothing.
+fused op, which multiplies by 1 / (1 - p), computed in 64 bits. The two differ in the last bit for
+some p, and in 16-bit types for most; where p is 1, eager draws nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BACKWARD = torch.ops.aten.native_dropout_backward.default
 
 
 def dropout_as_eager(graph: fx.Graph) -> None:
-    """Scale forward and backward by what eager scales by; on the CPU, where eager is not fused."""
+    """Scale forward and backward as eager does; on the CPU, where eager is not fused."""
     for node in graph.nodes:
         if node.target is not _FORWARD or node.meta["val"][0].device.type != "cpu":
             continue

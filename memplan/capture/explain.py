@@ -1,4 +1,4 @@
-"""Why a module cannot be captured, in words."""
+"""Explanations of why a module cannot be captured."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import nn
 _DATA_DEPENDENT = frozenset(
     {"GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException"}
 )
-"""Names of torch's errors that mean: this needs the values of tensors."""
+"""Names of torch's errors for code that needs the values of tensors."""
 
 _NO_DATA = ("its data is not allocated yet", ".tolist() is not supported for tensor subclasses")
-"""What those say that read values themselves."""
+"""Texts of the errors of code that reads values itself."""
 
 
 def is_data_dependent(error: BaseException) -> bool:
-    """Whether an error means that the values of tensors were asked for, where there are none."""
+    """Tell whether an error means that code asked for tensors' values where there are none."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return bool(kinds & _DATA_DEPENDENT) or any(text in str(error) for text in _NO_DATA)
 
 
 def _is_the_users(file: Path) -> bool:
-    """Whether code is neither memplan's nor torch's, and none of Python's own."""
+    """Tell whether code is neither memplan's, nor torch's, nor Python's own."""
     own = (Path(__file__).parent.parent, Path(torch.__file__).parent)
     is_pythons = Path(os.__file__).parent in file.parents and "site-packages" not in file.parts
     return not (str(file).startswith("<") or is_pythons or any(one in file.parents for one in own))
 
 
 def explain(error: Exception, module: nn.Module) -> str:
-    """What failed, where in the user's code, and what to do."""
+    """The failure, its place in the user's code, and a remedy."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""How tensors without data follow from inputs, buffers and constants, and what they are."""
+"""Expressions of tensors without data in inputs, buffers and constants, and their values."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from memplan.torch_internals import (
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A tensor that is there before the step: of the sample by its position, a buffer by name."""
+    """A tensor that exists before the step: of the sample by position, a buffer by name."""
 
     key: int | str
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Computed:
-    """What a function returns, or item ``index`` of it; its arguments hold more of these."""
+    """A function's result, or item ``index`` of it; its arguments hold further expressions."""
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -38,21 +38,21 @@ class Computed:
 
 
 class Expressions(DispatchMode):
-    """Inside, notes how tensors follow from the inputs and constants, where they do."""
+    """Mode that notes how tensors follow from the inputs and constants, where they do."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[torch.Tensor] = []  # so that no storage's key is used again
+        self.kept: list[torch.Tensor] = []  # so that no storage's key is reused
         self.known: dict[int, dict[Hashable, Given | Computed]] = {}
         self.written: set[int] = set()
 
     def learn(self, tensor: torch.Tensor, expression: Given | Computed) -> None:
-        """Note what a tensor is."""
+        """Note a tensor's expression."""
         self.kept.append(tensor)
         self.known.setdefault(storage_key(tensor), {})[_place(tensor)] = expression
 
     def look_up(self, value: object) -> object:
-        """What a tensor is; None if not known. Anything else, real tensors too, is itself."""
+        """A tensor's expression, or None. Other values, real tensors too, are their own."""
         if not isinstance(value, torch.Tensor) or not is_fake(value):
             return value
         return self.known.get(storage_key(value), {}).get(_place(value))
@@ -60,7 +60,7 @@ class Expressions(DispatchMode):
     def expression(
         self, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Computed | None:
-        """A call as an expression, or None if it has an operand that is not known."""
+        """A call as an expression, or None if an operand is unknown."""
         is_known = True
 
         def look_up(value: object) -> object:
@@ -100,14 +100,14 @@ class Expressions(DispatchMode):
         return result
 
     def forget(self, value: object) -> None:
-        """All that was known of a tensor's storage."""
+        """Forget what is known of a tensor's storage."""
         if isinstance(value, torch.Tensor):
             self.known.pop(storage_key(value), None)
             self.written.add(storage_key(value))
 
 
 def _on_a_copy(func: OpOverload, written: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What an op makes of its first argument, which is left as it is."""
+    """The result of an in-place op on a copy of its first argument."""
     return func(written.clone(), *args, **kwargs)
 
 
@@ -143,7 +143,7 @@ class Evaluation:
 
 
 def _place(tensor: torch.Tensor) -> Hashable:
-    """Equal for tensors that are the same part of the same storage."""
+    """A key, equal for tensors that are the same part of one storage."""
     layout = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
     return layout, tensor.is_conj(), tensor.is_neg()
 

@@ -1,4 +1,4 @@
-"""A forward that computes nothing, for whoever watches what it calls."""
+"""A forward that computes nothing, for code that watches its calls."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from memplan.capture.sample import Sample
 
 
 def run_without_data(model: nn.Module, sample: Sample, *, with_gradients: bool = False) -> Any:
-    """Run one forward without data; where it asks for values, with data. Returns its output.
+    """Run one forward without data, or with data if it asks for values; return its output.
 
-    The model is as before.
+    The model is unchanged.
     """
     with (
         torch.set_grad_enabled(with_gradients),

@@ -44,15 +44,15 @@ class OutputLeaf:
 
 @dataclass(frozen=True)
 class Output:
-    """What the module returns.
+    """The output of the module.
 
     Attributes:
         spec: its structure.
         leaves: its leaves, in order.
-        requires_grad: for each tensor among them, whether it does in the untouched module.
+        requires_grad: of each tensor among them, in the untouched module.
         differentiable: positions of the tensors that gradients may arrive at.
-        leads_to: for each of them, what a gradient that arrives there is handed on to: names of
-            parameters, and positions of inputs.
+        leads_to: for each of them, names of the parameters and positions of the inputs to which a
+            gradient that arrives there flows.
         is_loss: whether ``differentiable`` was narrowed to the only scalar.
     """
 
@@ -68,12 +68,11 @@ class Flat(nn.Module):
     """Takes the tensors among the sample's leaves; returns those among the output's.
 
     Attributes:
-        seen: what the last call returned.
-        changed: names of attributes that it has changed, and of each whether it seems to be set
-            once; each call finds them as they were.
+        seen: the output of the last call.
+        changed: names of attributes that it has changed, each with whether it seems to be set
+            once; they are restored after each call.
         reads: the attributes that it has read.
-        decisions: values of tensors that the forward asks for, in the order in which it does;
-            None: let it ask.
+        decisions: values of tensors that the forward asks for, in order; None: let it ask.
     """
 
     def __init__(self, module: nn.Module, sample: Sample, differentiable: Differentiable) -> None:
@@ -103,7 +102,7 @@ class Flat(nn.Module):
         return super().named_buffers(prefix, recurse)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run the module; outputs that no gradient arrives at come detached."""
+        """Run the module; outputs that no gradient arrives at are detached."""
         given = iter(tensors)
         leaves = [
             with_attributes_of(leaf, next(given)) if isinstance(leaf, torch.Tensor) else leaf
@@ -158,7 +157,7 @@ class Flat(nn.Module):
         return frozenset(name for name, tensor in named.items() if id(tensor) in found)
 
     def _leaves(self, tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """What stands for leaves of autograd that need a gradient."""
+        """Stand-ins for autograd's leaves that need a gradient."""
         yield from (parameter for parameter in self.parameters() if parameter.requires_grad)
         leaves = (leaf for leaf in self.sample_leaves if isinstance(leaf, torch.Tensor))
         for tensor, leaf in zip(tensors, leaves, strict=True):
@@ -194,7 +193,7 @@ def _ties(module: nn.Module) -> list[_Tie]:
 
 @contextlib.contextmanager
 def _tied(ties: Sequence[_Tie]) -> Iterator[None]:
-    """Put what stands in for a tensor under its first name also under its other names."""
+    """Put the stand-in under a tensor's first name under its other names, too."""
     before = [tie.second[0][tie.second[1]] for tie in ties]
     for tie in ties:
         (tensors, name), (others, other) = tie.second, tie.first
@@ -209,7 +208,7 @@ def _tied(ties: Sequence[_Tie]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _buffers_written_in_place(module: nn.Module) -> Iterator[None]:
-    """A buffer that the forward replaces by assignment is written instead."""
+    """Write a buffer in place where the forward replaces it by assignment."""
     before = {child: dict(child.named_buffers(recurse=False)) for child in module.modules()}
     parameters = {child: dict(child.named_parameters(recurse=False)) for child in module.modules()}
     yield

@@ -1,7 +1,7 @@
-"""A fused step: the backward's ops run in the forward, as soon as what they need is there.
+"""A fused step: the backward's ops run in the forward, as soon as their operands are ready.
 
-With one loss, gradients can be finished before its own arrives, for one that is 1. They are linear
-in it unless code of the user's says otherwise, so that what arrives is then a factor.
+With one loss, gradients can be computed before its own arrives, as if that were 1. They are linear
+in it unless the user's code says otherwise, so the gradient that arrives is then a factor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memplan.torch_internals import Joint, copy_joint, is_backward, storage_key
 
 
 class Early(Enum):
-    """Which ops of the backward do not wait for the end of the forward."""
+    """The ops of the backward that do not wait for the end of the forward."""
 
     NONE = "none"
     FINISHING = "those that lead to a gradient before the forward goes on"
@@ -29,30 +29,30 @@ class Early(Enum):
 
 
 def orders(traced: Traced) -> tuple[Early, ...]:
-    """Those in which a fused step can run: a backward that draws numbers stays where it is."""
+    """Orders in which a fused step can run; a backward that draws numbers stays where it is."""
     nodes = traced.joint.graph.nodes
     return (Early.NONE,) if any(is_backward(n) and is_random(n) for n in nodes) else (*Early,)
 
 
 def needs_one(traced: Traced) -> str:
-    """Why the gradient that arrives at the loss must be one, for the same bits; "" if it need not.
+    """The reason why the gradient that arrives at the loss must be 1, for the same bits; or "".
 
     Raises:
-        CaptureError: if what the module returns holds no loss.
+        CaptureError: if the module's output holds no loss.
     """
-    # what adds gradients into those that are there runs after they are scaled
+    # gradients are scaled before they are added into existing ones
     added = {output.value for output in traced.joint.outputs if output.kind == "accumulated"}
     nodes = [node for node in traced.joint.graph.nodes if node not in added]
     return why_not_linear(nodes, _follows(nodes, _tangent(traced, traced.joint)))
 
 
 def fuse(traced: Traced, early: Early) -> Traced:
-    """Finish all gradients in the forward.
+    """Compute all gradients in the forward.
 
-    What adds them into gradients that are there stays in the backward.
+    Their accumulation into existing gradients stays in the backward.
 
     Raises:
-        CaptureError: if what the module returns holds no loss.
+        CaptureError: if the module's output holds no loss.
     """
     _tangent(traced, traced.joint)
     joint = copy_joint(traced.joint)
@@ -79,7 +79,7 @@ def _tangent(traced: Traced, joint: Joint) -> fx.Node:
 
 
 def _follows(nodes: Iterable[fx.Node], tangent: fx.Node) -> frozenset[fx.Node]:
-    """What depends on the incoming gradient."""
+    """Nodes that depend on the incoming gradient."""
     found = {tangent}
     for node in nodes:
         if not found.isdisjoint(node.all_input_nodes):
@@ -88,13 +88,13 @@ def _follows(nodes: Iterable[fx.Node], tangent: fx.Node) -> frozenset[fx.Node]:
 
 
 def _key(node: object) -> int:
-    """The storage that a node is, or is a view of; -1 for what is no tensor."""
+    """The storage that a node is, or is a view of; -1 if it is no tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return storage_key(value) if isinstance(value, torch.Tensor) else -1
 
 
 class _Order:
-    """The nodes of a joint graph in other orders. Those of the forward stay as they are."""
+    """Other orders of a joint graph's nodes, in which those of the forward keep theirs."""
 
     def __init__(self, joint: Joint, tangent: fx.Node) -> None:
         self.nodes = [node for node in joint.graph.nodes if node.op == "call_function"]
@@ -112,7 +112,7 @@ class _Order:
         self.follows = _follows(self.nodes, tangent)
 
     def _after(self) -> Mapping[fx.Node, int]:
-        """For each node, the number of the last of the forward's that it depends on."""
+        """The number of the last forward node that each node depends on."""
         after: dict[fx.Node, int] = {}
         last_read: dict[int, int] = {}
         for node in self.nodes:
@@ -130,14 +130,14 @@ class _Order:
         return after
 
     def _needs(self, node: fx.Node) -> Iterable[fx.Node]:
-        """What runs before a node: what it reads, and for the backward what wrote that."""
+        """Nodes that run before a node: its inputs and, in the backward, what wrote those."""
         yield from node.all_input_nodes
         if is_backward(node):
             keys = map(_key, node.all_input_nodes)
             yield from (self.writes[key] for key in keys if key in self.writes)
 
     def with_early(self, early: Early) -> list[fx.Node]:
-        """All nodes; what is not early is placed where it is first needed, or at the end."""
+        """All nodes; those that are not early stand where first needed, or at the end."""
         if early is Early.NONE:
             return sorted(self.nodes, key=lambda node: (is_backward(node), node in self.last))
         is_early = self._is_early(early)
@@ -160,7 +160,7 @@ class _Order:
         return (self.after[node], is_after, -1 if is_write else self.number[node])
 
     def _place_with_needs(self, node: fx.Node, placed: dict[fx.Node, None]) -> None:
-        """Place a node, and before it what it needs and is not placed yet."""
+        """Place a node, after all that it needs and that is not placed yet."""
         stack = [node]
         while stack:
             missing = [n for n in self._needs(stack[-1]) if n in self.number and n not in placed]

@@ -1,6 +1,6 @@
-"""Hooks of modules: they run while the module is traced, and never again.
+"""Hooks of modules, which run while the module is traced and never again.
 
-Those that change nothing and keep nothing may; all others are refused.
+Those that change and keep nothing are allowed; all others are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 
 @contextlib.contextmanager
 def harmless_hooks(module: nn.Module) -> Iterator[None]:
-    """Inside, hooks run; what they are found to do that a planned step would not is refused.
+    """Context in which hooks run, and doing what a planned step would not is refused.
 
     Raises:
         CaptureError: inside, naming the module and the hook.
@@ -55,7 +55,7 @@ def _watched(
 
 
 class _WatchedHook:
-    """A hook that is refused where it does more than look."""
+    """A hook that is refused if it does more than look."""
 
     def __init__(self, hook: Callable[..., Any], where: str) -> None:
         self.hook = hook
@@ -82,7 +82,7 @@ class _WatchedHook:
 
 
 def _seen_by(hook: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """What a hook can write: what it closes over, is bound to, and has by default; globals."""
+    """Names and values that a hook can write: closure, bound object, defaults, globals."""
     if isinstance(hook, partial):
         yield from (("argument", value) for value in (*hook.args, *hook.keywords.values()))
         yield from _seen_by(hook.func)

@@ -1,8 +1,8 @@
 """Values of tensors that a forward asks for while it is captured: ``if mask.all():``, ``x[mask]``.
 
 Where such a value, or the number of True entries of a mask, follows from inputs, buffers and
-constants alone, it is computed, the capture goes the way that it points, and the step carries a
-guard: the same computation, made on the inputs and buffers of every later call. A value that
+constants alone, it is computed, the capture follows that branch, and the step carries a
+guard: the same computation on the inputs and buffers of every later call. A value that
 depends on parameters or on random numbers changes from step to step, and cannot be captured.
 """
 
@@ -51,9 +51,9 @@ class Decision:
     """One value that the forward asked for.
 
     Attributes:
-        question: how it is computed.
-        answer: what it was.
-        is_guard: whether it depends on inputs or buffers; else it is what it is.
+        question: its computation.
+        answer: the value.
+        is_guard: whether it depends on inputs or buffers; else it is constant.
     """
 
     question: Computed
@@ -61,7 +61,7 @@ class Decision:
     is_guard: bool
 
     def holds(self, inputs: Sequence[torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> bool:
-        """Whether these inputs and buffers give the same answer."""
+        """Tell whether these inputs and buffers give the same answer."""
         if not self.is_guard:
             return True
         found = Evaluation(inputs, buffers)(self.question)
@@ -74,7 +74,7 @@ def decide(
 ) -> tuple[Decision, ...]:
     """Run a module without data, computing the values that it asks for as it goes.
 
-    Its decisions have these names for its buffers.
+    Its decisions name buffers as ``buffers`` does.
 
     Raises whatever torch does where a value depends on more than inputs and constants.
     """
@@ -105,7 +105,7 @@ def decide(
 
 
 def _check_steady(recorder: _Recorder, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Refuse numbers that follow from a buffer which the forward writes: each call has others.
+    """Refuse numbers that follow from a buffer that the forward writes: each call has others.
 
     Raises:
         CaptureError: naming the buffer.
@@ -121,7 +121,7 @@ def _check_steady(recorder: _Recorder, buffers: Mapping[str, torch.Tensor]) -> N
 
 
 class _Answering(FunctionMode, ABC):
-    """Inside, questions get answers; what has a size that depends on values gets that size."""
+    """Mode that answers questions, and gives results their size where it depends on values."""
 
     @abstractmethod
     def answer(
@@ -149,7 +149,7 @@ class _Answering(FunctionMode, ABC):
         return self.answer(question, tensors, {})
 
     def places(self, mask: torch.Tensor) -> torch.Tensor:
-        """Where a tensor is not zero, as (number, dimensions)."""
+        """Places where a tensor is not zero, as (number, dimensions)."""
         number = self.ask(_count, mask)
         return torch.nonzero_static(mask, size=number)
 
@@ -173,7 +173,7 @@ class _Answering(FunctionMode, ABC):
 
 
 def _next_dim(tensor: torch.Tensor, items: tuple[Any, ...], position: int, dim: int) -> int:
-    """The dimension that the item of an index after this one, which is no mask, speaks of."""
+    """The dimension of the item of an index that follows this one, which is no mask."""
     item = items[position]
     if item is None or isinstance(item, bool):
         return dim
@@ -196,7 +196,7 @@ _ASKED_BY_KERNELS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.
 
 
 class _AskedByKernels(DispatchMode):
-    """Inside, numbers that torch's compiled code asks for get answers, too: ``istft``, ``cov``."""
+    """Mode that answers torch's compiled code, too, if it asks for numbers: ``istft``, ``cov``."""
 
     def __init__(self, answering: _Answering) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class _AskedByKernels(DispatchMode):
 
 @contextlib.contextmanager
 def replayed(decisions: Sequence[Decision]) -> Iterator[None]:
-    """Inside, questions get the answers that were found before, in the same order."""
+    """Context in which questions get their earlier answers, in the same order."""
     replay = _Replay(decisions)
     with replay, _AskedByKernels(replay):
         yield
@@ -243,13 +243,13 @@ class _Replay(_Answering):
 
 
 def _kind(question: Callable[..., Any]) -> object:
-    """Equal for questions that may stand for each other: ``bool(x)`` may ask for ``x.item()``."""
+    """A key, equal for questions that may stand for each other: ``bool(x)`` and ``x.item()``."""
     is_value = getattr(question, "__name__", "") in _ASKING or question in _ASKED_BY_KERNELS
     return "value" if is_value else question
 
 
 class _Recorder(_Answering):
-    """Inside, questions are answered on the real inputs, and recorded."""
+    """Mode that answers questions on the real inputs, and records them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a capture leaves as it found it."""
+"""State that a capture leaves unchanged."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from memplan.errors import CaptureError
 from memplan.torch_internals import cpu_stand_ins, flatten, stand_ins_without_data, unflatten
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held while a module is traced and its kernels are measured: torch itself and classes of the
-user's are changed for it, and the random states are the process's."""
+"""Lock held while a module is traced and its kernels are measured: torch itself and the user's
+classes are changed for it, and random states are the process's."""
 
 _OWN = ("_parameters", "_buffers", "_modules")
 
@@ -56,9 +56,9 @@ def _numpy_state() -> bytes:
 def without_data_of(
     module: nn.Module, sample: Sample, on_cpu: bool = False
 ) -> Iterator[tuple[Sample, dict[int, torch.Tensor]]]:
-    """Inside, a module's tensors have no data, nor has what is made of them.
+    """Context in which a module's tensors, and what is made of them, have no data.
 
-    Yields the sample, treated alike, and what stands for each parameter, by its id. With
+    Yields the sample, treated alike, and a stand-in for each parameter, by its id. With
     ``on_cpu``, all are on the CPU.
     """
     owners = [child.__dict__[own] for child in module.modules() for own in _OWN[:2]]
@@ -86,9 +86,9 @@ def without_data_of(
 
 @contextlib.contextmanager
 def without_meta(module: nn.Module, sample: Sample) -> Iterator[Sample]:
-    """Inside, a module's tensors on the meta device are such on the CPU, without data.
+    """Context in which a module's tensors on the meta device are on the CPU, without data.
 
-    Yields the sample, treated alike. On the meta device itself other kernels would be traced.
+    Yields the sample, treated alike. On the meta device itself, other kernels would be traced.
     """
     owners = [child.__dict__[own] for child in module.modules() for own in _OWN[:2]]
     before = [dict(tensors) for tensors in owners]

@@ -1,4 +1,4 @@
-"""From a module and a sample to forward and backward in one graph, and rewrites of it."""
+"""Tracing of a module's forward and backward into one graph, and rewrites of that."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Difference:
     """A reason why the captured step may differ from the untouched module's.
 
     Attributes:
-        is_certain: whether it does, by rounding, or only may.
+        is_certain: whether it does differ, by rounding, or only may.
         reason: in words.
-        is_warned_of: whether a note in the plan is not enough.
+        is_warned_of: whether it needs more than a note in the plan.
     """
 
     is_certain: bool
@@ -69,14 +69,14 @@ class Traced:
 
     Attributes:
         joint: forward and backward in one graph.
-        output: what the module returns.
-        decisions: values that the forward asked for, which the trace holds for alone.
-        attributes: what Python held, and the trace holds for alone.
-        differences: where the step may differ from the untouched module's.
+        output: the output of the module.
+        decisions: values that the forward asked for; the trace holds for these alone.
+        attributes: Python state; the trace holds for it alone.
+        differences: ways in which the step may differ from the untouched module's.
         module_name: the class of the module, for messages.
-        existing_gradient_bytes: gradients that were there when it was traced.
+        existing_gradient_bytes: of the gradients that existed when it was traced.
         is_fused: whether ops of the backward run in the forward, in the order of the graph.
-        needs_one: of a fused step: why the gradient that arrives at the loss must be one; or "".
+        needs_one: in a fused step, why the gradient that arrives at the loss must be 1; or "".
     """
 
     joint: Joint
@@ -102,10 +102,10 @@ def trace(
     """Trace one training step of a module, in its present mode, for this sample.
 
     With ``is_for_cuda``, attention and autocast are traced as a CUDA device would run them. Before
-    each attempt ``look`` is called; code that asks whether it is traced hears what it hears in it.
-    Results are laid out as ``layouts`` says, by the call, and else as torch predicts.
+    each attempt ``look`` is called; code in it that asks whether it is traced gets the attempt's
+    answer. Results are laid out as ``layouts`` says, by the call, and else as torch predicts.
 
-    All random states, and the modules' attributes, are left as they were found.
+    All random states and the modules' attributes are left unchanged.
 
     Raises:
         CaptureError: naming what cannot be captured, and where in the user's code it is.
@@ -160,9 +160,9 @@ def trace(
 def _trace(
     flat: Flat, sample: Sample, look: Callable[[], object], relay: Relay | None
 ) -> tuple[Joint, set[str]]:
-    """Trace what eager runs; where that cannot be, what the model does when it is traced.
+    """Trace what eager runs or, if that fails, what the model does when it is traced.
 
-    Returns the joint graph, and the lines that asked whether they are traced and heard yes.
+    Returns the joint graph, and the lines that asked whether they are traced and were told yes.
     """
     try:
         with questions_about_tracing(answer=False) as asked:
@@ -181,7 +181,7 @@ def _trace(
 
 
 def _trace_decided(flat: Flat, tensors: Sequence[torch.Tensor], relay: Relay | None) -> Joint:
-    """Trace as it is; if values of tensors are asked for, find them first and trace again."""
+    """Trace directly or, if values of tensors are asked for, compute them first and trace again."""
     try:
         with origins(flat.wrapped):
             joint = trace_joint(flat, tensors, relay)
@@ -215,7 +215,7 @@ def _differences(
     *,
     lacks_checks: bool,
 ) -> tuple[Difference, ...]:
-    """Where the captured step may not be what eager runs."""
+    """Differences between the captured step and what eager runs."""
     found = []
     if recurrent:
         kinds = ", ".join(sorted(recurrent))
@@ -262,7 +262,7 @@ def _differences(
 
 
 def _is_cudnn_batch_norm(node: fx.Node) -> bool:
-    """Whether eager runs this backward of batch norm in training by cuDNN."""
+    """Tell whether a node is batch norm's backward in training, which eager runs by cuDNN."""
     return (
         node.target is torch.ops.aten.native_batch_norm_backward.default
         and bool(node.args[7])
@@ -272,7 +272,7 @@ def _is_cudnn_batch_norm(node: fx.Node) -> bool:
 
 
 def _is_product(node: fx.Node) -> bool:
-    """Whether a call multiplies elements of what needs a gradient."""
+    """Tell whether a call multiplies elements of what needs a gradient."""
     return node.target in _PRODUCTS and any(is_backward(user) for user in _users(node.args[0]))
 
 
@@ -284,7 +284,7 @@ _PRODUCTS = (torch.ops.aten.prod.default, torch.ops.aten.prod.dim_int)
 
 
 def _is_cast_again(given: JointInput) -> bool:
-    """Whether a parameter in 32 bits is cast to 16 bits more than once in the forward."""
+    """Tell whether the forward casts a parameter from 32 to 16 bits more than once."""
     casts = [
         node
         for node in given.node.users
@@ -298,7 +298,7 @@ def rewrite(traced: Traced, rewrites: Iterable[Callable[[fx.Graph], None]]) -> T
     """Apply rewrites, in order, to a copy of the joint graph."""
     joint = copy_joint(traced.joint)
     end = joint.graph.output_node()
-    # What the step returns goes through the graph, where nodes that are replaced are, too.
+    # The output node refers to what the step returns, so that replacements reach it.
     values: list[Any] = [output.value for output in joint.outputs]
     end.args = (values,)
     for one in rewrites:
@@ -311,9 +311,9 @@ def rewrite(traced: Traced, rewrites: Iterable[Callable[[fx.Graph], None]]) -> T
 
 
 def _forget_running_statistics(joint: Joint) -> Joint:
-    """The backward of batch norm in training is given the running statistics and never reads them.
+    """Drop running statistics from batch norm's backward in training, which never reads them.
 
-    Left in, they would be kept, although the forward overwrites them.
+    Left in, they would be saved, although the forward overwrites them.
     """
     for node in joint.graph.nodes:
         if node.target is torch.ops.aten.native_batch_norm_backward.default and node.args[7]:
@@ -340,8 +340,8 @@ def _copy_back(joint: Joint) -> Joint:
 def own_gradients(joint: Joint) -> Joint:
     """Give each gradient a storage of its own, in its parameter's layout.
 
-    Autograd takes over a gradient that comes so, and copies any other; done here, the copy is
-    part of the program.
+    Autograd takes over such a gradient, and copies any other; done here, the copy is part of the
+    program.
     """
     seen = {storage_key(given.node.meta["val"]) for given in joint.inputs}
     outputs = []

@@ -1,9 +1,9 @@
-"""Layouts as kernels make them, where a trace recorded others.
+"""Layouts of kernels' results, where a trace recorded others.
 
-The rules by which torch predicts a kernel's strides, dtypes and devices are sometimes wrong. What
-follows from them then is, too: a ``view`` that the kernel's real result cannot have, where eager
-copies; a gradient that autograd computes in the layout of what it is for; statistics of a norm that
-are in 32 bits, and recorded in 16. So the step is traced again, with the layouts that were seen.
+The rules by which torch predicts a kernel's strides, dtypes and devices are sometimes wrong, and so
+is what follows from them: a ``view`` that the kernel's real result cannot have, where eager copies;
+a gradient that autograd computes in the layout of what it is for; a norm's statistics in 32 bits,
+recorded in 16. So the step is traced again, with the observed layouts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from memplan.torch_internals import memory_format_of
 def other_layouts(
     captured: Captured, costs: Costs, known: Mapping[str, Layouts]
 ) -> dict[str, Layouts]:
-    """The layouts of results that were seen to be others than recorded, by the call traced.
+    """Observed layouts of results that differ from those recorded, by the traced call.
 
     Raises:
-        CaptureError: naming an op whose results are so although its layouts are known.
+        CaptureError: naming an op whose results differ although its layouts are known.
     """
     found: dict[str, Layouts] = {}
     for op, node in captured.calls.items():
@@ -54,12 +54,12 @@ def _differ(recorded: torch.Tensor, seen: Layout | None) -> bool:
     if seen is None:
         return False
     if recorded.dim() != len(seen.strides):
-        return True  # no layout makes up for that, and the trace is refused
+        return True  # no layout corrects that, and the trace is refused
     if recorded.dtype != dtype_of(seen) or recorded.device != torch.device(seen.device):
         return True
     pairs = zip(recorded.shape, recorded.stride(), seen.strides, strict=True)
     if recorded.numel() > 0 and any(size > 1 and mine != other for size, mine, other in pairs):
         return True
-    # Where a size is 1, strides say nothing of places, but torch goes by them all the same.
+    # Where a size is 1, its stride has no effect on places, but torch still goes by it.
     like = torch.empty_strided(recorded.shape, seen.strides, device="meta")
     return memory_format_of(like) != memory_format_of(recorded)

@@ -1,4 +1,4 @@
-"""Whether gradients are linear in the gradient that arrives at the loss, in every bit.
+"""Linearity of gradients in the gradient that arrives at the loss, in every bit.
 
 Those of torch's own functions are. A backward of the user's own, or a hook that clamps gradients,
 need not be; and in float16 a scale decides what underflows on the way.
@@ -28,13 +28,13 @@ _MOVES = _names("""
     diagonal_backward unfold_backward neg sum mean cumsum tril triu view_as_real view_as_complex
     zeros_like ones_like new_zeros new_ones new_empty_strided new_full full_like empty_like
 """)
-"""Of one tensor; each entry of the result is a sum of its entries, or independent of them."""
+"""Ops on one tensor; each entry of the result is a sum of its entries or independent of them."""
 
 _JOINS = _names("""
     cat stack scatter scatter_add index_put _unsafe_index_put index_add slice_scatter
     select_scatter as_strided_scatter
 """)
-"""Of several tensors, whose entries the result has."""
+"""Ops on several tensors, whose entries the result has."""
 
 _PRODUCTS = _names("mul mm bmm matmul dot mv convolution linear")
 _SUMS = _names("add sub")
@@ -44,7 +44,7 @@ _SAME = _names("view expand reshape _to_copy clone alias unsqueeze")
 
 
 def why_not_linear(nodes: Iterable[fx.Node], follows: frozenset[fx.Node]) -> str:
-    """The first op by which gradients are not linear in the incoming one; "" if there is none.
+    """The first op that makes gradients not linear in the incoming one; "" if there is none.
 
     Args:
         nodes: of a joint graph, in order.
@@ -78,7 +78,7 @@ def _is_linear(node: fx.Node, follows: frozenset[fx.Node]) -> bool:
 
 
 def _is_sum(node: fx.Node, name: str, follows: frozenset[fx.Node]) -> bool:
-    """Whether all terms of a sum follow, or are zero; conditions and factors must not."""
+    """Tell whether all terms of a sum follow, or are zero; conditions and factors must not."""
     if name in _SUMS:
         terms: Iterable[object] = node.args[:2]
     elif name in _JOINS:
@@ -98,7 +98,7 @@ def _is_real(node: fx.Node) -> bool:
 
 
 def _is_zero(term: object) -> bool:
-    """Whether a term is zero whatever its inputs are."""
+    """Tell whether a term is zero whatever its inputs are."""
     if not isinstance(term, fx.Node):
         return _is_number_zero(term)
     name = _name(term)
@@ -114,7 +114,7 @@ def _is_number_zero(value: object) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    """Without namespace and overload; "" for what is no op of torch's."""
+    """The op's name without namespace and overload; "" if it is not torch's."""
     target = node.target
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return ""

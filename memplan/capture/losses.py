@@ -1,4 +1,4 @@
-"""A loss of torch's that takes another branch on tensors that are traced."""
+"""Losses of torch's that take another branch on traced tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LOSSES = {function: signature(function) for function in _FUNCTIONS}
 
 
 class LossesAsEager(FunctionMode):
-    """Inside, ``cross_entropy`` with weights of classes and smoothed labels is what eager runs.
+    """Mode in which ``cross_entropy`` with class weights and label smoothing is what eager runs.
 
-    The mean is over the weights of the labels that count: eager picks those and sums them; where
-    tensors are traced, torch sums all, with zeros for the others, in another order.
+    The mean is over the weights of the labels that count: eager picks those and sums them; on
+    traced tensors, torch sums all, with zeros for the others, in another order.
     """
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -43,7 +43,7 @@ class LossesAsEager(FunctionMode):
 
 
 def _logits(given: Mapping[str, Any]) -> torch.Tensor:
-    """What ``linear_cross_entropy`` takes the loss of: (batch, classes, ...)."""
+    """The logits of ``linear_cross_entropy``: (batch, classes, ...)."""
     x, weight, bias = (given[name] for name in ("input", "linear_weight", "linear_bias"))
     flat = weight.reshape(-1, weight.shape[-1])
     logits = functional.linear(x, flat, None if bias is None else bias.reshape(-1))

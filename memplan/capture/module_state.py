@@ -1,4 +1,4 @@
-"""The attributes of modules, put back as they were."""
+"""Restoration of modules' attributes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from memplan.torch_internals import is_fake, version_of
 
 _DEPTH = 4
 _FOLLOW = frozenset({"_flat_weights", "_flat_weight_refs"})
-"""What recurrent modules keep beside their parameters; it follows them."""
+"""Attributes of recurrent modules that follow their parameters."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """A container that an attribute holds, and what it held; for the root, the module's own.
+    """A container that an attribute holds, and its former members; the root is the module's own.
 
     Attributes:
         attribute: its name.
         container: a dict, list or set.
-        members: what it held.
+        members: its former members.
         is_object: whether it is the namespace of an object that the attribute holds.
     """
 
@@ -35,7 +35,7 @@ class Held:
     is_object: bool = False
 
     def has_changed(self) -> bool:
-        """Whether it holds other members."""
+        """Tell whether its members have changed."""
         now, before = self.container, self.members
         if isinstance(now, dict):
             return now.keys() != before.keys() or any(
@@ -46,7 +46,7 @@ class Held:
         return len(now) != len(before) or not all(map(_same, now, before))
 
     def restore(self) -> None:
-        """Put back what changed; a container that did not may be one that cannot be written."""
+        """Restore members that have changed; an unchanged container may not be writable."""
         if not self.has_changed():
             return
         if isinstance(self.container, list):
@@ -64,8 +64,8 @@ class Held:
 def unchanged_attributes(module: nn.Module) -> Iterator[dict[str, bool]]:
     """Restore the attributes of a module and its children, and lists, dicts and sets in them.
 
-    Those of objects in them, too. Yields, filled at the end, the names of those that were changed,
-    and of each whether it was set from nothing to a word or a flag: once, as it seems.
+    Those of objects in them, too. Yields the names of changed attributes, filled in at the end,
+    each with whether it was set from nothing to a string or a flag: once, as it seems.
     """
     changed: dict[str, bool] = {}
     before = [
@@ -89,7 +89,7 @@ def unchanged_attributes(module: nn.Module) -> Iterator[dict[str, bool]]:
 
 @contextlib.contextmanager
 def unchanged_tensors(module: nn.Module) -> Iterator[None]:
-    """Restore the content of tensors in the attributes of a module, parameters apart."""
+    """Restore the content of tensors in the attributes of a module, except parameters."""
     held = [
         member
         for _, child in modules_of(module)
@@ -114,7 +114,7 @@ def unchanged_tensors(module: nn.Module) -> Iterator[None]:
 
 
 def modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A module and its children by FQN; and the module that it stands for, if it does."""
+    """A module and its children by FQN, and the module that it stands for, if any."""
     yield from module.named_modules()
     original = module.__dict__.get("original")
     if isinstance(original, nn.Module):
@@ -122,7 +122,7 @@ def modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def containers(attribute: str, value: Any, depth: int = _DEPTH) -> Iterator[Held]:
-    """A container and those in it, so deep."""
+    """A container and those in it, to a depth."""
     if depth and isinstance(value, dict | list | set):
         yield Held(attribute, value, _members(value))
         if isinstance(value, dict):
@@ -137,7 +137,7 @@ def containers(attribute: str, value: Any, depth: int = _DEPTH) -> Iterator[Held
 
 
 def has_own_attributes(value: object) -> bool:
-    """Whether it is an object of the user's own that holds values, such as a configuration."""
+    """Tell whether it is a user's object that holds values, such as a configuration."""
     package = type(value).__module__.partition(".")[0]
     return (
         package not in ("torch", "builtins", "collections", "functools", "memplan")
@@ -147,14 +147,14 @@ def has_own_attributes(value: object) -> bool:
 
 
 def _members(container: dict[Any, Any] | list[Any] | set[Any]) -> Any:
-    """What it holds, as a plain container: one of the user's own may refuse to be copied."""
+    """Its members in a plain container: one of the user's own may refuse to be copied."""
     if isinstance(container, dict):
         return dict(container)
     return list(container) if isinstance(container, list) else set(container)
 
 
 def _names(held: Held) -> dict[str, bool]:
-    """Names for what has changed in a container, and of each whether it was set once."""
+    """Names of the changes in a container, each with whether it was set once."""
     if held.attribute in ("_parameters", "_buffers", "_modules"):
         return _differing(held)
     if held.is_object:
@@ -163,7 +163,7 @@ def _names(held: Held) -> dict[str, bool]:
 
 
 def _differing(held: Held) -> dict[str, bool]:
-    """Keys with other members, and of each whether it was set once."""
+    """Keys whose members differ, each with whether it was set once."""
     keys = held.container.keys() | held.members.keys()
     pairs = {key: (held.members.get(key), held.container.get(key)) for key in sorted(keys, key=str)}
     return {

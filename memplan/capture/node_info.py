@@ -1,4 +1,4 @@
-"""Text about nodes: the signature of an op, the module and the line that it comes from."""
+"""Text about nodes: an op's signature, and the module and line that it comes from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def call_signature(target: str, args: Iterable[object], kwargs: Mapping[str, obj
 
 
 def target_name(node: fx.Node) -> str:
-    """Such as ``aten.mm.default``, or the full name of a Python function."""
+    """A name such as ``aten.mm.default``, or a Python function's full name."""
     target = node.target
     if isinstance(target, FunctionType):
         return f"{target.__module__}.{target.__qualname__}"
@@ -43,7 +43,7 @@ def _argument(argument: object) -> str:
 
 
 def tensor_text(value: object) -> str:
-    """Such as ``float32[2, 3]{3, 1}@cpu``; an offset into the storage follows a plus sign."""
+    """Text such as ``float32[2, 3]{3, 1}@cpu``; a storage offset follows a plus sign."""
     if not isinstance(value, torch.Tensor):
         return repr(value)
     dtype = str(value.dtype).removeprefix("torch.")
@@ -66,14 +66,14 @@ def module_of(node: fx.Node) -> str:
 
 
 def source_of(node: fx.Node) -> str:
-    """``file.py:line`` of the innermost frame outside of torch, or ""."""
+    """``file.py:line`` of the innermost frame outside torch, or ""."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     outside = [frame for frame in frames if "/torch/" not in frame[0]] or frames
     return f"{outside[-1][0]}:{outside[-1][1]}" if outside else ""
 
 
 def forward_origins(nodes: Iterable[fx.Node]) -> dict[int, fx.Node]:
-    """Autograd's sequence number to the first forward node with it: where a backward op is from."""
+    """The first forward node of each autograd sequence number: the origin of backward ops."""
     origins: dict[int, fx.Node] = {}
     for node in nodes:
         number = node.meta.get("seq_nr")

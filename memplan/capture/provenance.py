@@ -1,4 +1,4 @@
-"""Which module and which line of the user's code is running."""
+"""The module and the line of the user's code that are running."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CALL_THE_MODULE = (str(_MEMPLAN / "capture" / "flat.py"), str(_MEMPLAN / "profi
 
 @contextlib.contextmanager
 def origins(module: nn.Module) -> Iterator[None]:
-    """Inside, each node that is traced notes the module (by FQN) and line that it comes from."""
+    """Context in which each traced node notes the module (by FQN) and line that it comes from."""
 
     def changed(names: Sequence[str]) -> None:
         set_origin(names, "")
@@ -49,12 +49,12 @@ def running(
 
 
 class Known:
-    """Modules that were seen; they live no longer than their owner lets them.
+    """Modules seen so far, by weak references.
 
     Attributes:
-        roots: those that are part of no other, by name: the first's is "", others go by their
-            class.
-        fqns: all, by name.
+        roots: those that are part of no other, with their names: "" for the first, the class
+            for others.
+        fqns: all, with their names.
     """
 
     def __init__(self) -> None:
@@ -62,9 +62,9 @@ class Known:
         self.fqns: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
     def learn(self, root: nn.Module) -> None:
-        """A module that is part of no other; what was taken for one may be part of it.
+        """Add a module that is part of no other; earlier roots may be part of it.
 
-        Modules that share their children, as a planned one and its original, go by one name.
+        Modules that share their children, as a planned one and its original, share a name.
         """
         known = {id(other._modules): name for other, name in self.fqns.items()}
         if id(root._modules) in known:
@@ -80,7 +80,7 @@ class Known:
                 self.fqns[child] = names[id(child._modules)]
 
     def running(self) -> str:
-        """The name of the innermost module of which a method runs now, called or not; or ""."""
+        """The name of the innermost module with a method running now, called or not; or ""."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             names = frame.f_code.co_varnames
@@ -93,7 +93,7 @@ class Known:
 
 @contextlib.contextmanager
 def running_anywhere(known: Known) -> Iterator[None]:
-    """Inside, modules that are called are known."""
+    """Learn the modules that are called inside."""
     with _running(known.fqns, lambda names: None, known.learn):
         yield
 
@@ -107,7 +107,7 @@ def _running(
     names: list[str] = []
 
     def is_traced() -> bool:
-        """Dynamo traces hooks of all modules, and can do without these."""
+        """Tell whether Dynamo traces these hooks, which it can do without."""
         return learn is not None and torch.compiler.is_compiling()
 
     def enter(child: nn.Module, inputs: object) -> None:
@@ -138,7 +138,7 @@ def _running(
 
 
 class _Lines(FunctionMode):
-    """Inside, each call of a torch function notes the line that it comes from."""
+    """Mode in which each call of a torch function notes the line that it comes from."""
 
     def __init__(self, running: Sequence[str]) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def _traceback_line() -> str:
 
 
 def users_place(error: BaseException) -> str:
-    """Where in the user's code something was raised, as " at file.py:line", or ""."""
+    """The place in the user's code of an error, as " at file.py:line", or ""."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -166,7 +166,7 @@ def users_place(error: BaseException) -> str:
 
 
 def users_line() -> tuple[str, int] | None:
-    """File and number of the innermost line that is outside of torch and memplan.
+    """File and number of the innermost line that is outside torch and memplan.
 
     None if a module of torch's own was called by memplan, and no line is the user's.
     """

@@ -1,6 +1,6 @@
-"""What a forward reads of what Python holds: plain values in attributes of modules.
+"""Python state that a forward reads: plain values in attributes of modules.
 
-A capture bakes them in, so that each is compared before the step runs again.
+A capture bakes them in, so each is compared before the step runs again.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _PLAIN = (enum.Enum, bool, int, str, bytes, type(None), torch.dtype, torch.devic
 _BY_IDENTITY = (torch.Tensor, nn.Module, FunctionType, BuiltinFunctionType, type)
 _DEPTH = 4
 _OWN = frozenset(dir(nn.Module())) - {"forward"}
-"""What each module has; the signature of a call covers what of it matters."""
+"""Attributes of every module; the signature of a call covers those that matter."""
 _LARGEST_ARRAY_BYTES = 1 << 16
-"""Larger arrays of numpy's are told apart by what they are, and not by what they hold."""
+"""Larger numpy arrays are told apart by identity, not by content."""
 _HEAP_TYPE = 1 << 9
-"""Of a class that Python code made, which can be given another lookup."""
+"""Flag of a class that Python code made, whose lookup can be replaced."""
 
 
 class _Unknown(enum.Enum):
-    """In the place of a value."""
+    """Stand-ins for a value."""
 
     ABSENT = enum.auto()
     MUTABLE = enum.auto()
@@ -46,14 +46,14 @@ _ABSENT, _MUTABLE = _Unknown.ABSENT, _Unknown.MUTABLE
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """An attribute that a forward has read, and what it held.
+    """An attribute that a forward has read, and its content.
 
     Attributes:
         owner: the module, or the object that an attribute of it holds.
-        path: where it is, for people.
+        path: its place, for people.
         name: its own name.
-        content: what it held, to be compared; ``_ABSENT`` where it is for its class to say.
-        value: what it held, if that cannot change; else ``_MUTABLE``.
+        content: its content, to be compared; ``_ABSENT`` where its class decides it.
+        value: its value, if that cannot change; else ``_MUTABLE``.
     """
 
     owner: weakref.ref[Any]
@@ -63,7 +63,7 @@ class Attribute:
     value: object
 
     def holds(self) -> bool:
-        """Whether it holds the same now."""
+        """Tell whether it holds the same now."""
         owner = self.owner()
         if owner is None:
             return False
@@ -74,7 +74,7 @@ class Attribute:
 
 
 class Reads:
-    """What was read, so far, of a module's attributes and of the objects that they hold."""
+    """Attributes read so far, of a module and of the objects that its attributes hold."""
 
     def __init__(self, module: nn.Module) -> None:
         self.owners: dict[int, tuple[Any, str]] = {}
@@ -92,17 +92,17 @@ class Reads:
                     self._watch_inside(inside, value, depth - 1)
 
     def classes(self) -> set[type]:
-        """Of all that is watched; modules have their lookup from one."""
+        """Classes of all that is watched; modules have the lookup of ``nn.Module``."""
         found = {type(owner) for owner, _ in self.owners.values()}
         return {one for one in found if not issubclass(one, nn.Module)} | {nn.Module}
 
     def note(self, owner: object, name: str) -> None:
-        """An attribute was read."""
+        """Note a read of an attribute."""
         if id(owner) in self.owners and name not in _OWN:
             self.read[id(owner), name] = None
 
     def attributes(self, changed: Collection[str]) -> tuple[Attribute, ...]:
-        """What was read, but for what the forward changes itself."""
+        """The attributes read, except those that the forward changes itself."""
         found = []
         for key, name in self.read:
             owner, path = self.owners[key]
@@ -119,7 +119,7 @@ class Reads:
 
 @contextlib.contextmanager
 def noting(reads: Reads) -> Iterator[None]:
-    """Inside, this thread's reads of attributes are noted."""
+    """Note the attributes that this thread reads inside."""
     reader = threading.get_ident()
 
     def noted(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
@@ -145,13 +145,13 @@ def noting(reads: Reads) -> Iterator[None]:
 
 
 def attributes_of(tensor: torch.Tensor) -> Hashable:
-    """Equal for tensors on which the user put the same attributes; nothing for nearly all."""
+    """A key, equal for tensors with the same attributes by the user; empty for nearly all."""
     own = () if is_fake(tensor) else vars(tensor).items()
     return tuple((name, _content(value, _DEPTH)) for name, value in sorted(own))
 
 
 def with_attributes_of(given: torch.Tensor, stand_in: torch.Tensor) -> torch.Tensor:
-    """A tensor that stands for another, with the attributes that the user put on that."""
+    """The stand-in for a tensor, with the attributes that the user put on the tensor."""
     if not is_fake(given):
         vars(stand_in).update(vars(given))
     return stand_in
@@ -168,7 +168,7 @@ def _can_be_watched(value: object) -> bool:
 
 
 def _value(owner: object, name: str) -> object:
-    """What an object holds under a name; of a module, without running any code."""
+    """The value that an object holds under a name; a module's, without running any code."""
     if not isinstance(owner, nn.Module):
         return getattr(owner, name, _ABSENT)
     own = vars(owner)
@@ -180,7 +180,7 @@ def _value(owner: object, name: str) -> object:
 
 
 def _is_immutable(value: object) -> bool:
-    """Whether the same object always holds the same, and nothing large is kept alive by it."""
+    """Tell whether an object never changes, and keeps nothing large alive."""
     if isinstance(value, tuple):
         return all(map(_is_immutable, value))
     kinds = (*_PLAIN, float, complex, FunctionType, BuiltinFunctionType)
@@ -188,7 +188,7 @@ def _is_immutable(value: object) -> bool:
 
 
 def _content(value: object, depth: int) -> Hashable:
-    """Equal for what a capture cannot tell apart; objects of unknown kinds, for the same one."""
+    """A key, equal for what a capture cannot tell apart; for unknown kinds, one per object."""
     kind = type(value)
     if isinstance(value, _PLAIN):
         return kind, value
@@ -204,7 +204,7 @@ def _content(value: object, depth: int) -> Hashable:
 
 
 def _members(value: object) -> Iterable[object] | None:
-    """What a container holds, keys beside values; None if it is none."""
+    """The members of a container, keys with values; None if it is none."""
     if isinstance(value, partial):
         return (value.func, value.args, value.keywords)
     if isinstance(value, MethodType):
@@ -217,7 +217,7 @@ def _members(value: object) -> Iterable[object] | None:
 
 
 class _Same:
-    """Equal for one and the same object, as long as there is it."""
+    """A key, equal for one and the same object as long as it is alive."""
 
     __slots__ = ("_number", "_of")
 

@@ -1,4 +1,4 @@
-"""Which calls draw numbers."""
+"""Calls that draw random numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memplan.torch_internals import OpOverload
 
 
 def schema_arguments(node: fx.Node) -> Mapping[str, object]:
-    """The arguments of a call by the names that its op has for them."""
+    """The arguments of a call, by their names in the op's schema."""
     target = node.target
     if not isinstance(target, OpOverload):
         return {}
@@ -21,7 +21,7 @@ def schema_arguments(node: fx.Node) -> Mapping[str, object]:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a call draws numbers: its op may, and its dropout probability is not zero."""
+    """Tell whether a call draws numbers: its op may, and its dropout probability is not 0."""
     target = node.target
     if target in OWN_DRAWS.values():
         return True

@@ -1,4 +1,4 @@
-"""From the joint graph to a program: storages become values, kernels become ops, views vanish."""
+"""A joint graph as a program: storages become values, kernels become ops, views vanish."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class _Reader:
         self.storage[node] = self.by_key[key]
 
     def add_existing_gradients(self) -> None:
-        """Gradients that are there and that this step adds nothing to."""
+        """Add existing gradients that this step adds nothing to."""
         added_to = sum(v.nbytes for v in self.values if v.role is Role.EXISTING_GRADIENT)
         others = self.traced.existing_gradient_bytes - added_to
         if others > 0:
@@ -151,7 +151,7 @@ class _Reader:
         return kept if self.traced.is_fused else sorted(kept, key=is_backward)
 
     def call(self, node: fx.Node) -> None:
-        """Read one call: an op, or a view of what is there already."""
+        """Read one call: an op, or a view of an existing value."""
         mutated = _mutated(node)
         tensors = [] if mutated or _is_check(node) else _tensors(node.meta.get("val"))
         if tensors is None:
@@ -270,7 +270,7 @@ class _Reader:
         return Program(tuple(self.ops), values, tuple(sorted(held)), self.num_fused())
 
     def num_fused(self) -> int | None:
-        """How many ops a fused step runs in the forward: all before the first accumulation."""
+        """The number of ops a fused step runs in the forward: all before the first accumulation."""
         if not self.traced.is_fused:
             return None
         later = (
@@ -282,7 +282,7 @@ class _Reader:
 
 
 def _fills_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are laid out alike, and fill their storages."""
+    """Tell whether two tensors are laid out alike, and fill their storages."""
     nbytes = one.numel() * one.element_size()
     return (
         (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
@@ -303,7 +303,7 @@ def _tensors(value: object) -> list[torch.Tensor] | None:
 
 
 def _is_check(node: fx.Node) -> bool:
-    """Whether a call may raise an error and does nothing else."""
+    """Tell whether a call may raise an error and does nothing else."""
     return node.target is CHECK_OF_LINALG
 
 

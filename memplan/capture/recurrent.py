@@ -1,7 +1,7 @@
 """Recurrent modules with dropout between their layers, captured one layer at a time.
 
 torch 2.13 traces a recurrent module of several layers as if its dropout were zero. Run one layer
-at a time, with the dropout between them, the trace draws what the untouched module draws.
+at a time, with dropout between them, the trace draws what the untouched module draws.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 @contextlib.contextmanager
 def without_flat_weights() -> Iterator[None]:
-    """Inside, recurrent modules leave their weights where they are.
+    """Context in which recurrent modules leave their weights where they are.
 
-    For cuDNN they move them into one buffer, which asks for the addresses of a trace's tensors.
+    For cuDNN they move them into one buffer, which needs the addresses of a trace's tensors.
     """
     original = nn.RNNBase.flatten_parameters
     nn.RNNBase.flatten_parameters = lambda self: None  # type: ignore[method-assign]
@@ -33,7 +33,7 @@ def without_flat_weights() -> Iterator[None]:
 
 
 class OneLayerAtATime(FunctionMode):
-    """Inside, a recurrent call with dropout between layers becomes one call a layer.
+    """Mode in which a recurrent call with dropout between layers becomes one call per layer.
 
     Attributes:
         seen: names of the recurrent kernels that were called.
@@ -49,8 +49,8 @@ class OneLayerAtATime(FunctionMode):
             # cuDNN keeps the state of its own generator.
             other = " with dropout that draws other numbers" if _has_cudnn_dropout(args) else ""
             self.seen.add(f"{name}{other}")
-            # What the recurrent kernels of oneDNN hand to their backward is opaque: it can be
-            # neither measured nor made again.
+            # What oneDNN's recurrent kernels save for their backward is opaque: it can be neither
+            # measured nor recomputed.
             with without_onednn():
                 return _recurrent(func, args)
         return func(*args, **kwargs)
@@ -63,7 +63,7 @@ def _recurrent(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 def _has_dropout(args: tuple[Any, ...]) -> bool:
-    """Whether a recurrent call drops out between its layers."""
+    """Tell whether a recurrent call has dropout between its layers."""
     # A packed sequence has its states where others have weights; torch does not trace those.
     if not isinstance(args[2], list):
         return False
@@ -82,7 +82,7 @@ def _layer_by_layer(
     weights: Sequence[torch.Tensor],
     *settings: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """As the kernel does it: time first, dropout on every layer's output but the last."""
+    """Run as the kernel does: time first, dropout on every layer's output but the last."""
     bias, num_layers, dropout, _, bidirectional, batch_first = settings
     is_tuple = isinstance(states, tuple)
     initial: tuple[torch.Tensor, ...] = states if isinstance(states, tuple) else (states,)

@@ -1,4 +1,4 @@
-"""Tracing with the layouts that kernels were seen to make."""
+"""Tracing with the observed layouts of kernels' results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memplan.torch_internals import OpOverload, Relay
 Layouts = Sequence[Layout | None]
 
 TRACED_AS = "traced_as"
-"""Where a node's meta holds the signature of the call that was traced."""
+"""Key in a node's meta of the signature of the traced call."""
 
 
 def remember_calls(graph: fx.Graph) -> None:
@@ -26,7 +26,7 @@ def remember_calls(graph: fx.Graph) -> None:
 
 
 def relaying(known: Mapping[str, Layouts]) -> Relay:
-    """Lays results out as they were seen: layouts by the signature of the call."""
+    """A relay that lays results out as observed: layouts by the call's signature."""
     targets = {traced_as.partition("(")[0] for traced_as in known}
 
     def relay(

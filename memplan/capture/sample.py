@@ -25,7 +25,7 @@ class Sample:
 
     @classmethod
     def of(cls, sample: object) -> Sample:
-        """A mapping is keyword arguments, a tuple or list positional ones, else one argument."""
+        """Take a mapping as keyword arguments, a tuple or list as positional, else one argument."""
         if isinstance(sample, Sample):
             return sample
         if isinstance(sample, Mapping):
@@ -41,7 +41,7 @@ class Sample:
 
     @property
     def with_one_more(self) -> Sample:
-        """A batch that is larger by one; the last repeats the first."""
+        """A batch larger by one; its last sample repeats the first."""
         leaves, spec = flatten((self.args, dict(self.kwargs)))
         args, kwargs = unflatten([_longer(leaf, self.batch_size) for leaf in leaves], spec)
         return Sample(args, kwargs)

@@ -1,6 +1,6 @@
-"""Functions whose results have sizes that follow from values: called with the sizes instead.
+"""Functions whose results have sizes that follow from values, called with the sizes instead.
 
-Each is called with ``ask``, which answers a question about tensors, and with what the user gave.
+Each takes ``ask``, which answers a question about tensors, and the user's arguments.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 Ask = Callable[..., Any]
-"""``ask(question, *tensors)``: what the question returns for the tensors' values."""
+"""``ask(question, *tensors)``: the question's result for the tensors' values."""
 
 
 def _one_hot(ask: Ask, function: Callable[..., Any], tensor: Any, num_classes: int = -1) -> Any:
@@ -76,7 +76,7 @@ _CTC_NAMES = (
 )
 _CTC_DEFAULTS = {"blank": 0, "reduction": "mean", "zero_infinity": False}
 _MEAN = 1
-"""What torch's own code says for a reduction by the mean."""
+"""Torch's own code for a reduction by the mean."""
 
 
 def _tensor_split(
@@ -131,7 +131,7 @@ _UNIQUE = {"sorted": True, **_CONSECUTIVE}
 
 
 def _runs(ask: Ask, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each run of equal entries the value, of each entry its run's number, and their lengths."""
+    """The value of each run of equal entries, each entry's run number, and the runs' lengths."""
     first = torch.ones(1, dtype=torch.bool, device=row.device)
     begins = torch.cat([first, row[1:] != row[:-1]])
     places = torch.nonzero_static(begins, size=ask(_count, begins)).squeeze(1)
@@ -178,4 +178,4 @@ SIZED_BY_VALUES: Mapping[str, Callable[..., Any]] = {
     "unique": _unique,
     "unique_consecutive": _unique_consecutive,
 }
-"""By the name of the function that the user calls."""
+"""Replacements, by the name of the called function."""

@@ -1,4 +1,4 @@
-"""What a capture would lose in silence is refused, by name."""
+"""Refusal, by name, of what a capture would silently lose."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ _SEEDING = "the forward sets torch's random seed or state"
 
 @contextlib.contextmanager
 def refused_seeds() -> Iterator[None]:
-    """Refuse what leaves another random state behind: on tensors without data, no op does.
+    """Refuse code that changes the random state: on tensors without data, no op does.
 
     Not while there are other threads, which may draw numbers.
 
     Raises:
-        CaptureError: if it does.
+        CaptureError: if it has changed.
     """
     with without_modes():
         before = random_states()
@@ -138,7 +138,7 @@ def refused_seeds() -> Iterator[None]:
 
 
 def _refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """The original for code of torch's, and here, that traces; a refusal for anyone else.
+    """The original for tracing code of torch and memplan; a refusal for anyone else.
 
     Other threads go on as before.
     """

@@ -1,6 +1,6 @@
 """Updates of parameters as ops of the backward.
 
-Each stands where its gradient is finished and the parameter is not read any more, neither by the
+Each stands where its gradient is complete and the parameter is no longer read, neither by the
 backward nor by anything that may be recomputed for it.
 """
 
@@ -18,7 +18,7 @@ from memplan.torch_internals import Joint, JointOutput, is_backward, storage_key
 
 
 def update_parameter(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Marks where a parameter is updated; what does it is put here when the step is emitted."""
+    """Mark the place of a parameter's update, which is put here when the step is emitted."""
     raise AssertionError("an update is part of a graph, and is not called by itself")
 
 
@@ -38,7 +38,7 @@ def trained_by(traced: Traced, module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def update_in_backward(traced: Traced) -> Traced:
-    """Use up the gradient of each parameter inside the backward.
+    """Consume the gradient of each parameter inside the backward.
 
     Raises:
         PlanMismatch: if there are gradients from before.
@@ -69,9 +69,9 @@ def update_in_backward(traced: Traced) -> Traced:
 
 
 def _last_reads(joint: Joint) -> dict[fx.Node, fx.Node]:
-    """For each parameter the last node of the backward that needs it.
+    """The last node of the backward that needs each parameter.
 
-    A node needs what it reads, and all that the forward made that from: it may be recomputed.
+    A node needs what it reads, and all that the forward computed it from: it may be recomputed.
     """
     bits = {given.node: 1 << index for index, given in enumerate(joint.inputs)}
     made_from = dict(bits)

@@ -1,4 +1,4 @@
-"""The command line. One module a command."""
+"""The command line, one module per command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from memplan.cli.verify import verify
 
 
 class _Main(click.Group):
-    """What goes wrong inside is one line, and the whole traceback with ``--debug``."""
+    """Report an error inside as one line, or as the whole traceback with ``--debug``."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -35,7 +35,7 @@ class _Main(click.Group):
         except (click.Abort, click.exceptions.Exit):
             raise
         except BrokenPipeError:
-            # Who reads has seen enough; what is left in the buffer goes nowhere.
+            # The reader has seen enough; the rest of the buffer goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
         except Exception as error:

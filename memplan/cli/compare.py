@@ -1,4 +1,4 @@
-"""``memplan compare``: the proof, on the user's own model."""
+"""``memplan compare``: the proof of a plan on the user's own model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def compare(
 
 
 def traces_of(model: nn.Module, planned: PlannedModule, batch: object) -> dict[str, MemoryTrace]:
-    """What the two steps leave, and what was predicted of the second."""
+    """Traces of the two measured steps, and the prediction of the second."""
     optimizer = planned.optimizer
     return {
         "original, measured": trace_memory(model, batch, optimizer=optimizer),
@@ -79,7 +79,7 @@ def show_proof(
     following: str,
     output: Path | None,
 ) -> None:
-    """Print a comparison; end the command with 4 if the plan breaks a promise."""
+    """Print a comparison; exit with 4 if the plan breaks a promise."""
     document = comparison_document(comparison, plan, traces)
     show_and_write(shape, document, following, output)
     for note in plan.notes:

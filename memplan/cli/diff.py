@@ -1,4 +1,4 @@
-"""``memplan diff``: what changed between two results."""
+"""``memplan diff``: the differences between two results."""
 
 from __future__ import annotations
 

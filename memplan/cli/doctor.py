@@ -1,4 +1,4 @@
-"""``memplan doctor``: whether memplan works here, and what it finds."""
+"""``memplan doctor``: the state of memplan on this machine."""
 
 from __future__ import annotations
 

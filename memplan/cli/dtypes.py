@@ -1,4 +1,4 @@
-"""``--dtype``: what the model computes in."""
+"""``--dtype``: the type that the model computes in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (*_TYPES, "bf16-mixed", "fp16-mixed")
 
 @contextlib.contextmanager
 def default_dtype(dtype: str | None) -> Iterator[None]:
-    """Inside, parameters and tensors are made in a type."""
+    """Set the default type of parameters and tensors created inside."""
     if dtype is None or dtype not in _TYPES:
         yield
         return
@@ -44,7 +44,7 @@ class _Autocast(nn.Module):
 
 
 def under_autocast(model: nn.Module, dtype: str | None) -> nn.Module:
-    """The module, its forward under autocast if the type says so."""
+    """The module, with its forward under autocast if the type says so."""
     if dtype is None or not dtype.endswith(_MIXED):
         return model
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

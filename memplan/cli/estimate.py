@@ -1,4 +1,4 @@
-"""``memplan estimate``: what a step will take, before it is run."""
+"""``memplan estimate``: the memory that a step will take, before it is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a command finds the model, the batch and, perhaps, the optimizer."""
+"""Model, batch and possibly optimizer of a command, from the user's factory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Made = tuple[nn.Module, object, object]
 
 
 class TargetError(click.ClickException):
-    """The factory failed, or returned something else than a model and a batch."""
+    """The factory failed, or returned something other than a model and a batch."""
 
     exit_code = 1
 
@@ -36,9 +36,9 @@ def make(target: str, settings: Iterable[str] = (), *, without_data: bool = Fals
 
     Args:
         target: ``path/to/file.py:factory``, ``package.module:factory`` or ``hf:config.json``.
-        settings: keyword arguments of the factory, each ``name=value``; a value that is no Python
-            literal is text.
-        without_data: call it so that tensors have a shape and no data, if it can be.
+        settings: keyword arguments of the factory, each ``name=value``; a value that is not a
+            Python literal is text.
+        without_data: call it on tensors that have a shape and no data, if possible.
 
     Raises:
         click.UsageError: if there is no such file, module, factory or argument.
@@ -51,7 +51,7 @@ def make(target: str, settings: Iterable[str] = (), *, without_data: bool = Fals
 
 
 def _without_data(target: str, arguments: Mapping[str, object]) -> Made | None:
-    """What the factory makes on tensors that have no data; None if it needs some."""
+    """The factory's result on tensors without data; None if it needs data."""
     try:
         with making_no_data():
             return _made(target, arguments)
@@ -133,10 +133,10 @@ def _load_module(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def failing(where: str) -> Iterator[None]:
-    """Inside, what the user's code raises is the target's failure, ``sys.exit()`` too.
+    """Turn errors of the user's code inside into the target's failure, ``sys.exit()`` too.
 
     Raises:
-        TargetError: in its place.
+        TargetError: in place of the error.
     """
     try:
         yield

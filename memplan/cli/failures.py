@@ -1,4 +1,4 @@
-"""What goes wrong, as one line and an exit code."""
+"""Failures as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ NOT_FITTING = 3
 """Too little memory for a step, or for every plan of it."""
 
 MISMATCH = 4
-"""A promise that is broken, or a plan for another step."""
+"""A broken promise, or a plan for another step."""
 
 
 PARTLY = 5
-"""With ``--strict``: something could not be looked at."""
+"""Something not measured or not explained, with ``--strict``."""
 
 
 class InfeasibleError(click.ClickException):
@@ -35,17 +35,17 @@ class InfeasibleError(click.ClickException):
 
 
 class MismatchError(click.ClickException):
-    """A plan is for another step, or does other than the untouched module."""
+    """A plan is for another step, or its results differ from the untouched module's."""
 
     exit_code = MISMATCH
 
 
 @contextlib.contextmanager
 def failures() -> Iterator[None]:
-    """Inside, what memplan raises ends the command.
+    """End the command on an error that memplan raises inside.
 
-    With 2 for wrong usage, 3 where no plan fits, 4 for a step that is not the untouched one, 1 for
-    the rest.
+    The exit code is 2 for wrong usage, 3 where no plan fits, 4 for a step that differs from the
+    untouched one, and 1 for the rest.
     """
     try:
         yield
@@ -60,13 +60,13 @@ def failures() -> Iterator[None]:
 
 
 def described(error: BaseException) -> str:
-    """What an exception is and says, in one line."""
+    """An exception's type and message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextlib.contextmanager
 def mismatches() -> Iterator[None]:
-    """Inside, a plan for another step ends the command with 4."""
+    """End the command with 4 if a plan inside is for another step."""
     try:
         yield
     except PlanMismatch as error:
@@ -74,7 +74,7 @@ def mismatches() -> Iterator[None]:
 
 
 def end_if_broken(broken: list[str]) -> None:
-    """Say which promises are broken, and exit with 4 if there are any."""
+    """Print the broken promises, and exit with 4 if there are any."""
     for promise in broken:
         click.echo(f"broken promise: {promise}", err=True)
     if broken:

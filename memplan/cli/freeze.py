@@ -1,4 +1,4 @@
-"""``memplan freeze``: what training less would free."""
+"""``memplan freeze``: the savings from training less."""
 
 from __future__ import annotations
 

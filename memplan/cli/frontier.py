@@ -1,4 +1,4 @@
-"""``memplan frontier``: what each amount of memory costs in time."""
+"""``memplan frontier``: the cost in time of each amount of memory."""
 
 from __future__ import annotations
 

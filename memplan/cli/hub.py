@@ -1,4 +1,4 @@
-"""``hf:config.json``: a model of transformers from a configuration file, without weights."""
+"""``hf:config.json``: a transformers model from a configuration file, without weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SEQ_LEN = 512
 def model_of_config(
     path: Path, arguments: Mapping[str, object]
 ) -> tuple[nn.Module, dict[str, torch.Tensor], None]:
-    """The architecture that a configuration names, in training mode, and a batch for it.
+    """The architecture named by a configuration, in training mode, and a batch for it.
 
     Args:
         path: a ``config.json`` as transformers saves it.
@@ -56,7 +56,7 @@ def model_of_config(
         config = transformers.AutoConfig.for_model(**{**fields, **given})
     except Exception as error:
         raise click.UsageError(f"{path}: {described(error)}") from error
-    # Weights that have no data are not filled; some ways to fill them look at what is there.
+    # Weights without data are not initialised; some initialisers read their values.
     is_without_data = is_fake(torch.empty(0))
     skip = transformers.initialization.no_init_weights
     with skip() if is_without_data else contextlib.nullcontext():

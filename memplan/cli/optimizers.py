@@ -1,4 +1,4 @@
-"""``--optimizer``: one of torch's, by its name."""
+"""``--optimizer``: one of torch's optimizers by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from memplan.optimizer import resolve_optimizer
 
 _NEED_MORE = ("lbfgs", "sparseadam")
-"""They need a closure, or sparse gradients."""
+"""Optimizers that need a closure, or sparse gradients."""
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): value
@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 
 
 def make_optimizer(model: nn.Module, name: str | None, given: object) -> Optimizer | None:
-    """The named one over the model's parameters, or else what the factory gave."""
+    """The named optimizer over the model's parameters, or else the factory's."""
     if name is None:
         return resolve_optimizer(model, given)
     made: Any = OPTIMIZERS[name]

@@ -1,4 +1,4 @@
-"""How a command shows its result: a table, JSON or Markdown on stdout, and files."""
+"""Output of a command's result: a table, JSON or Markdown on stdout, and files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def with_format(command: Command) -> Command:
-    """Give a command ``--format``, and ``--json`` for short."""
+    """Add ``--format`` to a command, and ``--json`` for short."""
     option = click.option(
         "--format",
         "shape",
@@ -49,11 +49,11 @@ def with_format(command: Command) -> Command:
 
 
 def with_drawn_output(*suffixes: str, text: str) -> Callable[[Command], Command]:
-    """Give a command ``-o``, for a file of one of several kinds.
+    """Add ``-o`` to a command, for a file of one of several kinds.
 
     Args:
-        suffixes: that tell the kinds.
-        text: what the help says.
+        suffixes: suffixes of the kinds.
+        text: the help text.
     """
 
     def checked(_ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
@@ -78,11 +78,11 @@ with_output = with_drawn_output(
     ".png",
     text="Write it here too: JSON for 'memplan report' and 'memplan diff', a page or a figure.",
 )
-"""Give a command ``-o``."""
+"""Add ``-o`` to a command."""
 
 
 def with_exports(command: Command) -> Command:
-    """Give a command ``--snapshot`` and ``--chrome-trace``."""
+    """Add ``--snapshot`` and ``--chrome-trace`` to a command."""
     path = click.Path(path_type=Path, dir_okay=False)
     snapshot = click.option(
         "--snapshot",
@@ -96,7 +96,7 @@ def with_exports(command: Command) -> Command:
 
 
 def export(trace: MemoryTrace, snapshot: Path | None, chrome: Path | None) -> None:
-    """Write what ``with_exports`` asked for."""
+    """Write the files that the options of ``with_exports`` name."""
     if snapshot is not None:
         write_whole(snapshot, snapshot_bytes(trace))
     if chrome is not None:
@@ -104,10 +104,10 @@ def export(trace: MemoryTrace, snapshot: Path | None, chrome: Path | None) -> No
 
 
 def write_document(document: Readable, path: Path) -> None:
-    """Write a document as what the suffix says, whole or not at all.
+    """Write a document in the format of the suffix, whole or not at all.
 
     Raises:
-        UnreadableDocument: if there is nothing in it to draw.
+        UnreadableDocument: if there is nothing to draw.
         click.UsageError: if the file cannot be written.
     """
     if path.suffix == ".json":
@@ -127,13 +127,13 @@ def show(
     document: Document | None,
     following: str,
 ) -> None:
-    """Print a result, and what to do next where people read.
+    """Print a result, and the next step if people read it.
 
     Args:
-        shape: how.
+        shape: the format.
         tables: the result for people.
-        document: the same for programs; not needed for the other shapes.
-        following: what to do next.
+        document: the same for programs; not needed for the other formats.
+        following: the next step.
     """
     if shape == "json":
         assert document is not None
@@ -141,7 +141,7 @@ def show(
     elif shape == "markdown":
         click.echo(markdown(tables))
     else:
-        # rich keeps bold where there is no colour; whoever wants none wants plain text
+        # rich keeps bold without colour; users who want no colour want plain text
         colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
         console = Console(highlight=False, color_system=colours)
         for table in tables:
@@ -156,7 +156,7 @@ def show_and_write(
     following: str,
     output: Path | None,
 ) -> None:
-    """Print a result, and write it where it was asked for."""
+    """Print a result, and write it to the output file, if any."""
     if output is not None:
         write_document(document, output)
         if output.suffix == ".json":

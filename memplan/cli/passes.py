@@ -17,7 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def with_passes(command: Command) -> Command:
-    """Give a command ``--pass``."""
+    """Add ``--pass`` to a command."""
     return click.option(
         "--pass",
         "pass_names",
@@ -28,10 +28,10 @@ def with_passes(command: Command) -> Command:
 
 
 def passes_named(texts: Iterable[str]) -> dict[str, Pass]:
-    """The passes that texts name, by their names.
+    """Passes from their texts, by their names.
 
     Raises:
-        click.UsageError: if there is no such pass, or it does not take such arguments.
+        click.UsageError: if there is no such pass, or it does not take these arguments.
     """
     return {text: _pass(text) for text in texts}
 

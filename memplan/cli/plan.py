@@ -1,4 +1,4 @@
-"""``memplan plan``: what a budget would cost, without running the model."""
+"""``memplan plan``: the cost of a budget, without running the model."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def plan(
                     )
                 step, found = autosize.make_plan(model, Sample.of(batch), request)
         except InfeasibleBudget:
-            # What comes nearest is the more wanted for it.
+            # What comes nearest is all the more useful then.
             _show_ranked(ranked, shape)
             raise
     traces = {
@@ -115,7 +115,7 @@ def plan(
 
 
 def _each() -> dict[str, Pass]:
-    """The techniques that need not be told anything."""
+    """The techniques that need no arguments."""
     found = {}
     for name, make in PASSES.items():
         with contextlib.suppress(MemplanError):
@@ -139,7 +139,7 @@ def _following(
     device: str | None,
     output: Path | None,
 ) -> str:
-    """What to do next."""
+    """The next step to suggest."""
     bounds = [] if budget is None else ["--budget", budget]
     bounds += [] if max_slowdown is None else ["--max-slowdown", str(max_slowdown)]
     if device is not None:

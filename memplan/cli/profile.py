@@ -1,4 +1,4 @@
-"""``memplan profile``: where the bytes of a step are."""
+"""``memplan profile``: the bytes of a measured step, and their origin."""
 
 from __future__ import annotations
 

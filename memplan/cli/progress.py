@@ -1,4 +1,4 @@
-"""What a long command is doing, on stderr and only on a terminal."""
+"""Progress of a long command, on stderr and only on a terminal."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class _ToStatus(logging.Handler):
 
 
 def aside() -> AbstractContextManager[object]:
-    """Inside, what the user's code prints goes to stderr: stdout is for the result alone."""
+    """Send the output of the user's code to stderr: stdout is for the result only."""
     return contextlib.redirect_stdout(sys.stderr)
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[None]:
-    """Show what memplan logs as it works, in one line that goes away; the rest as ``aside``."""
+    """Show memplan's log as it works, in one transient line; the rest is as in ``aside``."""
     console = Console(stderr=True)
     if not console.is_terminal:
         with aside():

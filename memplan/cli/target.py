@@ -1,4 +1,4 @@
-"""TARGET: what a command is about."""
+"""TARGET: the model and batch of a command."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 @dataclass(frozen=True)
 class Target:
-    """What a command is about.
+    """The target of a command.
 
     Attributes:
         text: ``path/to/file.py:factory``, ``package.module:factory`` or ``hf:config.json``.
         settings: keyword arguments of the factory, each ``name=value``.
-        dtype: what the model computes in; None as the factory makes it.
-        optimizer: name of one of torch's, in the place of the factory's.
+        dtype: the type that the model computes in; None leaves it to the factory.
+        optimizer: name of one of torch's optimizers, in place of the factory's.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Target:
         """Model, batch and optimizer.
 
         Args:
-            without_data: made so that tensors have a shape and no data, if the factory can.
+            without_data: create tensors that have a shape and no data, if the factory can.
 
         Raises:
             click.ClickException: if there is no such factory, or it fails.
@@ -52,11 +52,11 @@ class Target:
             return model, batch, make_optimizer(model, self.optimizer, given)
 
     def with_setting(self, setting: str) -> Target:
-        """The same with one more argument of the factory."""
+        """The same target with one more argument of the factory."""
         return Target(self.text, (*self.settings, setting), self.dtype, self.optimizer)
 
     def command_line(self, command: str, *more: str, bounds: Iterable[str] = ()) -> str:
-        """What to type for a command on the same target."""
+        """The command line for a command on the same target."""
         given = [part for setting in self.settings for part in ("--set", setting)]
         given += [] if self.dtype is None else ["--dtype", self.dtype]
         given += [] if self.optimizer is None else ["--optimizer", self.optimizer]
@@ -64,7 +64,7 @@ class Target:
 
 
 def with_target(command: Command) -> Command:
-    """Give a command its TARGET, as its first argument, and the options that belong to it."""
+    """Add TARGET to a command, as its first argument, and the options that go with it."""
 
     @functools.wraps(command)
     def run(
@@ -114,7 +114,7 @@ _OPTIONS = (
 
 
 def with_bounds(command: Command) -> Command:
-    """Give a command ``--budget`` and ``--max-slowdown``."""
+    """Add ``--budget`` and ``--max-slowdown`` to a command."""
     budget = click.option(
         "--budget", metavar="BYTES", help='Bound on the peak: "6GiB", 6000000000, "50%".'
     )

@@ -1,4 +1,4 @@
-"""``memplan verify``: whether a saved plan still holds what it promises."""
+"""``memplan verify``: a check that a saved plan still keeps its promises."""
 
 from __future__ import annotations
 

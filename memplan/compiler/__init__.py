@@ -1,1 +1,1 @@
-"""One step, from what was asked for to what runs."""
+"""The compiler of one step, from a request to what runs."""

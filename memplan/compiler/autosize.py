@@ -1,4 +1,4 @@
-"""The largest of several passes that a plan fits the budget with."""
+"""The search for the largest of several passes with which a plan fits the budget."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ _LOG = logging.getLogger("memplan")
 def fitted(model: nn.Module, sample: Sample | None, request: Request) -> Request:
     """The request with each pass that has candidates replaced by the largest that fits.
 
-    Candidates are tried by bisection, or, if those that are wanted less may fit no better, one by
-    one.
+    Candidates are tried by bisection, or one by one if less wanted ones may fit no better.
 
     Args:
         model: the module.
         sample: one batch.
-        request: what was asked for.
+        request: the request.
 
     Raises:
         InfeasibleBudget: if not even the smallest fits.
@@ -54,7 +53,7 @@ def fitted(model: nn.Module, sample: Sample | None, request: Request) -> Request
 
 
 def make_plan(model: nn.Module, sample: Sample, request: Request) -> tuple[LoweredStep, Plan]:
-    """The captured step, and the plan that runs it. The model is as before.
+    """The captured step, and the plan that runs it. The model is left unchanged.
 
     Raises:
         InfeasibleBudget: if there is none.
@@ -74,7 +73,7 @@ def _strictly(request: Request) -> Request:
 
 
 def _wanted_most(attempts: Sequence[Callable[[], object]]) -> int:
-    """The number of the last that can be planned for, from the end on; an error if none can."""
+    """Index of the last attempt that succeeds, tried from the end on; an error if none does."""
     failures: list[InfeasibleBudget] = []
     for number in reversed(range(len(attempts))):
         try:
@@ -87,7 +86,7 @@ def _wanted_most(attempts: Sequence[Callable[[], object]]) -> int:
 
 
 def _last_that_fits(attempts: Sequence[Callable[[], object]]) -> int:
-    """The number of the last that can be planned for; an error if the first cannot."""
+    """Index of the last attempt that succeeds; an error if the first does not."""
     attempts[0]()
     fits, too_large = 0, len(attempts)
     while too_large - fits > 1:

@@ -1,7 +1,7 @@
-"""One step, from a model to what runs: trace, price, rewrite, offer, select, emit.
+"""The stages from a model to a step that runs: trace, price, rewrite, offer, select, emit.
 
-What passes make of the model itself has happened before (``changing``). The stages up to what is
-offered are in ``lower``; each is a value that the next one takes.
+Passes have changed the model itself before (``changing``). The stages up to the offers are in
+``lower``; each returns a value that the next one takes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LOG = logging.getLogger("memplan")
 
 
 def build_step(changed: Changed, sample: Sample, request: Request) -> BuiltStep:
-    """The step that runs as it was asked for.
+    """The step that runs as requested.
 
     Args:
-        changed: the model, with what passes make of it.
+        changed: the model, as passes changed it.
         sample: one batch.
-        request: what was asked for.
+        request: the request.
 
     Raises:
         CaptureError, InfeasibleBudget, PlanMismatch: each says what to do.

@@ -1,4 +1,4 @@
-"""Which order a fused step runs in."""
+"""The order that a fused step runs in."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from memplan.planner import keep_all
 def fused(traced: Traced, rewritten: Traced) -> Traced:
     """A step with all gradients finished in the forward, in the order of the lowest peak.
 
-    In captured order, unless running parts of the backward early needs less: a model with several
-    losses whose gradients do not meet, such as local learning.
+    That is the captured order, unless running parts of the backward early needs less, as in a model
+    with several losses whose gradients do not meet (local learning).
 
     Args:
         traced: the step as it was captured.
-        rewritten: what passes made of it.
+        rewritten: the step as passes rewrote it.
 
     Raises:
         CaptureError: if the module returns no loss.
@@ -29,7 +29,7 @@ def fused(traced: Traced, rewritten: Traced) -> Traced:
 
 
 def _peak_bytes(traced: Traced) -> int:
-    """With everything kept, and without what kernels allocate inside."""
+    """The peak with everything kept, and without kernels' workspace."""
     program = read(traced).program
     costs = Costs({op.id: OpCost(0.0) for op in program.ops})
     return ScheduledStep(program, (), costs, keep_all(program, costs)).peak_bytes

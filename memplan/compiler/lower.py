@@ -1,4 +1,4 @@
-"""From a module and a sample to a step that can be planned: captured, rewritten, priced."""
+"""Lowering of a module and a sample to a step that can be planned: captured, rewritten, priced."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LOG = logging.getLogger("memplan")
 
 @dataclass(frozen=True)
 class PricedTrace:
-    """A step as it was traced, with what it costs.
+    """A traced step, with its costs.
 
     Attributes:
         traced: the joint graph.
@@ -48,20 +48,20 @@ class PricedTrace:
 
     @property
     def device(self) -> str:
-        """What the step is planned for."""
+        """The device that the step is planned for."""
         device = self.pricing.device
         return str(self.captured.device) if device is None else device.name
 
 
 @dataclass(frozen=True)
 class LoweredStep:
-    """A step that was captured, rewritten and priced, and can be planned.
+    """A captured, rewritten and priced step that can be planned.
 
     Attributes:
         unplanned: the step as it was traced, everything kept.
-        device: what it is planned for.
-        captured: what the passes made of it.
-        recoveries: what the passes offer.
+        device: the device that it is planned for.
+        captured: the step as the passes rewrote it.
+        recoveries: those that the passes offer.
         costs: of every op that may run.
         passes: the passes.
     """
@@ -78,11 +78,11 @@ class LoweredStep:
         return ScheduledStep(self.captured.program, self.recoveries, self.costs, schedule)
 
     def trace(self, schedule: Schedule) -> MemoryTrace:
-        """What a schedule will leave."""
+        """The predicted memory trace of a schedule."""
         return predicted_trace(self.scheduled(schedule), self.device)
 
     def unplanned_trace(self) -> MemoryTrace:
-        """What the captured step will leave, no pass taken part."""
+        """The predicted memory trace of the captured step, without passes."""
         return predicted_trace(self.unplanned, self.device)
 
     def resolve(self, budget: Budget | None) -> int | None:
@@ -112,7 +112,7 @@ class LoweredStep:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What there is to know of the step, whatever its schedule."""
+        """Notes on the step that hold for every schedule."""
         captured = self.captured
         return (
             *(difference.reason for difference in captured.differences),
@@ -125,7 +125,7 @@ class LoweredStep:
 def trace_and_price(changed: Changed, sample: Sample, request: Request) -> PricedTrace:
     """Capture the step of a model that passes have changed, and price every op.
 
-    The model is as before.
+    The model is left unchanged.
     """
     model = changed.model
     _LOG.debug("capturing %s", type(model).__name__)
@@ -146,7 +146,7 @@ def trace_and_price(changed: Changed, sample: Sample, request: Request) -> Price
 
 
 def rewrite_and_offer(original: PricedTrace, request: Request) -> Iterator[LoweredStep]:
-    """The step with all that passes make of it; then, where that differs, without optional ones."""
+    """The step as all passes rewrite it; then, where that differs, without the optional ones."""
     rewritten = _rewritten(original.traced, request)
     yield _offered(original, rewritten, request.passes)
     plain = tuple(one for one in request.passes if not one.is_optional)
@@ -158,19 +158,19 @@ def rewrite_and_offer(original: PricedTrace, request: Request) -> Iterator[Lower
 
 
 def lower(changed: Changed, sample: Sample, request: Request) -> LoweredStep:
-    """The step of a model that passes have changed, with all that they make of it."""
+    """The step of a model that passes have changed, as all of them rewrite it."""
     return next(rewrite_and_offer(trace_and_price(changed, sample, request), request))
 
 
 def lower_each(changed: Changed, sample: Sample, request: Request) -> tuple[LoweredStep, ...]:
-    """The same, and without what optional passes rewrite; a saved plan is for the first."""
+    """The same, then without optional passes' rewrites; a saved plan is for the first."""
     steps = rewrite_and_offer(trace_and_price(changed, sample, request), request)
     return tuple(steps if request.plan is None else islice(steps, 1))
 
 
 @paused_collector()
 def _offered(original: PricedTrace, changed: Traced, passes: tuple[Pass, ...]) -> LoweredStep:
-    """Let passes offer recoveries for what they made of a trace, and price all."""
+    """Let passes offer recoveries for the trace that they rewrote, and price all."""
     pricing = original.pricing
     with ONE_AT_A_TIME:
         rewritten, offered = offers(pricing.read(changed), passes)
@@ -183,7 +183,7 @@ def _targets(traced: Traced) -> list[object]:
 
 
 def _held_gradients(captured: Captured) -> list[str]:
-    """What to say of a gradient that arrives from outside and stays to the end of the backward."""
+    """Note on a gradient that arrives from outside and is alive to the end of the backward."""
     if all(node.meta["val"].dim() == 0 for _, node in captured.tangents):
         return []
     held = format_bytes(tangent_bytes(captured.program))
@@ -195,7 +195,7 @@ def _held_gradients(captured: Captured) -> list[str]:
 
 
 def _rewritten(traced: Traced, request: Request) -> Traced:
-    """What the passes make of a trace."""
+    """The trace as the passes rewrite it."""
     rewrites = [one.rewrite_joint for one in request.passes if one.rewrite_joint is not None]
     with ONE_AT_A_TIME:
         rewritten = rewrite(traced, rewrites)

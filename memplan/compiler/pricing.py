@@ -1,4 +1,4 @@
-"""From a trace to a program of true sizes, with the cost of every op that may run."""
+"""Pricing of a trace: a program of true sizes, with the cost of every op that may run."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from memplan.transforms.passes import Pass, RecoveryContext
 
 @dataclass(frozen=True, slots=True)
 class Pricing:
-    """How ops are priced.
+    """The way in which ops are priced.
 
     Attributes:
         costs: as in ``Options``.
-        has_data: whether model and sample do, so that kernels can be measured.
-        device: to plan for another device than the model is on.
-        update: of the optimizer, where there is one.
+        has_data: whether model and sample have data, so that kernels can be measured.
+        device: the device to plan for, if the model is on another.
+        update: cost of the optimizer's update, where there is one.
     """
 
     costs: object
@@ -48,7 +48,7 @@ class Pricing:
 
     @classmethod
     def of(cls, model: nn.Module, sample: Sample, options: Options) -> Pricing:
-        """What the options ask for."""
+        """The pricing that the options ask for."""
         tensors = (*model.parameters(), *model.buffers(), *sample.tensors())
         has_data = not any(is_fake(tensor) or tensor.is_meta for tensor in tensors)
         device = None if options.device is None else device_named(options.device)
@@ -60,10 +60,10 @@ class Pricing:
         return cls(options.costs, has_data, device)
 
     def as_run(self, trace: Callable[..., Traced]) -> Traced:
-        """The trace, with the ``layouts`` that its kernels were seen to make."""
+        """The trace, with the ``layouts`` observed from its kernels."""
         known: dict[str, Layouts] = {}
         traced = trace(layouts=known)
-        # What an op refuses may be what the trace recorded wrongly of the ops before it.
+        # An op may refuse what the trace recorded wrongly of the ops before it.
         while others := other_layouts(*self._price(read(traced), ()), known):
             known |= others
             traced = trace(layouts=known)
@@ -77,7 +77,7 @@ class Pricing:
     def price_offered(
         self, captured: Captured, recoveries: tuple[Recovery, ...]
     ) -> tuple[Captured, tuple[Recovery, ...], Costs]:
-        """Costs of all ops; the program and what is stashed as large as they really are.
+        """Costs of all ops, and the program and the stashes at their real sizes.
 
         Raises:
             CaptureError: naming an op that cannot be measured.
@@ -91,7 +91,7 @@ class Pricing:
     def price(
         self, captured: Captured, recoveries: tuple[Recovery, ...] = ()
     ) -> tuple[Captured, Costs]:
-        """Costs of all ops, and the program with its values as large as they really are.
+        """Costs of all ops, and the program with its values at their real sizes.
 
         Raises:
             CaptureError: naming an op that cannot be measured.
@@ -107,7 +107,7 @@ class Pricing:
     ) -> tuple[Captured, Costs]:
         ops = {op.id: op for op in captured.program.ops}
         for recovery in recoveries:
-            new = (recovery.stash_op, recovery.restore_op)  # what is stashed is measured first
+            new = (recovery.stash_op, recovery.restore_op)  # stashes are measured first
             ops.update({op.id: op for op in new if op is not None})
         stashed = [value for recovery in recoveries for value in recovery.stashed]
         costs = self._costs(captured, ops.values(), stashed)
@@ -119,10 +119,10 @@ class Pricing:
     def with_optimizer(
         self, model: nn.Module, traced: Traced, optimizer: Optimizer, *, in_backward: bool
     ) -> Pricing:
-        """The same with what the optimizer costs after this step.
+        """The same with the optimizer's cost after this step.
 
         Raises:
-            MemplanError: if the optimizer is not one over the model's parameters any more.
+            MemplanError: if the optimizer no longer covers the model's parameters.
         """
         resolve_optimizer(model, optimizer)
         device = self.device
@@ -141,7 +141,7 @@ class Pricing:
         return replace(self, update=cost)
 
     def _costs(self, captured: Captured, ops: Iterable[Op], stashed: list[Value]) -> Costs:
-        """Costs of ops of the graph, and of the updates."""
+        """Costs of the graph's ops, and of the updates."""
         ops = list(ops)
         updates = {op.id: cost for op in ops if (cost := self._update_cost(captured, op))}
         others = [op for op in ops if op.id not in updates]
@@ -175,7 +175,7 @@ class Pricing:
 
 
 def _sized(recovery: Recovery, costs: Costs, is_cuda: bool, granule_bytes: int) -> Recovery:
-    """What is stashed as large as it was seen to be; on the host only where that is another."""
+    """A recovery with its stash at the observed size; on the host only where that is another."""
     seen: dict[int, int] = {}
     if recovery.stash_op is not None:
         sizes = costs.by_op[recovery.stash_op.id].result_bytes
@@ -191,11 +191,11 @@ def _sized(recovery: Recovery, costs: Costs, is_cuda: bool, granule_bytes: int) 
 
 
 def offers(captured: Captured, passes: Iterable[Pass]) -> tuple[Captured, tuple[Recovery, ...]]:
-    """The step with how the ops that passes add are called, and what all passes offer.
+    """The step with the lowerings of added ops, and the recoveries that all passes offer.
 
     Raises:
-        MemplanError: if a pass adds an op, and does not say how it is called; or if another pass
-            says otherwise.
+        MemplanError: if a pass adds an op without saying how it is called, or if another pass says
+            otherwise.
     """
     passes = tuple(passes)
     lowerings = _lowerings(passes)
@@ -214,7 +214,7 @@ def offers(captured: Captured, passes: Iterable[Pass]) -> tuple[Captured, tuple[
 
 
 def _lowerings(passes: Iterable[Pass]) -> dict[str, Lowering]:
-    """How the ops of all passes are called."""
+    """The lowerings of all passes, by target."""
     lowerings: dict[str, Lowering] = {}
     for one in passes:
         for target, lowering in one.lowerings.items():
@@ -227,7 +227,7 @@ def _lowerings(passes: Iterable[Pass]) -> dict[str, Lowering]:
 
 
 def _check_lowered(num_ops: int, lowerings: Mapping[str, Lowering], recovery: Recovery) -> None:
-    """Refuse an op of which no pass says how it is called."""
+    """Refuse an op that no pass has a lowering for."""
     for op in (recovery.stash_op, recovery.restore_op):
         is_new = op is not None and op.id >= num_ops
         if op is not None and is_new and (op.variant_of is None or op.target not in lowerings):

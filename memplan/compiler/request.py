@@ -1,4 +1,4 @@
-"""What ``optimize`` and ``plan`` were asked for, checked."""
+"""The checked request of ``optimize`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memplan.units import Budget, parse_budget
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, checked.
+    """A checked request.
 
     Attributes:
         budget: bound on the peak, or None.
@@ -30,7 +30,7 @@ class Request:
         options: the rest.
         given_optimizer: whose state and update are part of the step: an optimizer, a callable that
             makes one, or None.
-        optimizer: the optimizer itself, once it is known what is trained.
+        optimizer: the optimizer itself, once the trained parameters are known.
         in_backward: what updates parameters in the backward, or None.
     """
 
@@ -48,12 +48,12 @@ class Request:
             raise MemplanError(
                 "a fused step finishes its gradients in the forward, where it is not known yet "
                 "that parameters are to be updated: Options(update_in_backward=True) cannot be "
-                "combined with Options(fused=True) and with passes that fuse the step "
-                "(learn_locally); leave one of the two out"
+                "combined with Options(fused=True) and with passes that fuse the step; "
+                "leave one of the two out"
             )
 
     def with_optimizer_of(self, model: nn.Module) -> Request:
-        """With the optimizer for the parameters of a model that passes have changed."""
+        """The request with the optimizer for the parameters of a model that passes have changed."""
         found = self.optimizer or resolve_optimizer(model, self.given_optimizer)
         in_backward = self.in_backward
         if found is not None and in_backward is None and self.options.update_in_backward:
@@ -66,7 +66,7 @@ _SHARING = frozenset({"DataParallel", "FullyShardedDataParallel", "FSDPModule"})
 
 
 def require_module(model: object) -> None:
-    """Refuse what is not a module, and what is planned already."""
+    """Refuse a model that is not a module, or is planned already."""
     if isinstance(model, PlannedModule):
         raise MemplanError("the model is planned already; plan its original: planned.original")
     if not isinstance(model, nn.Module):
@@ -98,7 +98,7 @@ def make_request(
     plan: Plan | None = None,
     options: Options | None = None,
 ) -> Request:
-    """What was asked for, checked. Arguments are those of ``memplan.optimize``."""
+    """The checked request. Arguments are those of ``memplan.optimize``."""
     warn_of_untested_torch()
     options = Options() if options is None else options
     require_module(model)
@@ -134,7 +134,7 @@ def _defaults() -> tuple[Pass, ...]:
 
 
 def _recorded(record: PassRecord) -> Pass:
-    """The pass that a plan names, made by its factory."""
+    """The pass that a plan names, built by its factory."""
     from memplan.passes import PASSES  # noqa: PLC0415
 
     if record.name not in PASSES:

@@ -1,4 +1,4 @@
-"""Which schedule a captured step runs: the one that was asked for, saved, or found."""
+"""Choice of the schedule that a captured step runs: as requested, saved, or searched for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOG = logging.getLogger("memplan")
 
 @paused_collector()
 def select(steps: Iterable[LoweredStep], request: Request) -> tuple[LoweredStep, Plan]:
-    """The best plan of several ways to run a step."""
+    """The best plan among several ways to run a step."""
     found: list[tuple[LoweredStep, Plan]] = []
     failures: list[InfeasibleBudget] = []
     for one in steps:
@@ -38,7 +38,7 @@ def select(steps: Iterable[LoweredStep], request: Request) -> tuple[LoweredStep,
 
 
 def _rank(request: Request, found: tuple[LoweredStep, Plan]) -> tuple[bool, bool, float]:
-    """Lower for a better plan: within its bounds, then fast where a budget holds, else small."""
+    """A rank, lower if better: within its bounds, then fast where a budget holds, else small."""
     step, chosen = found
     budget_bytes = step.resolve(request.budget)
     is_over = budget_bytes is not None and chosen.peak_bytes > budget_bytes
@@ -49,7 +49,7 @@ def _rank(request: Request, found: tuple[LoweredStep, Plan]) -> tuple[bool, bool
 
 
 def choose(step: LoweredStep, request: Request, anchors: frozenset[int] = frozenset()) -> Plan:
-    """The plan for a captured step; ``anchors`` are values that nothing gives back by rounding."""
+    """The plan for a captured step; ``anchors`` are values that are not restored with rounding."""
     captured, recoveries = step.captured, step.recoveries
     if request.plan is not None:
         schedule, budget_bytes = _saved(request.plan, captured, recoveries)
@@ -84,7 +84,7 @@ def exact_schedule(step: LoweredStep, chosen: Plan) -> Schedule | None:
 def _solved(
     step: LoweredStep, request: Request, anchors: frozenset[int]
 ) -> tuple[Schedule, int | None]:
-    """The schedule that was asked for, and the budget in bytes."""
+    """The requested schedule, and the budget in bytes."""
     program, costs, options = step.captured.program, step.costs, request.options
     budget_bytes = step.resolve(request.budget)
     _LOG.debug("planning %d ops", len(program.ops))
@@ -118,7 +118,7 @@ def _solved(
 
 
 def _slowdown_bound(step: LoweredStep, chosen: Plan, request: Request) -> float:
-    """No plan within the same budget has a lower slowdown."""
+    """A bound: no plan within the same budget has a lower slowdown."""
     budget_bytes = chosen.budget_bytes
     seconds = bound_seconds(
         step.captured.program,

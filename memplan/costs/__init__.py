@@ -1,4 +1,4 @@
-"""What each op costs: seconds, flops and workspace."""
+"""The cost of each op: seconds, flops and workspace."""
 
 from memplan.costs.analytic import analytic_costs
 from memplan.costs.cache import CostCache, cache_folder, write_whole

@@ -24,13 +24,13 @@ from memplan.torch_internals import OpOverload
 def analytic_costs(
     captured: Captured, ops: Iterable[Op], device: Device = CPU, stashed: Iterable[Value] = ()
 ) -> Costs:
-    """Time is the sum of launch, traffic and arithmetic. Workspace is taken to be none.
+    """Costs by the sum of launch, traffic and arithmetic. Workspace is taken to be none.
 
     Args:
-        captured: what the ops belong to.
+        captured: the step that the ops belong to.
         ops: the ops.
-        device: what they are to run on.
-        stashed: what ops that passes add make and read.
+        device: the device that they are to run on.
+        stashed: values that ops added by passes make and read.
     """
     values = {value.id: value for value in stashed}
     return Costs(
@@ -39,7 +39,7 @@ def analytic_costs(
 
 
 def _cost(captured: Captured, op: Op, device: Device, stashed: Mapping[int, Value]) -> OpCost:
-    """The cost of a captured op, or of one that a pass adds, by what its own call moves."""
+    """The cost of a captured op, or of one that a pass adds, by the bytes that its call moves."""
     given = [stashed[id] for id in stashed_operands(captured, op)]
     call = call_of(captured, op, given)
     nodes: dict[fx.Node, None] = {}

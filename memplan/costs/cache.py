@@ -24,7 +24,7 @@ _LOG = logging.getLogger("memplan")
 
 
 def cache_folder() -> Path:
-    """Where memplan keeps files: ``$MEMPLAN_CACHE_DIR``, or "memplan" in the user's cache."""
+    """The folder of memplan's files: ``$MEMPLAN_CACHE_DIR``, or "memplan" in the user's cache."""
     chosen = os.environ.get("MEMPLAN_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -49,7 +49,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def describe_machine(device: torch.device) -> str:
-    """What measured costs depend on, apart from the op."""
+    """All that measured costs depend on, apart from the op."""
     cuda = []
     if device.type == "cuda":
         cuda = [
@@ -87,7 +87,7 @@ class CostCache:
     """Costs by op signature.
 
     Attributes:
-        machine: what they were measured on.
+        machine: the machine that they were measured on.
         path: the file.
         entries: signature to cost.
     """
@@ -98,7 +98,7 @@ class CostCache:
 
     @classmethod
     def load(cls, device: torch.device) -> CostCache:
-        """Read the file for a device and setting; one that is damaged counts as empty."""
+        """Read the file for a device and setting; a damaged one counts as empty."""
         machine = describe_machine(device)
         name = hashlib.sha256(machine.encode()).hexdigest()[:16]
         path = cache_folder() / f"costs-{name}.json"

@@ -1,4 +1,4 @@
-"""Devices that a plan can be made for: what a roofline needs to know of each."""
+"""Devices that a plan can be made for, with the figures that a roofline needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Device:
         link_bytes_per_s: bandwidth between its memory and the host's, in one direction.
         granule_bytes: the allocator's blocks are multiples of it.
         is_cuda: whether attention runs as CUDA's fused kernels.
-        memory_bytes: what the driver offers of its memory; 0 where that is the machine's own.
+        memory_bytes: the memory that the driver offers; 0 where that is the machine's own.
     """
 
     name: str
@@ -82,8 +82,8 @@ DEVICES: Final[Mapping[str, Device]] = {
     "l40s": _cuda("L40S 48 GB", 44.4, 0.864, (91.6, 362), 32),
     "rtx4090": _cuda("GeForce RTX 4090 24 GB", 23.5, 1.008, (82.6, 165), 32),
 }
-"""By name; bandwidth, dense throughput and half of PCIe's two directions are those of NVIDIA's data
-sheets."""
+"""Devices by name; bandwidth, dense throughput and half of PCIe's two directions are those of
+NVIDIA's data sheets."""
 
 
 def device_named(name: str) -> Device:

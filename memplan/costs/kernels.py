@@ -1,4 +1,4 @@
-"""What a call of a kernel takes of memory: measured alone, or bounded by what is known of it."""
+"""Memory of a kernel call: measured alone, or bounded by what is known of it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class KernelMemory:
-    """What a call takes.
+    """The memory that a call takes.
 
     Attributes:
         workspace_bytes: what it allocates and frees inside, at its peak, results apart.
-        result_bytes: what each result takes, or None where that is as its layout says.
+        result_bytes: what each result takes, or None where its layout determines it.
         refusal: why it could not be measured, or "".
     """
 
@@ -72,7 +72,7 @@ def measured_memory(
 
 
 def _takes_some(call: KernelCall) -> bool:
-    """Whether a call is more than a view: in-place ops allocate nothing that is seen."""
+    """Tell whether a call is more than a view: in-place ops allocate nothing visible."""
     return call.target._schema.is_mutable
 
 
@@ -118,7 +118,7 @@ def _made_up(leaf: object) -> object:
 
 
 def _with_own_workspace(target: OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, with what the kernel's forward kept for it where that is opaque.
+    """The arguments, with what the kernel's forward saved for it where that is opaque.
 
     Its size is known to oneDNN alone, and the kernel reads past the end of a smaller one.
     """
@@ -152,7 +152,7 @@ def _tensors(tree: object) -> Iterator[torch.Tensor]:
 _SHRUNK = frozenset(
     [_aten.mse_loss.default, _aten.smooth_l1_loss.default, _aten.huber_loss.default]
 )
-"""Kernels whose reduced result lies in memory for the unreduced one."""
+"""Kernels whose reduced result occupies the memory of the unreduced one."""
 
 _MOST_WORKSPACE: Mapping[object, float] = {
     _aten.convolution.default: 1.9,
@@ -168,7 +168,7 @@ _MOST_WORKSPACE: Mapping[object, float] = {
     _aten._safe_softmax.default: 0.2,
     _aten.mm.default: 0.2,
 }
-"""Kernels that were seen to allocate inside, at most so many times the bytes of their operands and
+"""Kernels observed to allocate inside, at most so many times the bytes of their operands and
 results (35 models, CPU, one and two threads)."""
 
 _BLOCK = 16 * 16 + 1
@@ -178,7 +178,7 @@ _RECURRENT_SLACK = 1.1
 
 
 def least_memory(call: KernelCall) -> KernelMemory:
-    """What a call takes if its kernel needs no workspace."""
+    """The memory of a call whose kernel needs no workspace."""
     if call.target in _SHRUNK and call.result_bytes:
         first = call.args[0]
         return KernelMemory(0, (math.prod(first.shape) * first.dtype.itemsize,))
@@ -188,7 +188,7 @@ def least_memory(call: KernelCall) -> KernelMemory:
 
 
 def most_memory(call: KernelCall) -> KernelMemory:
-    """What a call takes if its kernel needs all that such kernels were seen to need."""
+    """The memory of a call whose kernel needs the most observed of such kernels."""
     result_bytes = least_memory(call).result_bytes
     factor = _MOST_WORKSPACE.get(call.target)
     if factor is None:
@@ -208,7 +208,7 @@ def most_memory(call: KernelCall) -> KernelMemory:
 
 
 def _recurrent_results(call: KernelCall, padding: int) -> tuple[int, ...]:
-    """Results of oneDNN's recurrent layer: what it keeps for its backward has a layout of its own.
+    """Results of oneDNN's recurrent layer: its saved tensor has a layout of its own.
 
     Gates at each time; hidden and cell states at each, and a gradient beside either, below and
     above the layer; rows are padded.

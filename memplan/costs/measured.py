@@ -27,16 +27,16 @@ from memplan.torch_internals import storage_key, without_autocast
 _ROUNDS = 2
 _LONGEST_S = 0.2
 _MOST_ROUNDS = 12
-"""All ops are timed one after another so often: what slows the machine for a while then shows in
-one round, and the least time is taken. A few short ops are timed more often, to take as long."""
+"""All ops are timed one after another in this many rounds: a temporary slowdown of the machine then
+shows in one round, and the least time is taken. A few short ops take more rounds, for as long."""
 
 _LOG = logging.getLogger("memplan")
 
 
 def measured_costs(captured: Captured, ops: Iterable[Op]) -> Costs:
-    """Run every distinct op that is not in the cache; keep the result there.
+    """Run every distinct op that is not in the cache, and cache the result.
 
-    An op that reads what another one stashed stands after that one. Workspace is the exact peak of
+    An op that reads what another one stashed comes after that one. Workspace is the exact peak of
     the allocator inside the op, results apart, after one run to warm up. Time is the least of a few
     runs. An op that refuses made-up operands has a cost that says so.
     """
@@ -56,7 +56,7 @@ def measured_costs(captured: Captured, ops: Iterable[Op]) -> Costs:
 
 
 def _can_be_kept(op: Op, cost: OpCost) -> bool:
-    """Whether a cost holds for other processes: not of an op whose code may be anyone's."""
+    """Tell whether a cost holds for other processes: not if the op's code may be anyone's."""
     is_known = op.variant_of is None or op.target.startswith("memplan.")
     return is_known and not cost.refusal
 
@@ -67,9 +67,9 @@ class _Runnable:
 
     Attributes:
         run: calls it.
-        operands: by the node that they stand for.
+        operands: its operands, by the node that they stand for.
         stashed: operands that were stashed.
-        cases: makes its operands anew, for what else a kernel may take.
+        cases: writes its operands anew, for what else a kernel may take.
     """
 
     run: Callable[[], Any]
@@ -80,11 +80,11 @@ class _Runnable:
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """Makes ops run on their own.
+    """Runs ops on their own.
 
     Attributes:
-        captured: what they belong to.
-        stashing: by what they stash, the ops that passes add for that.
+        captured: the step that they belong to.
+        stashing: stashed value to the stash op that a pass adds.
     """
 
     captured: Captured
@@ -111,7 +111,7 @@ class _Bench:
         return _Runnable(lambda: call.target(*args, **kwargs), made, stashed, cases)
 
     def stash(self, id: int) -> Any:
-        """What is stashed of made-up operands."""
+        """The stash of made-up operands."""
         op = self.stashing[id]
         items = call_of(self.captured, op).items or {}
         result = self.runnable(op).run()
@@ -197,10 +197,10 @@ def _seen_elsewhere(captured: Captured, op: Op, layouts: Iterable[Layout | None]
 
 
 def _refusal(runnable: _Runnable, op: Op, elsewhere: set[fx.Node]) -> str:
-    """Run an op once, to warm up; why it refuses made-up operands, or "".
+    """Run an op once, to warm up; return why it refuses made-up operands, or "".
 
-    Not with an operand that is recorded ``elsewhere``: a kernel that takes an address of the
-    host's memory for one of the device's ends the process.
+    It does not run with an operand recorded ``elsewhere``: a kernel that takes a host address for
+    one of the device ends the process.
     """
     if any({node, *node.all_input_nodes} & elsewhere for node in runnable.operands):
         return f"{op.target} has an operand that is recorded on another device than it is on"
@@ -240,9 +240,9 @@ def _in_recorded_places(captured: Captured, op: Op, result: object) -> list[torc
 def _storage_bytes(
     results: Iterable[torch.Tensor | None], operands: Iterable[object], device: torch.device
 ) -> tuple[int, ...]:
-    """What each storage of a result takes of the device's memory.
+    """The bytes that each storage of a result takes of the device's memory.
 
-    Nothing where it is an operand's memory, elsewhere, or missing.
+    Zero where it is an operand's memory, elsewhere, or missing.
     """
     operand_keys = {storage_key(tensor) for tensor in operands if isinstance(tensor, torch.Tensor)}
     nbytes: dict[int, int] = {}

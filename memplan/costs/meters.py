@@ -1,4 +1,4 @@
-"""What a call allocates and how long it takes, as each device tells it."""
+"""Memory and time of a call, as each device reports them."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from memplan.torch_internals import (
 _RUNS = 3
 _FEWEST_RUNS = 2
 _ENOUGH_S = 0.1
-"""A call that took this long altogether is run no more often than the fewest times."""
+"""A call that took this long altogether is run the fewest times only."""
 
 _BATCH_S = 1e-3
 _LARGEST_BATCH = 20
-"""On CUDA calls are timed in batches of about so long, of so many calls at most."""
+"""On CUDA, calls are timed in batches of about this long, of at most this many calls."""
 
 
 class Meter(Protocol):
     """Reads the memory of named stretches of code."""
 
     def during(self, name: str) -> AbstractContextManager[object]:
-        """Opened around a stretch."""
+        """Context of a stretch."""
 
     def peaks(self, names: Iterable[str]) -> dict[str, int]:
-        """The most bytes allocated, net, in stretches; asked for when the meter is closed."""
+        """The most bytes allocated, net, in stretches; known once the meter is closed."""
 
 
 def result_of(meter: Meter, name: str, run: Callable[[], Any], cases: Iterable[object]) -> Any:
-    """What a call returns that is metered under a name, once and again for each case."""
+    """The result of a call that is metered under a name, once and again for each case."""
     with meter.during(name):
         result = run()
         for _ in cases:
@@ -49,7 +49,7 @@ def result_of(meter: Meter, name: str, run: Callable[[], Any], cases: Iterable[o
 
 
 class _CpuMeter:
-    """From the events of the CPU's allocator."""
+    """A meter by the events of the CPU's allocator."""
 
     def __init__(self, profile: torch.profiler.profile) -> None:
         self._profile = profile
@@ -62,7 +62,7 @@ class _CpuMeter:
 
 
 class _CudaMeter:
-    """From the statistics of CUDA's allocator: what was asked for, not the blocks that served."""
+    """A meter by statistics of CUDA's allocator: bytes requested, not the blocks that served."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -81,7 +81,7 @@ class _CudaMeter:
 
 @contextlib.contextmanager
 def metering(device: torch.device) -> Iterator[Meter]:
-    """A meter for what runs on a device inside."""
+    """Context with a meter for a device."""
     if device.type == "cuda":
         yield _CudaMeter(device)
         return
@@ -92,7 +92,7 @@ def metering(device: torch.device) -> Iterator[Meter]:
 def call_seconds(run: Callable[[], object], device: torch.device) -> float:
     """The least time of a few runs.
 
-    On CUDA the time for each of several calls in a row: of the kernel or of its launch, whichever
+    On CUDA, the time for each of several calls in a row: of the kernel or of its launch, whichever
     takes longer.
     """
     if device.type == "cuda":

@@ -1,8 +1,8 @@
-"""Operands that are made up to measure a kernel: valid, and such that it needs the most memory.
+"""Made-up operands to measure a kernel: valid, and such that it needs the most memory.
 
-What a kernel allocates may depend on what its operands hold: how many entries a mask picks, where
-bags begin. They hold what takes the most, in what the kernel accepts: it may end the process
-otherwise.
+A kernel's allocations may depend on what its operands hold: how many entries a mask picks, where
+bags begin. They hold what takes the most of all that the kernel accepts: anything else may end the
+process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def filled(storage_bytes: int, dtype: torch.dtype, device: torch.device | str) -
 
 
 def made_up_like(value: object) -> object:
-    """What is laid out like a value of the trace, and as lazily conjugated or negated."""
+    """A made-up copy of a traced value: laid out, and lazily conjugated or negated, like it."""
     if isinstance(value, list | tuple):
         return [made_up_like(item) for item in value]
     if not isinstance(value, torch.Tensor):
@@ -36,27 +36,27 @@ def made_up_like(value: object) -> object:
 
 
 def make_valid(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Write into made-up operands what a kernel accepts, and takes the most memory for."""
+    """Write into made-up operands what a kernel accepts and takes the most memory for."""
     write = _VALID.get(target)
     if write is not None:
         write(args, kwargs)
 
 
 def other_cases(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Write further contents, one after the other, of which each may be what takes the most."""
+    """Write further contents, one after the other, each of which may take the most."""
     for write in _OTHERS.get(target, ()):
         write(args, kwargs)
         yield
 
 
 def _pivots(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Pivots count from 1."""
+    """Fill the pivots, which count from 1."""
     del kwargs
     args[1].fill_(1)
 
 
 def _places(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """As many places as the step was captured for."""
+    """Pick as many places as the step was captured for."""
     mask = args[0]
     if 0 not in mask.stride():
         is_true = torch.arange(mask.numel(), device=mask.device) < kwargs["size"]
@@ -64,7 +64,7 @@ def _places(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
 
 
 def _repeats(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """As many repetitions in all as the step was captured for."""
+    """Make as many repetitions in all as the step was captured for."""
     repeats, size = args[0], kwargs.get("output_size")
     if size is not None and repeats.numel():
         repeats.fill_(0)
@@ -72,7 +72,7 @@ def _repeats(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
 
 
 def _bags(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Bags of like sizes; where each begins."""
+    """Let bags of like sizes begin."""
     del kwargs
     _, indices, offsets, *_ = args
     last = max(indices.numel() - 1, 0)
@@ -80,7 +80,7 @@ def _bags(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
 
 
 def _no_empty_bags(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """No bag is empty; of sums the kernel has to find out which bag an entry is in."""
+    """Leave no bag empty; for sums the kernel has to find out which bag an entry is in."""
     del kwargs
     args[4].fill_(1)
     if args[8] == _SUM:
@@ -88,7 +88,7 @@ def _no_empty_bags(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
 
 
 def _all_but_one(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """A mask that leaves something out: what it picks is then made longer, and copied for it."""
+    """Leave something out of a mask: what it picks is then padded, and copied for that."""
     del kwargs
     mask = args[1]
     if mask.numel() > 1:
@@ -96,13 +96,13 @@ def _all_but_one(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
 
 
 def _positive_definite(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Identities."""
+    """Write identity matrices."""
     del kwargs
     args[0].zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
 
 
 def _lengths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """One segment has all."""
+    """Put everything into one segment."""
     lengths = kwargs.get("lengths")
     if lengths is not None and lengths.numel():
         lengths.zero_()[..., 0] = args[0].shape[kwargs.get("axis", 0)]

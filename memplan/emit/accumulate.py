@@ -1,4 +1,4 @@
-"""Adds a finished gradient into the one that its parameter holds, as autograd would."""
+"""Accumulation of a gradient into the one that its parameter holds, as by autograd."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import threading
 import torch
 
 _LOCK = threading.Lock()
-"""Several threads may run backwards of one module; each addition is one."""
+"""Lock of each addition: several threads may run backwards of one module."""
 
 
 def accumulate(existing: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor | None:
-    """Add in place, and leave nothing to autograd; or leave it the gradient."""
+    """Add in place and leave nothing to autograd, or leave it the gradient."""
     if existing is None:
         return gradient
     with _LOCK:

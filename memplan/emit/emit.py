@@ -1,7 +1,7 @@
-"""From a captured step and a schedule to two functions: the forward and the backward.
+"""A captured step and a schedule as two functions: the forward and the backward.
 
-Each copy of a value becomes a node of its own, and generated code lets go of a node right after
-its last use: so a schedule's frees need no code. Views are made anew on each copy.
+Each copy of a value becomes a node of its own, and generated code releases a node right after its
+last use, so a schedule's frees need no code. Each copy gets its own views.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from memplan.torch_internals import boxed
 
 @dataclass(frozen=True)
 class Emitted:
-    """The two functions, and what goes in and out of them.
+    """The two functions, with their inputs and outputs.
 
     Attributes:
         forward: takes the list of ``forward_primals``; returns outputs, then saved tensors; then,
-            of a fused step, the incoming gradient that it assumed.
-        backward: takes saved tensors, ``backward_primals``, tangents, and what is added to: the
-            gradients that ``accumulated`` primals hold, or None. Returns gradients, and None for
-            those that were added into what was there.
+            in a fused step, the incoming gradient that it assumed.
+        backward: takes saved tensors, ``backward_primals``, tangents, and the gradients that
+            ``accumulated`` primals hold, or None. Returns gradients, and None for those added into
+            existing ones.
         forward_primals: positions of primals.
         backward_primals: positions of primals.
         output_slots: for each output of the module, its position in what ``forward`` returns, or
             ``~p`` for the primal at position ``p``.
-        num_outputs: how many of what ``forward`` returns are outputs.
-        num_saved: how many are saved for ``backward``.
+        num_outputs: number of outputs among what ``forward`` returns.
+        num_saved: number of tensors saved for ``backward``.
         tangents: positions, among the module's outputs, whose incoming gradients are passed on.
         gradient_primals: positions of the primals that the gradients are for, in order.
         gradient_sources: for each of them, the outputs whose incoming gradients are handed on to
             it, whether it depends on them or not.
         ignored_sources: those of them on whose incoming gradient it does not depend.
-        accumulated: positions of the primals whose gradients are added into what is there.
+        accumulated: positions of the primals whose gradients are added into existing ones.
         updated: positions of the primals that are updated in the backward.
-        overwritten: positions, among the saved tensors, of those that the backward writes over.
-        finished: positions, among the saved tensors, of gradients that a fused step made for an
-            incoming gradient of one.
+        overwritten: positions, among the saved tensors, of those that the backward overwrites.
+        finished: positions, among the saved tensors, of gradients that a fused step computed for
+            an incoming gradient of 1.
     """
 
     forward: Callable[[list[Any]], list[torch.Tensor]]
@@ -82,8 +82,8 @@ def emit(
 ) -> Emitted:
     """Write a schedule as code.
 
-    ``update`` takes a parameter and its gradient, if the schedule updates in the backward. What
-    the user's own call of the optimizer runs is not written.
+    ``update`` takes a parameter and its gradient, if the schedule updates in the backward. An
+    update by the user's own call of the optimizer is not written.
     """
     catalog = Catalog.of(captured.program, recoveries)
     schedule = _without_last_update(captured, schedule)
@@ -152,7 +152,7 @@ def saved_for_backward(captured: Captured, catalog: Catalog, schedule: Schedule)
 
 
 def _overwritten(saved: tuple[int, ...], steps: Iterable[Step]) -> tuple[int, ...]:
-    """Positions of the saved values whose memory the backward may write over."""
+    """Positions of the saved values whose memory the backward may overwrite."""
     over = {step.over for step in steps if not isinstance(step, Free)}
     return tuple(position for position, value in enumerate(saved) if value in over)
 
@@ -194,7 +194,7 @@ def _updated(captured: Captured) -> tuple[int, ...]:
 
 
 def _outputs(captured: Captured, forward: Segment) -> tuple[tuple[int, ...], list[fx.Node]]:
-    """Each output once, and where each of the module's outputs finds itself."""
+    """The slot of each of the module's outputs, and each output once."""
     positions = {primal.node: index for index, primal in enumerate(captured.primals)}
     results: list[fx.Node] = []
     slots: list[int] = []

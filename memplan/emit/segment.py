@@ -21,7 +21,7 @@ class Probe:
     """Looks at each copy of some values as it is made.
 
     Attributes:
-        values: which.
+        values: their ids.
         look: takes the value's id and the copy.
     """
 
@@ -51,7 +51,7 @@ class Segment:
         self.kernels = frozenset(captured.calls.values())
 
     def take_primals(self, read: set[int]) -> tuple[int, ...]:
-        """Placeholders for the primals whose storages are read; their positions.
+        """Add placeholders for primals whose storages are read; return their positions.
 
         Outputs that are views of a primal need it in the forward as well.
         """
@@ -68,21 +68,21 @@ class Segment:
         return tuple(positions)
 
     def take(self, values: Iterable[int]) -> None:
-        """Placeholders for saved values."""
+        """Add placeholders for saved values."""
         for value in values:
             self.copies[value] = self.graph.placeholder(f"saved_{value}")
 
     def take_tangents(self) -> None:
-        """Placeholders for incoming gradients."""
+        """Add placeholders for incoming gradients."""
         for position, node in self.captured.tangents:
             self.given[node] = self.graph.placeholder(f"tangent_{position}")
 
     def made_tangents(self) -> list[fx.Node]:
-        """Of a fused step: the incoming gradient that the forward made. It is held to its end."""
+        """The incoming gradient that a fused step's forward made. It is held to its end."""
         return [self.given[node] for node in self.tangents if node in self.given]
 
     def take_existing_gradients(self) -> tuple[int, ...]:
-        """Placeholders for the gradients that are there; the positions of their parameters."""
+        """Add placeholders for existing gradients; return the positions of their parameters."""
         primals = self.captured.primals
         existing = [primal for primal in primals if primal.kind == "gradient"]
         for primal in existing:
@@ -91,9 +91,9 @@ class Segment:
         return tuple(positions[primal.name] for primal in existing)
 
     def save(self, values: Iterable[int], results: list[fx.Node]) -> list[fx.Node]:
-        """What the forward hands to the backward.
+        """The tensors saved for the backward.
 
-        What is returned to the caller as well becomes part of autograd's graph there; the backward
+        One that is also returned to the caller becomes part of autograd's graph there; the backward
         gets an alias, or the two would keep each other alive.
         """
         detach = torch.ops.aten.detach.default
@@ -120,7 +120,7 @@ class Segment:
                     self.views.pop(step.over, None)
 
     def write(self, op: Op, call: OpCall, over: int | None = None) -> fx.Node:
-        """Write one call, whose result goes where the value ``over`` was."""
+        """Write one call, whose result overwrites the value ``over``, if any."""
 
         def translate(node: fx.Node) -> fx.Node:
             return node if node.graph is self.graph else self.resolve(node)
@@ -147,12 +147,12 @@ class Segment:
         return self.graph.call_function(in_place.target, args, {**kwargs, **into})
 
     def is_accumulation(self, op: Op) -> bool:
-        """Whether an op adds a gradient into one that is there."""
+        """Tell whether an op adds a gradient into an existing one."""
         values = self.catalog.values
         return any(values[id].role is Role.EXISTING_GRADIENT for id in op.mutates)
 
     def bind(self, call: OpCall, node: fx.Node, values: Iterable[int]) -> None:
-        """Name the results that are held."""
+        """Bind the results that are held."""
         items = call.items or {}
         for value in values:
             copy = node
@@ -185,5 +185,5 @@ class Segment:
         return views[node]
 
     def is_result(self, node: fx.Node) -> bool:
-        """Whether a node is one item of what a kernel returned."""
+        """Tell whether a node is one item of what a kernel returned."""
         return node.target is getitem and node.args[0] in self.kernels

@@ -1,1 +1,1 @@
-"""The captured step as data: programs, schedules, and what they take of memory. No torch."""
+"""The captured step as data: programs, schedules, and their memory. No torch."""

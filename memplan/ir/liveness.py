@@ -1,4 +1,4 @@
-"""The exact account of a schedule: bytes over time, the peak, and what is alive there.
+"""The exact account of a schedule: bytes over time, the peak, and the values alive there.
 
 No torch here. This is the only judge of memory: planner, plan and report all ask it.
 """
@@ -29,7 +29,7 @@ class Moment:
         step: position in ``schedule.steps``.
         op: id of the op.
         peak_bytes: bytes while it runs: what is alive, its results and its workspace.
-        live_bytes: bytes after it ran and its unheld results are gone.
+        live_bytes: bytes after it ran and its unheld results are freed.
     """
 
     step: int
@@ -44,9 +44,9 @@ class Timeline:
 
     Attributes:
         moments: one for each call of an op, in order.
-        resident_bytes: bytes that are there before and after the step.
+        resident_bytes: bytes alive before and after the step.
         start_bytes: bytes when the backward starts, before its first op.
-        host_bytes: the most bytes at any time in the host's memory, of a step on a GPU.
+        host_bytes: the most bytes at any time in the host's memory, for a step on a GPU.
     """
 
     moments: tuple[Moment, ...]
@@ -68,11 +68,11 @@ class Timeline:
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """A step and how it runs, with the account of its bytes and its time.
+    """A step and its schedule, with the account of its bytes and its time.
 
     Attributes:
         program: the captured step.
-        recoveries: what a schedule may use.
+        recoveries: those that a schedule may use.
         costs: of every op of both.
         schedule: how it runs.
     """
@@ -123,14 +123,14 @@ class ScheduledStep:
         return live | set(self.catalog.ops[call.op].results)
 
     def category(self, value: Value) -> str:
-        """Its role's name; of what the forward makes, whether the backward still reads it."""
+        """The name of a value's role; for activations, whether the backward still reads them."""
         if value.role is not Role.ACTIVATION:
             return str(value.role.value)
         return SAVED if value.id in self.saved else TEMPORARY
 
     @cached_property
     def categories(self) -> Mapping[str, int]:
-        """Bytes by category at the peak, kernels' workspace apart; they add up to the peak."""
+        """Bytes by category at the peak, workspace being one of them; they add up to the peak."""
         values = self.catalog.values
         totals: dict[str, int] = {}
         residents = (value.id for value in self.program.values if value.role.is_resident)
@@ -217,7 +217,7 @@ def live_at(program: Program, schedule: Schedule, step: int) -> frozenset[int]:
 
 
 def floor_bytes(program: Program, recoveries: Iterable[Recovery], costs: Costs) -> int:
-    """A bound below the peak of every schedule of these ops in this order.
+    """A lower bound on the peak of every schedule of these ops in this order.
 
     At each op, its operands, results and workspace are alive, and with them everything that no
     recovery restores and that is needed later. The bound is the most bytes of any op.

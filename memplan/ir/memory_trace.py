@@ -1,4 +1,4 @@
-"""Where every byte of a step is at every moment, measured or predicted. No torch here."""
+"""A trace of every byte of a step at every moment, measured or predicted. No torch here."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ CATEGORIES: Final = (
     WORKSPACE,
     UNEXPLAINED,
 )
-"""What bytes are for, those that stay longest first."""
+"""The purposes of bytes, the longest-lived first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A storage that is there before the step and after it.
+    """A storage that is alive before the step and after it.
 
     Attributes:
         name: its FQN, or what else it is known by.
         nbytes: its size.
         category: one of ``CATEGORIES``.
-        op: what made it, if that is known.
+        op: the op that made it, if known.
         source: ``file.py:line`` of the user's code, where known.
     """
 
@@ -57,13 +57,13 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """Memory that the step takes and, mostly, gives back.
+    """Memory that the step allocates and, mostly, frees.
 
     Attributes:
         nbytes: its size.
         category: one of ``CATEGORIES``.
         phase: when it was made: "forward", "backward" or "optimizer".
-        op: what made it, such as "aten::mm"; "" if that is not known.
+        op: the op that made it, such as "aten::mm"; "" if unknown.
         module: FQN of the module that it belongs to; "" for the root, or where unknown.
         source: ``file.py:line`` of the user's code, where known.
         name: FQN of the parameter that it is the gradient of, else "".
@@ -87,7 +87,7 @@ class Span:
     """A stretch of events, ``first`` to before ``end``.
 
     Attributes:
-        phase: "forward", "backward" or "optimizer"; "end" when all is given back.
+        phase: "forward", "backward" or "optimizer"; "end" when all is freed.
         first: number of its first event.
         end: number after its last one.
     """
@@ -106,15 +106,15 @@ def spans_of(phases: Sequence[str]) -> tuple[Span, ...]:
 
 @dataclass(frozen=True)
 class MemoryTrace:
-    """A step, event by event of the allocator.
+    """A step as a sequence of allocator events.
 
     Attributes:
         kind: whether it was measured or predicted.
-        device: where it ran, or would.
-        residents: what is there before and after.
-        blocks: in the order in which they were made.
+        device: the device that it ran on, or would.
+        residents: storages alive before and after.
+        blocks: the blocks, in the order in which they were made.
         times_s: seconds from the start, of each event.
-        spans: the phases, in order, together all events.
+        spans: the phases, in order; together they hold all events.
     """
 
     kind: Literal["measured", "predicted"]
@@ -132,7 +132,7 @@ class MemoryTrace:
 
     @cached_property
     def resident_bytes(self) -> int:
-        """Bytes that are there before and after."""
+        """Bytes alive before and after."""
         return sum(resident.nbytes for resident in self.residents)
 
     @cached_property
@@ -166,7 +166,7 @@ class MemoryTrace:
 
     @property
     def peak_block(self) -> Allocation | None:
-        """The block whose making reaches the peak."""
+        """The block whose allocation reaches the peak."""
         return next((block for block in self.blocks if block.made == self.peak_event), None)
 
     def phase_at(self, event: int) -> str:
@@ -227,7 +227,7 @@ class MemoryTrace:
         return {name: values for name, values in series.items() if any(values)}
 
     def highlights(self, most: int) -> list[int]:
-        """At most about so many events, in order: the highest and the lowest of each stretch."""
+        """About ``most`` events at most, in order: the highest and the lowest of each stretch."""
         count = len(self.totals)
         if count <= most:
             return list(range(count))

@@ -1,4 +1,4 @@
-"""The trace that a schedule will leave. No torch here."""
+"""The predicted trace of a schedule. No torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memplan.ir.schedule import Free, start_of_backward
 def predicted_trace(step: ScheduledStep, device: str) -> MemoryTrace:
     """Every block of a step, by the account of ``ScheduledStep.timeline``.
 
-    Times are sums of costs. Incoming gradients are made when the backward starts.
+    Times are sums of costs. Incoming gradients are allocated when the backward starts.
     """
     return _Prediction(step).trace(device)
 

@@ -11,7 +11,7 @@ from functools import cached_property
 
 
 class Role(str, Enum):
-    """What a value is for."""
+    """The purpose of a value."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
@@ -23,14 +23,14 @@ class Role(str, Enum):
     OUTPUT = "output"
     GRADIENT = "gradient"
     EXISTING_GRADIENT = "existing gradient"
-    """A gradient that is there when the step starts and is added to."""
+    """A gradient that exists when the step starts, and is added to."""
     OPTIMIZER_STATE = "optimizer state"
     KEPT = "kept"
-    """Held by a recovery instead of the value that it restores (an RNG state, a packed mask)."""
+    """Stashed by a recovery instead of the value that it restores (an RNG state, a packed mask)."""
 
     @property
     def is_resident(self) -> bool:
-        """Whether such a value is there before the step and stays after it."""
+        """Tell whether such a value is alive before the step and stays after it."""
         return self in _RESIDENT
 
 
@@ -47,16 +47,16 @@ _RESIDENT = frozenset(
 
 
 class Memory(str, Enum):
-    """Where a value is."""
+    """The memory that a value is in."""
 
     DEVICE = "device"
     """In the memory that the step is planned for."""
     HOST = "host"
-    """In the host's, while the step is planned for a GPU's."""
+    """In the host's memory, while the step is planned for a GPU's."""
 
 
 class Phase(str, Enum):
-    """Which part of the step an op belongs to."""
+    """The part of the step that an op belongs to."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -70,7 +70,7 @@ class Value:
     Attributes:
         id: position in ``Program.values``; ids past its end belong to recoveries.
         nbytes: size of the storage.
-        role: what it is for.
+        role: its purpose.
         producer: the op that makes it, or None for residents and tangents.
         module: FQN of the module whose code made it, "" for the root.
         source: ``file.py:line`` of the user's code, where known.
@@ -89,12 +89,12 @@ class Value:
 
     @property
     def device_bytes(self) -> int:
-        """What it takes of the memory that the step is planned for."""
+        """The bytes that it takes of the memory that the step is planned for."""
         return self.nbytes if self.device is Memory.DEVICE else 0
 
     @property
     def host_bytes(self) -> int:
-        """What it takes of the host's memory beside."""
+        """The bytes that it takes of the host's memory."""
         return self.nbytes - self.device_bytes
 
 
@@ -142,15 +142,15 @@ class Op:
         settings: str = "",
         may_overwrite: tuple[int, ...] = (),
     ) -> Op:
-        """An op that a pass adds for this one, and that takes its arguments or its result.
+        """An op that a pass adds for this one, taking its arguments or its result.
 
         Args:
-            id: one that no other op has.
+            id: an id that no other op has.
             target: a key of the pass's ``lowerings``.
             operands: values that it reads.
-            results: values that it makes.
-            phase: of the step, in which it runs.
-            is_random: whether it draws.
+            results: values that it allocates.
+            phase: the phase of the step in which it runs.
+            is_random: whether it draws random numbers.
             settings: what else its costs depend on, in words.
             may_overwrite: as in ``Op``.
         """
@@ -179,8 +179,8 @@ class Program:
         values: ``values[i].id == i``.
         outputs: values that the caller holds from their production to the end of the step
             (the forward's outputs and the gradients).
-        num_fused: how many ops run in the forward, those of the backward among them, if the step
-            is fused; None: those of the forward's phase.
+        num_fused: number of ops that run in the forward, those of the backward included, if the
+            step is fused; None: those of the forward's phase.
     """
 
     ops: tuple[Op, ...]
@@ -206,7 +206,7 @@ class Program:
 
     @cached_property
     def turn(self) -> int:
-        """The first op that is not one of the forward's phase: its incoming gradient is there."""
+        """The first op that is not of the forward's phase: the incoming gradient is alive there."""
         turns = (op.id for op in self.ops if op.phase is not Phase.FORWARD)
         return next(turns, len(self.ops))
 
@@ -217,7 +217,7 @@ class Program:
 
     @cached_property
     def resident_bytes(self) -> int:
-        """Bytes that are there before the step and after it."""
+        """Bytes alive before the step and after it."""
         return sum(value.nbytes for value in self.values if value.role.is_resident)
 
     @cached_property
@@ -226,7 +226,7 @@ class Program:
         return frozenset(self.outputs)
 
     def with_real_sizes(self, costs: Costs) -> Program:
-        """The program with each result as large as it was seen to be."""
+        """The program with each result at its observed size."""
         seen = {
             id: nbytes
             for op in self.ops
@@ -236,7 +236,7 @@ class Program:
         return replace(self, values=tuple(values))
 
     def in_blocks_of(self, granule_bytes: int) -> Program:
-        """The program as an allocator holds it whose blocks are multiples of this size."""
+        """The program as held by an allocator whose blocks are multiples of this size."""
         values = [
             replace(value, nbytes=-(-value.nbytes // granule_bytes) * granule_bytes)
             for value in self.values
@@ -266,12 +266,12 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a kernel laid out a result.
+    """The layout that a kernel gave a result.
 
     Attributes:
         strides: in elements.
         dtype: its name, such as "float32".
-        device: where it is, such as "cpu" or "cuda:0".
+        device: its device, such as "cpu" or "cuda:0".
     """
 
     strides: tuple[int, ...]
@@ -281,16 +281,16 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class OpCost:
-    """What one run of an op costs.
+    """The cost of one run of an op.
 
     Attributes:
         seconds: wall time.
         flops: floating-point operations, 0 where unknown.
         workspace_bytes: what the kernel allocates and frees inside, at its peak, results apart.
-        result_bytes: what each result's storage really takes, where that was seen. It can be more
-            than its elements: a kernel may shrink a result that it allocated in full.
-        result_layouts: of the results, in order, where they were seen; None for what is
-            recorded as a result, and is none.
+        result_bytes: real bytes of each result's storage, where observed. They can be more than its
+            elements: a kernel may shrink a result that it allocated in full.
+        result_layouts: of the results, in order, where observed; None for what is recorded as a
+            result, and is none.
         refusal: why the op could not be measured, or "".
     """
 
@@ -304,7 +304,7 @@ class OpCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost of every op, recoveries' ops included.
+    """The cost of every op, recoveries' ops included.
 
     Attributes:
         by_op: op id to cost.

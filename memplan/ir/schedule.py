@@ -1,7 +1,7 @@
-"""How a step is run: straight-line steps, the recoveries that they use, and whether they are legal.
+"""The schedule of a step: straight-line steps, the recoveries that they use, and their legality.
 
 No torch here. A schedule says when each op runs, when each copy of a value is freed, and how a
-value comes back. It says nothing about how that is emitted.
+value is restored. It says nothing about how that is emitted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from memplan.ir.program import Op, Phase, Program, Role, Value
 
 
 class Effect(str, Enum):
-    """What a pass or a recovery does to the result of the step."""
+    """The effect of a pass or a recovery on the result of the step."""
 
     EXACT = "exact"
     """Same loss and gradients, bit for bit."""
@@ -33,19 +33,19 @@ class Effect(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """One way to get values back.
+    """One way to restore values.
 
     Attributes:
         pass_name: the pass that offers it.
-        values: what comes back; all are results of one captured op.
-        restore_op: brings them back; its results are ``values``. Either a captured op, or a new one
+        values: the restored values; all are results of one captured op.
+        restore_op: restores them; its results are ``values``. Either a captured op, or a new one
             whose id and whose stashed operands lie past the program's.
         stash_op: makes what is ``stashed``: run directly before the producing op, or after it if it
             reads ``values``.
-        stashed: what is held instead of the values from then on.
+        stashed: the values that are held in their place from then on.
         exactness: ``EXACT`` if the copy has the bits of the original.
-        chain: for copies that are made of copies, each with a rounding of its own: which chain of
-            them this is a part of, in words.
+        chain: for copies of copies, each with a rounding of its own: the chain of them that this is
+            a part of, in words.
         tolerance: the relative error up to which such a copy is good enough.
     """
 
@@ -66,7 +66,7 @@ class Run:
     Attributes:
         op: its id.
         binds: the results that are held afterwards.
-        over: the operand in whose memory the result is written, and whose copy ends so; or None.
+        over: the operand that the result is written over, which ends its copy; or None.
     """
 
     op: int
@@ -94,7 +94,7 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """The current copy of a value ends."""
+    """Free the current copy of a value."""
 
     value: int
 
@@ -124,11 +124,11 @@ class Schedule:
 
     @property
     def restored_ops(self) -> tuple[int, ...]:
-        """Ops that run to restore something, once for each time they do."""
+        """Ops that run to restore something, once for each run."""
         return tuple(step.op for step in self.steps if isinstance(step, Restore))
 
     def to_json(self) -> dict[Literal["forward", "backward"], list[list[object]]]:
-        """Plain lists; ``from_json`` gives an equal schedule back."""
+        """The schedule as plain lists; ``from_json`` returns an equal one."""
         return {
             "forward": [_step_to_json(step) for step in self.forward],
             "backward": [_step_to_json(step) for step in self.backward],
@@ -180,7 +180,7 @@ def _as_id(data: object) -> int:
 
 
 def start_of_backward(program: Program, schedule: Schedule) -> int:
-    """Position of the first step for an op that is not the forward's: its gradient is there."""
+    """Position of the first step for an op that is not the forward's: its gradient is alive."""
     if program.num_fused is None:
         return len(schedule.forward)
     last = -1

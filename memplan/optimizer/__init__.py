@@ -1,4 +1,4 @@
-"""The optimizer's part of a step: what it needs, and how it runs inside the backward."""
+"""The optimizer's part of a step: its cost, and its run inside the backward."""
 
 from memplan.optimizer.clone import (
     duplicate_over,

@@ -1,4 +1,4 @@
-"""What the cost of an update depends on, as text."""
+"""Text keys of what the cost of an update depends on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _LEARNING_RATES = ("lr", "initial_lr", "params")
 
 
 def update_key(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> str | None:
-    """Equal for optimizers that cost the same; None if that cannot be told.
+    """A key, equal for optimizers that cost the same; None if that is unknown.
 
-    It can for torch's own, whose code is that of the release, while they have no state yet.
+    It is known for torch's own, whose code is that of the release, while they have no state yet.
     """
     kind = type(optimizer)
     if not kind.__module__.startswith("torch.optim.") or optimizer.state:
@@ -26,7 +26,7 @@ def update_key(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> str
 
 
 def parameter_key(key: str, group: int, parameter: nn.Parameter) -> str:
-    """The same for the step of one parameter alone."""
+    """The key for the step of one parameter alone."""
     return f"{key} alone {group} {_layout(parameter)}"
 
 
@@ -41,7 +41,7 @@ def _group(group: Mapping[str, object], trained: Mapping[str, nn.Parameter]) -> 
 
 
 def _text(value: object) -> str:
-    """Numbers and the like as they are; for a tensor, that it is one; else ""."""
+    """The text of numbers and the like; "tensor" for a tensor; else ""."""
     if isinstance(value, bool | int | float | str | type(None)):
         return repr(value)
     if isinstance(value, list | tuple) and all(map(_text, value)):

@@ -40,7 +40,7 @@ def duplicate(optimizer: Optimizer, copies: Mapping[int, nn.Parameter]) -> Optim
 
 
 def like(optimizer: Optimizer) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
-    """Makes optimizers of the same kind, with the settings of its first group, and no state."""
+    """A factory of optimizers of the same kind, with its first group's settings and no state."""
     own = {**attributes_without_hooks(optimizer), "state": None, "param_groups": None}
     settings = {key: one for key, one in optimizer.param_groups[0].items() if key != "params"}
 
@@ -55,7 +55,7 @@ def like(optimizer: Optimizer) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
 
 
 def duplicate_over(optimizer: Optimizer, stand_ins: Mapping[int, torch.Tensor]) -> Optimizer:
-    """The same optimizer over what stands for its parameters, by their ids, without its state.
+    """The same optimizer over stand-ins for its parameters, by their ids, without its state.
 
     Raises:
         MemplanError: if it has a parameter that nothing stands for.
@@ -71,7 +71,7 @@ def duplicate_over(optimizer: Optimizer, stand_ins: Mapping[int, torch.Tensor]) 
 
 
 def step(optimizer: Optimizer) -> None:
-    """One step, as the class defines it.
+    """Run one step, as the class defines it.
 
     Raises:
         MemplanError: if it needs a closure.
@@ -88,7 +88,7 @@ def step(optimizer: Optimizer) -> None:
 
 
 def step_one(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-    """The step of one parameter alone, under its own group's present settings.
+    """Step one parameter alone, under its own group's present settings.
 
     Raises:
         MemplanError: if the optimizer keeps account of more than this parameter.
@@ -113,14 +113,14 @@ def group_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[torch.Tensor]:
-    """All tensors that an optimizer holds, parameters and gradients apart."""
+    """All tensors that an optimizer holds, except parameters and gradients."""
     return tensors_in(optimizer.__dict__, but=parameters_of(optimizer))
 
 
 def tensors_in(container: object, but: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """All tensors in containers, each once, in a fixed order.
 
-    What wraps tensors, as low-bit states do, is looked into.
+    Wrappers of tensors, such as low-bit states, are looked into.
     """
     stack: list[object] = [container]
     seen = set(map(id, but))

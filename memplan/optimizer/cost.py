@@ -1,4 +1,4 @@
-"""What an optimizer needs in the steady state: its state, temporaries, and time.
+"""An optimizer's cost in the steady state: its state, temporaries, and time.
 
 It steps on copies of the parameters, so that neither they nor its state change.
 """
@@ -44,7 +44,7 @@ from memplan.torch_internals import (
 )
 
 _STEPS = 7
-"""Steps looked at, after one that makes the state: RAdam needs more memory after the fifth."""
+"""Steps examined, after one that makes the state: RAdam needs more memory after the fifth."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class UpdateCost:
         name: class of the optimizer.
         state_bytes: of its state.
         cost: of its whole step; the workspace is its temporaries.
-        each: of the step of one parameter alone, by name; empty unless asked for.
+        each: cost of the step of one parameter alone, by name; empty unless asked for.
         source: "measured", or "analytic" where nothing was run.
     """
 
@@ -76,10 +76,10 @@ def update_cost(
     """Measure steps on copies; where there is no data, follow what they would allocate.
 
     Args:
-        optimizer: as the user has it.
+        optimizer: the user's.
         trained: the parameters that have a gradient when it steps, by name.
-        one_by_one: whether to look at the step of each parameter alone, too.
-        device: what to estimate for, without data; None: measure.
+        one_by_one: whether to examine the step of each parameter alone, too.
+        device: the device to estimate for, without data; None: measure.
 
     Raises:
         MemplanError: if the optimizer needs a closure, or changes the parameters that it was built
@@ -110,7 +110,7 @@ def update_cost(
 def _cached(
     optimizer: Optimizer, trained: Mapping[str, nn.Parameter], one_by_one: bool
 ) -> UpdateCost:
-    """What was measured before, or is now."""
+    """The cost as measured before, or now."""
     key = update_key(optimizer, trained)
     if key is None:
         return _measured(optimizer, trained, one_by_one)
@@ -173,7 +173,7 @@ def _followed(
             copies[id(parameter)].grad = torch.empty_like(copies[id(parameter)])
         for group in made.param_groups:
             if device.is_cuda and group.get("foreach") is None and not group.get("fused"):
-                # What torch chooses there by itself.
+                # Torch's own choice there.
                 group.update({"foreach": True} if "foreach" in group else {})
         alone = _distinct(made, {name: copies[id(p)] for name, p in trained.items()}, one_by_one)
         groups = group_of(made)
@@ -203,7 +203,7 @@ def _followed(
 def _with_data(
     optimizer: Optimizer, trained: Mapping[str, nn.Parameter]
 ) -> tuple[Optimizer, dict[int, nn.Parameter]]:
-    """An optimizer over copies of the parameters, and made-up gradients."""
+    """An optimizer over copies of the parameters with made-up gradients, and the copies."""
     copies = {
         id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in parameters_of(optimizer)
     }
@@ -216,7 +216,7 @@ def _with_data(
 def _distinct(
     made: Optimizer, trained: Mapping[str, nn.Parameter], one_by_one: bool
 ) -> list[list[tuple[str, nn.Parameter]]]:
-    """Parameters that cost the same, together."""
+    """Groups of parameters that cost the same."""
     numbers = _group_numbers(made)
     alike: dict[object, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in trained.items() if one_by_one else ():
@@ -246,7 +246,7 @@ def _require_separate(optimizer: Optimizer, trained: Mapping[str, nn.Parameter])
     apart, copies = _with_data(optimizer, trained)
     groups = group_of(apart)
     for number in range(_STEPS):
-        # Some look at all gradients only where these are large.
+        # Some optimizers look at all gradients only where these are large.
         scale = 10.0 ** (number % 4)
         for parameter in trained.values():
             for gradient in (copies[id(parameter)].grad, others[id(parameter)].grad):
@@ -265,7 +265,7 @@ def _require_separate(optimizer: Optimizer, trained: Mapping[str, nn.Parameter])
 
 
 def _tensors(optimizer: Optimizer) -> list[torch.Tensor]:
-    """All that an optimizer holds, by parameter: their order in its state is that of the steps."""
+    """All tensors of an optimizer, by parameter: its state is in the order of the steps."""
     parameters = parameters_of(optimizer)
     held = [optimizer.state.get(parameter) for parameter in parameters]
     others = {name: value for name, value in optimizer.__dict__.items() if name != "state"}

@@ -1,4 +1,4 @@
-"""Updates each parameter inside the backward, as soon as its gradient is finished.
+"""Updates of parameters inside the backward, each as soon as its gradient is complete.
 
 The idea is LOMO's (Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited
 Resources", 2023, https://arxiv.org/abs/2306.09782), here for any optimizer that treats parameters
@@ -32,7 +32,7 @@ class InBackward:
     """Runs an optimizer's step one parameter at a time.
 
     After a backward each parameter's gradient is a ``SpentGradient``, so that code that needs
-    gradients fails. The user's own ``optimizer.step()`` takes these away and changes nothing.
+    gradients fails. The user's own ``optimizer.step()`` removes these and changes nothing.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -44,7 +44,7 @@ class InBackward:
         self._hook: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Both are made anew by each backward; a copy has parameters of other ids.
+        # Each backward sets both again; a copy has parameters of other ids.
         return {**self.__dict__, "_groups": {}, "_hook": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -53,13 +53,13 @@ class InBackward:
             self._await_step()
 
     def _await_step(self) -> None:
-        """See the user's next step, after all hooks that are there."""
+        """Watch the user's next step, after all existing hooks."""
         if self._hook is not None:
             self._hook.remove()
         self._hook = self.optimizer.register_step_pre_hook(self._step)
 
     def _step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The user's own call: there is nothing left to do.
+        """Handle the user's own call, with nothing left to do.
 
         Raises:
             PlanMismatch: if the ordinary loop would have made another update.
@@ -86,7 +86,7 @@ class InBackward:
         """Check, when a backward starts, that each gradient will be whole when it is used.
 
         Args:
-            parameters: those that the backward is going to update.
+            parameters: those that the backward will update.
             scales: the incoming gradients of losses, which must be 1.
 
         Raises:
@@ -125,7 +125,7 @@ class InBackward:
         self._is_pending = True
 
     def update(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Use up one finished gradient."""
+        """Consume one complete gradient."""
         assert isinstance(parameter, nn.Parameter)
         parameter.grad = gradient
         try:
@@ -142,13 +142,13 @@ class InBackward:
         return update
 
     def finish(self) -> None:
-        """Leave behind that gradients were used."""
+        """Mark the gradients as used."""
         for parameter in self._updated:
             parameter.grad = SpentGradient(parameter)
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """All settings of the groups; tensors by how often they were written."""
+    """All settings of the groups; tensors by identity and version."""
     return [
         {
             name: (id(value), version_of(value)) if isinstance(value, torch.Tensor) else value

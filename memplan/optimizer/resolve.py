@@ -1,4 +1,4 @@
-"""The optimizer that was asked for, checked."""
+"""Check of the user's optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from memplan.errors import MemplanError
 
 
 def resolve_optimizer(model: nn.Module, given: object) -> Optimizer | None:
-    """An optimizer over exactly the model's parameters, made if a callable was given.
+    """An optimizer over exactly the model's parameters, made if ``given`` is a callable.
 
     Raises:
         MemplanError: naming a trainable parameter that it misses, or saying what else is wrong.

@@ -1,9 +1,9 @@
-"""From decisions to a schedule: what is dropped, and what follows from it.
+"""Decisions on what is dropped, and the schedule that follows from them.
 
 The decisions are small: which values are not kept across the boundary between forward and
-backward, and where else a value is dropped and made again. All else follows. A value that is
-missing when it is needed is restored just then, after what its recovery reads; every copy is held
-to its last need, needs as a source of a restore included.
+backward, and where else a value is dropped and restored. All else follows. A value that is missing
+when it is needed is restored just then, after what its recovery reads; every copy is held to its
+last use, uses as a source of a restore included.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from memplan.planner.problem import Problem, Via
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """What is dropped.
+    """The values to drop.
 
     Attributes:
-        evicted: values not kept where the step turns from forward to backward: made again at
-            their first need after that.
+        evicted: values not kept where the step turns from forward to backward: restored at their
+            first need after that.
         breaks: pairs (value, t): if captured op ``t`` (or a restore for it) needs the value, and
-            it was not made for ``t`` itself, make it again then instead of having held it.
-        early: pairs (value, t): if the value is missing when captured op ``t`` is to run, make it
-            then, for a later op.
-        via: for values that come back by another recovery than the one that the problem chooses,
-            its restore op.
+            it was not made for ``t`` itself, restore it then instead of having held it.
+        early: pairs (value, t): if the value is missing when captured op ``t`` is to run, restore
+            it then, for a later op.
+        via: for values restored by another recovery than the one that the problem chooses, its
+            restore op.
     """
 
     evicted: frozenset[int]
@@ -95,7 +95,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """Decisions, and what they come to.
+    """Decisions, with their peak and time.
 
     Attributes:
         decisions: what is dropped.
@@ -114,23 +114,23 @@ class Evaluated:
 
 
 class Effort:
-    """What a search may still spend, in calls of ops that it accounts for; never in seconds."""
+    """The effort left to a search, in calls of ops that it accounts for; never in seconds."""
 
     def __init__(self, calls: int) -> None:
         self.left = calls
 
     @property
     def is_left(self) -> bool:
-        """Whether there is any."""
+        """Tell whether any effort is left."""
         return self.left > 0
 
     def spend(self, calls: int) -> None:
-        """Take some; what is begun is finished, so that less than nothing may be left."""
+        """Spend some; work begun is completed, so that less than nothing may be left."""
         self.left -= calls
 
     @contextmanager
     def part(self, share: float) -> Iterator[Effort]:
-        """A share of what is left; what it leaves is there again afterwards."""
+        """Context with a share of what is left; its unspent rest is returned afterwards."""
         part = Effort(max(0, int(self.left * share)))
         self.left -= part.left
         yield part
@@ -138,7 +138,7 @@ class Effort:
 
 
 def keep_everything(problem: Problem) -> Decisions:
-    """Keep what the backward reads. What it does not read was never kept."""
+    """Keep all that the backward reads. What it does not read was never kept."""
     made = {id: value.producer for id, value in enumerate(problem.program.values)}
     read = {
         id
@@ -157,7 +157,7 @@ def account_of(problem: Problem, decisions: Decisions) -> Account:
 
 
 def follow(problem: Problem, calls: Iterable[tuple[Kind, int, int]]) -> Account:
-    """Account for calls that were chosen: kind, op, and the captured op that each is for."""
+    """Account for chosen calls: kind, op, and the captured op that each is for."""
     sweep = _Sweep(problem, Decisions(frozenset(), frozenset()))
     for kind, op, time in calls:
         sweep.call(ScheduledCall(kind, op, time))
@@ -203,13 +203,13 @@ class _Sweep:
                 elif not self.is_there(value, time):
                     self.restore(value, time)
             if len(self.calls) > calls:
-                # a restore may have made what stood there before anew
+                # a restore may have replaced the copy of an operand
                 for value in operands:
                     current[value].time = time
             self.call(ScheduledCall(Run, time, time))
 
     def is_there(self, value: int, time: int) -> bool:
-        """Whether the current copy of a value serves a need at ``time``; then it is held so far."""
+        """Tell whether a value's current copy serves at ``time``; if so, it is held until then."""
         copy = self.current[value]
         if copy.time != time and (self.can_always or self.problem.can_come_back(value, time)):
             dropped = self.breaks.get(time)
@@ -221,7 +221,7 @@ class _Sweep:
         return True
 
     def restore(self, wanted: int, time: int) -> None:
-        """Make a value again for ``time``, what it is made of first; without recursion."""
+        """Restore a value for ``time``, its sources first; without recursion."""
         problem = self.problem
         stack = [wanted]
         while stack:
@@ -244,7 +244,7 @@ class _Sweep:
             stack.pop()
 
     def call(self, call: ScheduledCall) -> None:
-        """Run an op on the current copies; what it makes is current from then on."""
+        """Run an op on the current copies; its results are current from then on."""
         problem, current, op = self.problem, self.current, call.op
         self.calls.append(call)
         for value in problem.operands[op]:

@@ -1,7 +1,7 @@
 """A lower bound on the time of every schedule within a budget: the certificate of a plan.
 
-Look at one moment, while a captured op runs. What later ops need must be alive then, or be made
-again afterwards; so must what those restores need. The cheapest such choice whose bytes fit into
+Consider one moment, while a captured op runs. What later ops need must be alive then, or be
+restored afterwards; so must what those restores need. The cheapest such choice whose bytes fit into
 the budget is a closure-knapsack: no schedule of these ops in this order takes less time. One
 moment, the unplanned peak, gives nearly the whole bound of larger programs; more moments add to it,
 and near the floor they add much.
@@ -22,14 +22,14 @@ from memplan.planner.problem import Problem, make_problem
 from memplan.planner.windows import Windows
 
 _LADDER = (1, 8, 32, 128)
-"""So many moments, while there is time: each number bounds anew."""
+"""Numbers of moments, tried while there is time: each gives a bound anew."""
 
 _MOST_CELLS = 40_000
 """Ops times moments of one bound: more would not be solved in a minute."""
 
 
 def least_seconds(problem: Problem, target: int, time_limit_s: float = 10.0) -> float:
-    """No schedule within ``target`` non-resident bytes takes less; infinite if there is none.
+    """A bound: no schedule within ``target`` non-resident bytes takes less; infinite if none is.
 
     Raises:
         MemplanError: if the extra ``exact`` is not installed.

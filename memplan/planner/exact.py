@@ -1,7 +1,7 @@
-"""The best schedule of a small program, proven: same order of ops, each restored at most once.
+"""The proven best schedule of a small program: same order of ops, each restored at most once.
 
 The program is cut at every op (``windows``). Bytes while a restore runs become rows only for those
-restores whose schedule was found to break the budget; the solution is the optimum once none does.
+restores that were found to break the budget; the solution is the optimum once none does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LOG = logging.getLogger("memplan")
 
 @dataclass(frozen=True)
 class Exact:
-    """What is proven.
+    """The proven result.
 
     Attributes:
         schedule: the best that was found within the budget, or None.
@@ -86,9 +86,9 @@ def prove(
     time_limit_s: float,
     anchors: frozenset[int] = frozenset(),
 ) -> Solution:
-    """The faster of what a search found within a budget and of what ``solve_exactly`` finds.
+    """The faster solution within a budget: the one of a search, or the one of ``solve_exactly``.
 
-    The latter knows no recoveries that look back. Anchors come back by exact ones alone.
+    The latter uses no recoveries that invert. Anchors are restored by exact ones alone.
     """
     recoveries = [
         one

@@ -34,7 +34,7 @@ def frontier(
     Args:
         program: the step.
         costs: of every op, the recoveries' included.
-        recoveries: what passes offer.
+        recoveries: those that passes offer.
         original_seconds: what slowdowns refer to; by default the program with everything kept.
         points: budgets to plan for, evenly spread; schedules that others beat are left out.
     """
@@ -56,7 +56,7 @@ def _frontier(
         target = lowest.peak + (base.peak - lowest.peak) * point // max(points - 1, 1)
         found = ((problem, within(problem, base, target, limit)) for problem in problems)
         first = next(((problem, state) for problem, state in found if state is not None), None)
-        # What fits into less fits here as well, and there is room to add back.
+        # A schedule that fits into less fits here as well, with room to add back.
         problem, state = best[-1]
         carried = (problem, add_back(problem, state, target, effort_for(problem)))
         best.append(min([carried, *([first] if first else [])], key=_worth))
@@ -69,7 +69,7 @@ def _worth(found: tuple[Problem, Evaluated]) -> tuple[float, int]:
 
 
 def _undominated(found: Sequence[tuple[Problem, Evaluated]]) -> list[tuple[Problem, Evaluated]]:
-    """Those that are faster than all of lower peaks, by ascending peak."""
+    """The states that are faster than all of lower peaks, by ascending peak."""
     kept: list[tuple[Problem, Evaluated]] = []
     for problem, state in sorted(found, key=lambda one: (one[1].peak, one[1].seconds)):
         if not kept or state.seconds < kept[-1][1].seconds:

@@ -1,4 +1,4 @@
-"""What a step would not hold if a part of the model were frozen. No torch here."""
+"""Bytes that a step would not hold if a part of the model were frozen. No torch here."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _HELD = frozenset({Role.TANGENT, Role.OUTPUT, Role.GRADIENT})
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Parameters of one part of the model, and what their training takes.
+    """The parameters of one part of the model, and the bytes that their training takes.
 
     Attributes:
-        name: of modules, a star for the number of a block.
-        parameter_bytes: of the parameters that are trained.
+        name: names of modules, with a star for the number of a block.
+        parameter_bytes: of the trained parameters.
         gradient_bytes: of their gradients.
-        activation_bytes: kept for nothing but these gradients, where nothing is recomputed. An op
-            that is still needed for another gradient counts as reading all that it reads.
+        activation_bytes: saved for these gradients alone, where nothing is recomputed. An op that
+            is still needed for another gradient counts as reading all that it reads.
     """
 
     name: str
@@ -63,7 +63,7 @@ def parts(step: ScheduledStep, gradients: Mapping[str, int]) -> tuple[Part, ...]
 
 
 def _part_of(parameter: str) -> str:
-    """Two names deep, and one below the number of a block."""
+    """The part of a parameter: two names deep, and one below the number of a block."""
     path = ["*" if part.isdigit() else part for part in parameter.split(".")[:-1]]
     depth = path.index("*") + 2 if "*" in path else 2
     return re.sub(r"^$", "the root", ".".join(path[:depth]))

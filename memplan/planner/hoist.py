@@ -1,8 +1,8 @@
 """Restores moved to an earlier op, where there is room while they run.
 
-A restore needs bytes of its own while it runs: what it reads and makes. If that is over the budget
-directly before the op that needs the value, it may not be before one of the ops that come just
-earlier; the value is then held for a moment. It costs no time.
+A restore needs bytes of its own while it runs: its operands and results. If these exceed the budget
+directly before the op that needs the value, they may not before one of the ops just earlier; the
+value is then held for a moment. This costs no time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from memplan.planner.account import Account, Decisions, ScheduledCall
 from memplan.planner.problem import Problem
 
 _REACH = 4
-"""So many ops earlier, at most."""
+"""The most ops that a restore is moved by."""
 
 
 def hoist(
     problem: Problem, decisions: Decisions, account: Account, target: int
 ) -> Decisions | None:
-    """The decisions with restores that are over the target moved; None if none can be."""
+    """The decisions with restores over the target moved; None if none can be."""
     calls = account.calls
     over = [int(p) for p in np.flatnonzero(account.peak_bytes > target)]
     times = sorted({calls[p].time for p in over if calls[p].kind is Restore})
@@ -51,14 +51,14 @@ def hoist(
 
 
 def _earliest(problem: Problem, wanted: set[int], time: int) -> int:
-    """The first op before which values can be restored: of the same part, after all are made."""
+    """The first op before which values can be restored: in the same part, after all are made."""
     producers = (problem.program.values[value].producer for value in wanted)
     made = (producer + 1 for producer in producers if producer is not None)
     return max([problem.part.index(problem.part[time]), *made])
 
 
 def _wanted(problem: Problem, group: list[ScheduledCall], time: int) -> set[int]:
-    """What an op, or a later one, needs of what is restored before it."""
+    """The values restored before an op that it, or a later one, needs."""
     made = {value for call in group for value in problem.results[call.op]}
     read = {value for call in group for value in problem.operands[call.op]}
     return made & (set(problem.operands[time]) | (made - read))
@@ -67,13 +67,13 @@ def _wanted(problem: Problem, group: list[ScheduledCall], time: int) -> set[int]
 def _better_place(
     account: Account, places: list[tuple[int, int]], first: int, most_bytes: int
 ) -> int | None:
-    """The op before which the restores have most room, if what they make can be held from there.
+    """The op before which the restores have most room, if their results can be held from there.
 
     Args:
         account: of the schedule so far.
         places: ops and their positions, latest first.
         first: position of the first of the restores.
-        most_bytes: that may be alive meanwhile.
+        most_bytes: bytes that may be alive meanwhile.
     """
     best, most_room = None, 0
     for op, position in places:

@@ -1,7 +1,7 @@
 """Make a schedule within the budget faster: add back what fits, then search its neighbourhood.
 
 The second is a large-neighbourhood search (Shaw, "Using constraint programming and local search
-methods to solve vehicle routing problems", 1998): undo some of the drops, repair with randomly
+methods to solve vehicle routing problems", 1998): revert some of the drops, repair with randomly
 weighted scores, add back; keep what is faster. Its random numbers are its own and always the same,
 and its effort is counted, so equal problems have equal answers.
 """
@@ -28,7 +28,7 @@ from memplan.planner.problem import Problem
 from memplan.planner.repair import Greed, repair
 
 Drop: TypeAlias = tuple[int, int]
-"""A value, and the captured op for which it is made again, or -1 at the boundary."""
+"""A value, and the captured op for which it is restored, or -1 at the boundary."""
 
 _SPREAD = 0.5
 """Standard deviation of the logarithm of the random weights."""
@@ -41,17 +41,17 @@ _PATIENCE = 100
 """Steps of the search without an improvement, after which it ends."""
 
 _CHOOSING = 0.3
-"""Where values have several recoveries, the search chooses among them when so much of its effort is
-left, or when half of its patience is gone."""
+"""Among several recoveries of a value, the search chooses once less than this share of its effort
+is left, or half of its patience is gone."""
 
 _SLACK = 0.02
-"""How much slower, as a part of the restores' time, a step of the search may be at first."""
+"""The slowdown, as a part of the restores' time, that a step of the search may have at first."""
 
 
 def add_back(
     problem: Problem, state: Evaluated, target: int, effort: Effort, tries: int | None = None
 ) -> Evaluated:
-    """Undo drops that the target does not need, the dearest for their bytes first."""
+    """Revert drops that the target does not need, the costliest per byte first."""
     account = account_of(problem, state.decisions)
     chosen = problem.choosing(state.decisions.via).recovery
 
@@ -77,7 +77,7 @@ def add_back(
 
 
 def dropped_gaps(problem: Problem, account: Account) -> dict[Drop, slice]:
-    """Where each dropped value is missing: positions from its last use to its next making."""
+    """The gap of each dropped value: positions from its last use to its next restore."""
     runs = {call.op: call for call in account.calls if call.kind is Run}
     end: dict[int, ScheduledCall] = {}
     gaps: dict[Drop, slice] = {}
@@ -160,7 +160,7 @@ def _random_weights(draw: random.Random) -> Callable[[int, int], float]:
 
 
 def _some_of(problem: Problem, drops: Sequence[Drop], draw: random.Random) -> set[Drop]:
-    """Drops at random: anywhere, of values made in one part of the forward, or breaks."""
+    """Random drops: anywhere, of values made in one part of the forward, or breaks."""
     kind = draw.random()
     if kind < 0.4:
         share = draw.uniform(0.02, 0.3)

@@ -17,7 +17,7 @@ Terms = Iterable[tuple[int, float]]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a solver found.
+    """The answer of a solver.
 
     Attributes:
         bound: no solution has a lower objective; infinite if there is none.
@@ -31,7 +31,7 @@ class Answer:
 
     @property
     def is_optimal(self) -> bool:
-        """Whether the solution is proven to be the best, within a thousandth of a percent."""
+        """Tell whether the solution is proven to be the best, within a thousandth of a percent."""
         return self.bound >= self.objective - 1e-5 * abs(self.objective)
 
 
@@ -45,18 +45,18 @@ class Milp:
         self.rows: list[tuple[float, float, list[tuple[int, float]]]] = []
 
     def variable(self, cost: float = 0.0, least: float = 0.0, *, is_integer: bool = True) -> int:
-        """A new variable in [least, 1]; its index."""
+        """Add a variable in [least, 1]; return its index."""
         self.costs.append(cost)
         self.least.append(least)
         self.is_integer.append(is_integer)
         return len(self.costs) - 1
 
     def at_least(self, low: float, terms: Terms) -> None:
-        """The sum of (variable, factor) is at least ``low``."""
+        """Require the sum of (variable, factor) to be at least ``low``."""
         self.rows.append((low, math.inf, list(terms)))
 
     def at_most(self, high: float, terms: Terms) -> None:
-        """The sum of (variable, factor) is at most ``high``."""
+        """Require the sum of (variable, factor) to be at most ``high``."""
         self.rows.append((-math.inf, high, list(terms)))
 
     def minimise(

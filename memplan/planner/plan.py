@@ -1,4 +1,4 @@
-"""A plan: what was decided for one step, what it costs, and why. No torch here."""
+"""A plan: the decisions for one step, their costs, and the reasons. No torch here."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LiveValue:
 
 @dataclass(frozen=True, repr=False)
 class Plan(ShownAsTables):
-    """How one training step runs.
+    """The way in which one training step runs.
 
     Attributes:
         peak_bytes: predicted peak of the step, residents included.
@@ -72,13 +72,13 @@ class Plan(ShownAsTables):
         peak_op: the op at the peak, with its module.
         live: the largest values that are alive at the peak.
         budget_bytes: the bound that was asked for, or None.
-        costs_source: where times and workspace come from.
+        costs_source: the source of times and workspace.
         passes: the passes that took part.
         captured_effect: EXACT if the captured step has the untouched module's bits, ROUNDING if it
             is known to differ by float rounding.
-        notes: what else there is to know about that.
-        parts: of the model, and what their training takes.
-        fingerprint: of the program and of what was offered; a plan runs nothing else.
+        notes: further remarks on that.
+        parts: parts of the model, and the bytes that their training takes.
+        fingerprint: of the program and the offered recoveries; a plan runs nothing else.
         schedule: the steps.
     """
 
@@ -107,7 +107,7 @@ class Plan(ShownAsTables):
 
     @property
     def peak_phase(self) -> str:
-        """The phase that the peak is in; the first of those that reach it."""
+        """The phase of the peak; the first of those that reach it."""
         return max(self.phases, key=self.phases.__getitem__)
 
     @property
@@ -152,11 +152,11 @@ class Plan(ShownAsTables):
         )
 
     def tables(self) -> list[Table]:
-        """What a plan needs, and what is alive at its peak."""
+        """Tables of a plan's needs, and of the values alive at its peak."""
         return [_totals(self), _at_the_peak(self)]
 
     def explain(self) -> str:
-        """What is at the peak, and how the rest comes back, for people."""
+        """A text for people: the peaks, the values alive at the highest, the floor, and advice."""
         lines = [str(self), self._phases(), f"At the peak ({self.peak_op}):"]
         for category, nbytes in sorted(self.categories.items(), key=lambda item: -item[1]):
             lines.append(f"  {format_bytes(nbytes):>12}  {category}")
@@ -176,7 +176,7 @@ class Plan(ShownAsTables):
         return "\n".join(lines)
 
     def _parts(self) -> list[str]:
-        """What is trained, for people."""
+        """Lines on the trained parts, for people."""
         if not self.parts:
             return []
         rows = [
@@ -199,7 +199,7 @@ class Plan(ShownAsTables):
 
     @property
     def advice(self) -> str:
-        """What to do where no recomputation helps, or ""."""
+        """Advice where no recomputation helps, or ""."""
         if self.peak_phase != Phase.OPTIMIZER.value:
             return ""
         temporaries = format_bytes(self.categories.get("workspace", 0))
@@ -212,7 +212,7 @@ class Plan(ShownAsTables):
         )
 
     def to_json(self) -> str:
-        """Data only; ``from_json`` gives an equal plan back."""
+        """The plan as plain data; ``from_json`` returns an equal one."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["categories"] = dict(self.categories)
         data["phases"] = dict(self.phases)

@@ -1,4 +1,4 @@
-"""What the search looks at: a program's ops, recoveries and costs as flat tables."""
+"""The search's view of a step: a program's ops, recoveries and costs as flat tables."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class Problem:
 
     Attributes:
         program: the step to schedule.
-        recoveries: all that was offered.
+        recoveries: all that were offered.
         catalog: ops and values of program and recoveries.
         operands: op id to the non-resident values that it reads.
         results: op id to the values that it allocates.
         may_overwrite: op id to the operands in whose memory its result can be written.
         call_bytes: op id to the bytes of its results and workspace.
         op_seconds: op id to its time.
-        nbytes: value id to what it takes of the memory that is planned.
-        options: value id to its recoveries by their restore ops, the one that is chosen first.
+        nbytes: value id to its bytes in the memory that is planned.
+        options: value id to its recoveries by their restore ops, the chosen one first.
         has_options: whether any value has several of them.
-        recovery: value id to the recovery that is chosen, for values that have one.
-        inverted: values whose recovery reads what the forward makes after them, with the captured
-            op that makes the last of that. They are not dropped before the backward, nor before
+        recovery: value id to the chosen recovery, for values that have one.
+        inverted: values whose recovery reads later results of the forward, with the captured op
+            that makes the last of these. They are not dropped before the backward, nor before
             that op.
-        latest: restore op to the captured op that writes over what it reads, for those of which
-            something is written over: it can run before that one and not after.
-        producer: kept value to the captured op directly before or after whose run it is stashed.
+        latest: restore op to the captured op that overwrites one of its operands, where there is
+            one: the restore can run before that op and not after.
+        producer: stashed value to the captured op directly before or after which it is stashed.
         stashed_after: stash ops that run after the captured op that they are for, whose
             results they read.
         tangent_bytes: bytes that the caller allocates when the backward starts.
@@ -74,20 +74,20 @@ class Problem:
         return replace(self, recovery={**self.recovery, **chosen})
 
     def crosses(self, before: int, time: int) -> bool:
-        """Whether the step turns from forward to backward between two ops."""
+        """Tell whether the step turns from forward to backward between two ops."""
         return self.part[before] < self.part[time]
 
     def is_backward(self, time: int) -> bool:
-        """Whether a captured op is not one of the forward, wherever it runs."""
+        """Tell whether a captured op is not one of the forward, wherever it runs."""
         return self.program.ops[time].phase is not Phase.FORWARD
 
     def can_come_back(self, value: int, time: int) -> bool:
-        """Whether what a value is made of again is there when a captured op is to run."""
+        """Tell whether a value can be restored when a captured op is to run."""
         recovery = self.recovery.get(value)
         return recovery is not None and self.can_come_back_by(recovery, value, time)
 
     def can_come_back_by(self, recovery: Recovery, value: int, time: int) -> bool:
-        """The same of one of its recoveries."""
+        """Tell the same for one of its recoveries."""
         if time > self.latest.get(recovery.restore_op.id, time):
             return False
         made = self.inverted.get(value)
@@ -99,7 +99,7 @@ class Problem:
         return stash_s + self.op_seconds[recovery.restore_op.id]
 
     def kept_bytes(self, recovery: Recovery) -> int:
-        """What a recovery keeps instead of a value."""
+        """The bytes that a recovery stashes instead of a value."""
         return sum(self.nbytes[kept.id] for kept in recovery.stashed)
 
     @property
@@ -122,13 +122,13 @@ def make_problem(
     is_inverting: bool = False,
     anchors: frozenset[int] = frozenset(),
 ) -> Problem:
-    """Tabulate, and choose a recovery for each value to begin with.
+    """Tabulate, and choose an initial recovery for each value.
 
-    The cheapest, or, for a problem that is lean, the one that keeps the fewest bytes; among equals
-    the other counts, then whether it is exact, and then the first offered is chosen. In a problem
-    that is inverting, recoveries that look back (``inverts``) are the only ones of what they
-    restore; what they read and nothing gives back is kept, and so are the ``anchors``. Elsewhere
-    they are left out, and anchors come back by exact recoveries alone.
+    That is the cheapest or, with ``is_lean``, the one that stashes the fewest bytes; ties go by the
+    other measure, then to an exact one, and then to the first offered. With ``is_inverting``,
+    recoveries that invert (``inverts``) are the only ones of the values that they restore; sources
+    that none of them restores are kept, and so are the ``anchors``. Otherwise they are left out,
+    and anchors are restored by exact recoveries alone.
     """
     catalog = Catalog.of(program, recoveries)
     never = {v.id for v in program.values if v.role.is_resident or v.role is Role.TANGENT}
@@ -182,7 +182,7 @@ def _options(
     *,
     is_lean: bool,
 ) -> dict[int, dict[int, Recovery]]:
-    """The recoveries of each value by their restore ops, the best first."""
+    """The recoveries of each value by restore op, the best first."""
 
     def rank(recovery: Recovery) -> tuple[float, float, bool]:
         seconds = _cost(recovery, costs)
@@ -205,9 +205,9 @@ def _without_cycles(
     chosen: dict[int, Recovery],
     inverted: dict[int, int],
 ) -> dict[int, dict[int, Recovery]]:
-    """The recoveries of each chosen value, such that no value is made of itself.
+    """The recoveries of each chosen value, such that no value is restored from itself.
 
-    Where nothing reads what was made after what it restores, that cannot be.
+    That cannot be where no recovery inverts.
     """
     kept = {
         id: {one.restore_op.id: one} if id in inverted else options[id]
@@ -229,7 +229,7 @@ def _without_cycles(
 
 
 def _producers(program: Program, recoveries: Sequence[Recovery]) -> dict[int, int]:
-    """Of what recoveries keep, the captured op beside which it is made."""
+    """For each stashed value, the captured op beside which it is stashed."""
     found: dict[int, int] = {}
     for recovery in recoveries:
         made_by = _made_by(program, recovery)
@@ -243,10 +243,10 @@ def make_problems(
     costs: Costs,
     anchors: frozenset[int] = frozenset(),
 ) -> tuple[tuple[Problem, ...], ...]:
-    """Without recoveries that look back; and, where there are any, with them.
+    """Problems without recoveries that invert; and, where there are any, with them.
 
     In each of the two: with the fastest recoveries; and, where those are others, with the ones
-    that keep least.
+    that stash least.
     """
     families = []
     for is_inverting in (False, True):
@@ -267,7 +267,7 @@ def make_problems(
 
 
 def _latest(program: Program, recoveries: Sequence[Recovery]) -> dict[int, int]:
-    """For restores that read what the step writes over, the first op that does."""
+    """For restores that read what the step overwrites, the first op that overwrites it."""
     writers: dict[int, int] = {}
     for op in reversed(program.ops):
         writers.update((value, op.id) for value in op.mutates)
@@ -285,22 +285,22 @@ def _parts(program: Program) -> tuple[int, ...]:
 
 
 def inverts(program: Program, recovery: Recovery) -> bool:
-    """Whether a recovery reads what was computed from what it restores."""
+    """Tell whether a recovery reads values computed from those that it restores."""
     return bool(_later_sources(program, recovery))
 
 
 def _made_by(program: Program, recovery: Recovery) -> int:
-    """The captured op that makes what a recovery restores."""
+    """The captured op that makes the values that a recovery restores."""
     made_by = program.values[recovery.values[0]].producer
     assert made_by is not None, "a recovery restores what an op produced"
     return made_by
 
 
 def _later_sources(program: Program, recovery: Recovery) -> dict[int, int]:
-    """What a recovery reads of what was computed from what it restores; and the ops that made it.
+    """The operands of a recovery that were computed from what it restores, with their ops.
 
-    That is what ops made that read it themselves; where it reads none of that, all that was made
-    after it.
+    These are the results of ops that read the restored values themselves or, where it reads none
+    of those, all that were made later.
     """
     restored = set(recovery.values)
     made = {
@@ -321,7 +321,7 @@ def _invert(
     anchors: frozenset[int],
     chosen: dict[int, Recovery],
 ) -> frozenset[int]:
-    """Let values come back from later ones; what nothing gives back among those is kept."""
+    """Let values be restored from later ones; later ones that nothing restores are kept."""
     kept = anchors | program.held
     wanted = {id: one for one in inverting for id in one.values if id not in kept}
     sources = {source for one in wanted.values() for source in _later_sources(program, one)}
@@ -338,9 +338,9 @@ def _invert(
 def _overwritable(
     program: Program, catalog: Catalog, never: set[int]
 ) -> dict[int, tuple[int, ...]]:
-    """For each op that can write over an operand, the operands that are the schedule's to end.
+    """For each op that can write over an operand, the operands that are the schedule's to free.
 
-    What a result without bytes of its own was made of may live on in it, and is left alone.
+    The operands of a result without bytes of its own may live on in it, and are left alone.
     """
     sizes = {value.id: value.device_bytes for value in catalog.values.values()}
     alias = {id for op in program.ops if 0 in map(sizes.get, op.results) for id in op.operands}

@@ -1,8 +1,8 @@
 """Greedy repair: from a schedule that is over the budget to one within it.
 
 Every value that is idle over a stretch in which the budget is exceeded could be dropped there and
-made again at its next use. Candidates are ranked by what making it again really costs (with what
-is not alive there, and would not be made later anyway) over the bytes times the excess that it
+restored at its next use. Candidates are ranked by the real cost of the restore (with parents that
+are not alive there, and would not be restored later anyway) over the bytes times the excess that it
 covers. A batch of the best is applied, and the whole step is accounted for anew.
 """
 
@@ -31,22 +31,22 @@ _PATIENCE = 8
 """Rounds without less excess, after which a repair stretches no more, and then gives up."""
 
 _ROUND_CALLS = 3
-"""What a round costs, in multiples of accounting for the step."""
+"""The cost of a round, in multiples of accounting for the step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Greed:
-    """How a repair chooses, and when it ends.
+    """The rules by which a repair chooses and ends.
 
     Attributes:
         share: part of the excess, in (0, 1], that one round removes.
-        is_sharing: whether a parent that is made again later as it is costs nothing if it can be
-            made now and held. Better at budgets that are not tight, worse at others.
-        may_stretch: whether a missing parent may be held longer instead of being made again. Two
-            drops can then undo each other: a repair ends without.
-        may_choose: whether a value that is dropped nowhere yet may come back by another recovery
-            than the one that is chosen.
-        weigh: a factor for the score of a value made again for an op, for another choice.
+        is_sharing: whether a parent that is restored later anyway costs nothing if it can be
+            restored now and held. Better at loose budgets, worse at tight ones.
+        may_stretch: whether a missing parent may be held longer instead of being restored. Two
+            drops can then cancel each other: a repair ends without.
+        may_choose: whether a value that is dropped nowhere yet may be restored by another recovery
+            than the chosen one.
+        weigh: a factor for the score of a value restored for an op, to vary the choice.
         most_seconds: predicted time past which the repair is given up.
     """
 
@@ -64,15 +64,15 @@ class Candidate:
 
     Attributes:
         value: what is dropped.
-        time: captured op for which it is made again.
+        time: captured op for which it is restored.
         crosses: whether the step turns from forward to backward in the gap.
         start: first position at which the bytes are free.
         stop: position of the next use.
         score: seconds per byte and position of excess, weighed.
-        parents: parents to be made again for it.
+        parents: parents to be restored for it.
         stretched: parents to be held to the next use instead.
-        recovery: how it is made again.
-        sources: what all that is made of, and must be alive at the next use.
+        recovery: the recovery that restores it.
+        sources: what all these are restored from, which must be alive at the next use.
     """
 
     value: int
@@ -88,7 +88,7 @@ class Candidate:
 
     @property
     def order(self) -> tuple[float, bool, int, int, int]:
-        """The best first; of alike ones the exact."""
+        """A sort key: the best first, of equals the exact."""
         is_inexact = self.recovery.exactness is not Effect.EXACT
         return self.score, is_inexact, self.value, self.time, self.recovery.restore_op.id
 
@@ -177,7 +177,7 @@ def _choose(problem: Problem, account: Account, target: int, greed: Greed) -> li
             continue
         if chosen and candidate.score > highest:
             break
-        # The cost of a drop holds as long as what it is made of stays.
+        # The cost of a drop holds as long as its sources stay.
         if candidate.value in relied_on or not candidate.sources.isdisjoint(dropped):
             continue
         if dropped.setdefault(candidate.value, candidate.recovery) is not candidate.recovery:
@@ -193,7 +193,7 @@ def _choose(problem: Problem, account: Account, target: int, greed: Greed) -> li
 
 
 class _Gaps:
-    """Where values are idle, and what making them again would cost."""
+    """The gaps in which values are idle, and the costs of restoring them."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ class _Gaps:
             spans.sort()
 
     def candidates(self) -> Iterator[Candidate]:
-        """All whose score is alike the least so far; others are never chosen."""
+        """All whose score is close to the least so far; others are never chosen."""
         problem, area = self.problem, self.area
         for copy in self.copies:
             if copy.value not in problem.recovery or not problem.nbytes[copy.value]:
@@ -237,7 +237,7 @@ class _Gaps:
                 previous = use
 
     def recoveries_of(self, value: int, time: int) -> list[Recovery]:
-        """What can give a value back."""
+        """The recoveries that can restore a value."""
         problem = self.problem
         is_open = self.greed.may_choose and value not in self.restored
         all_of = problem.options[value].values() if is_open else (problem.recovery[value],)
@@ -251,7 +251,7 @@ class _Gaps:
         use: ScheduledCall,
         covered: int,
     ) -> Iterator[Candidate]:
-        """A drop between two uses: with missing parents made again, or held until then."""
+        """A drop between two uses: with missing parents restored, or held until then."""
         problem, stop, restore = self.problem, use.position, recovery.restore_op
         saved = (problem.nbytes[value] - problem.kept_bytes(recovery)) * covered
         if saved <= 0:
@@ -291,7 +291,7 @@ class _Gaps:
     def chain(
         self, value: int, recovery: Recovery, stop: int, most_seconds: float
     ) -> tuple[float, tuple[int, ...], frozenset[int]] | None:
-        """What making a value again at a position takes: seconds, missing parents, and the rest.
+        """The needs of a restore at a position: seconds, missing parents, and the other sources.
 
         None where that is too long, in parents or seconds: most chains of recurrent models are.
         """
@@ -341,7 +341,7 @@ class _Gaps:
         return index >= 0 and spans[index][1] >= position
 
     def is_made_later_anyway(self, value: int, position: int) -> bool:
-        """Whether a copy made now could be held until where one is made again as it is."""
+        """Tell whether a copy restored now could be held until one is restored anyway."""
         spans = self.spans.get(value, [])
         index = bisect_right(spans, (position, 1 << 62))
         if index == len(spans):

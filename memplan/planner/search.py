@@ -25,7 +25,7 @@ MAX_SLOWDOWN = 2.0
 """Schedules that take longer than this multiple of the captured step are not offered."""
 
 FREE_SLOWDOWN = 1.01
-"""What counts as free when neither a budget nor a slowdown was asked for."""
+"""The slowdown that counts as free when neither a budget nor a slowdown was asked for."""
 
 _SHARES = (0.6, 0.3, 0.15)
 _CALLS = 320_000
@@ -33,20 +33,20 @@ _CALLS = 320_000
 
 _MOST_TIMES = 2500
 _FEWEST_TIMES = 200
-"""But small and large steps between so many times, ..."""
+"""Accounts of the whole step by one search, at most and at least, for small and large steps."""
 
 _LARGE_CALLS, _LARGE_TIMES = 600_000, 70
-"""... and very large ones at most so many calls, and so many times."""
+"""For very large steps, at least so many calls plus so many accounts, if that is less."""
 
 _STARTS = 0.15
 """Part of the effort that repairs from scratch take, if any of them fits; the search nearby gains
-more by the rest."""
+more from the rest."""
 
 _ENDS = 4
-"""How many repaired schedules are improved; the neighbourhood of the best is searched first."""
+"""The most repaired schedules that are improved; the neighbourhood of the best comes first."""
 
 _HOPELESS = 1.25
-"""A repair past this multiple of the time limit is given up: what improves it gains less."""
+"""A repair past this multiple of the time limit is given up: improving it gains less."""
 
 _PROBES = 8
 """Targets that are tried on the way to the least peak."""
@@ -84,13 +84,13 @@ def solve(
     Args:
         program: the step.
         costs: of every op, the recoveries' included.
-        recoveries: what passes offer.
+        recoveries: those that passes offer.
         budget_bytes: bound on the peak, residents included; the cheapest schedule within it is
             sought.
         max_slowdown: bound on predicted time over the captured step's; without a budget, the
             schedule of least peak within it is sought. Neither: ``FREE_SLOWDOWN``.
         original_seconds: what slowdowns refer to; by default the program with everything kept.
-        anchors: values that nothing later gives back.
+        anchors: values restored by exact recoveries alone, and from no later value.
     """
     families = make_problems(program, recoveries, costs, anchors)
     problem = families[0][0]
@@ -117,7 +117,7 @@ def solve(
 
 
 def _cheapest(problems: Sequence[Problem], floor: int, target: int, limit: float) -> Solution:
-    """The cheapest within the target; or, if there is none, within the lowest peak known."""
+    """The cheapest solution within the target or, failing that, within the lowest peak known."""
     base = everything_kept(problems[0])
     for problem in problems if target >= floor else ():
         state = within(problem, base, target, limit)
@@ -142,20 +142,20 @@ def keep_all(program: Program, costs: Costs) -> Schedule:
 
 
 def solution_of(problem: Problem, state: Evaluated) -> Solution:
-    """A state as steps."""
+    """The solution of a state."""
     account = account_of(problem, state.decisions)
     peak = account.peak + problem.program.resident_bytes
     return Solution(to_schedule(problem, account), peak, account.seconds)
 
 
 def everything_kept(problem: Problem) -> Evaluated:
-    """The state in which nothing comes back."""
+    """The state in which nothing is restored."""
     decisions = keep_everything(problem)
     return Evaluated.of(decisions, account_of(problem, decisions))
 
 
 def effort_for(problem: Problem) -> Effort:
-    """What one search may spend on a problem of this size."""
+    """The effort that one search may spend on a problem of this size."""
     num_ops = problem.num_ops
     fewest = min(_FEWEST_TIMES * num_ops, _LARGE_CALLS + _LARGE_TIMES * num_ops)
     return Effort(min(max(_CALLS, fewest), _MOST_TIMES * num_ops))
@@ -187,7 +187,7 @@ def within(
 
 
 def _attempts(problem: Problem, target: int, limit: float) -> Iterator[tuple[Decisions, Greed]]:
-    """Where repairs start, and how they choose."""
+    """Decisions that repairs start from, each with its greed."""
     for share in _SHARES:
         for start in starts(problem, target):
             for is_sharing in (True, False):
@@ -206,7 +206,7 @@ def _end(
 
 
 def _improved(problem: Problem, ends: list[Evaluated], target: int, effort: Effort) -> Evaluated:
-    """The best that can be made of states within the target."""
+    """The best state that is reached from states within the target."""
 
     def worth(state: Evaluated) -> tuple[float, int]:
         return (state.seconds, state.peak)
@@ -230,7 +230,7 @@ def descend(problem: Problem, base: Evaluated, floor: int, limit: float) -> list
     """States of ever lower peaks: what can be reached at all within the time limit.
 
     Bisects between the floor and the lowest peak so far. The targets do not depend on a budget, so
-    that the smallest peak found is found again when it is asked for.
+    that the smallest peak is reached again when it is asked for.
     """
     reached = [base]
     low = floor
@@ -250,7 +250,7 @@ def descend(problem: Problem, base: Evaluated, floor: int, limit: float) -> list
 def _reach(
     problem: Problem, state: Evaluated, target: int, limit: float
 ) -> tuple[Evaluated | None, Evaluated | None]:
-    """From a state, or from nothing kept: the fastest within a target; and the lowest passed."""
+    """The fastest state within a target, and the lowest passed, from a state or nothing kept."""
     effort = Effort(effort_for(problem).left // 2)
     within_target: list[Evaluated] = []
     passed: list[Evaluated] = []

@@ -1,4 +1,4 @@
-"""Where a search begins."""
+"""The starts of a search."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from memplan.planner.problem import Problem
 def starts(problem: Problem, target: int) -> tuple[Decisions, ...]:
     """Decisions to begin with, the most promising first: with everything kept, and with nothing.
 
-    Where values can come back from later ones, also with as few of these as ``target`` bytes need,
-    and with all. They come back as soon as the backward needs anything of what they are computed
-    from: what they are had from ends there, and can be written over.
+    Where values can be restored from later ones, also with as few of these as ``target`` bytes
+    need, and with all. They are restored as soon as the backward needs anything that they are
+    computed from: their sources end there, and can be written over.
     """
     nothing = Decisions(frozenset(problem.recovery), frozenset())
     if not problem.inverted:
@@ -25,11 +25,11 @@ def starts(problem: Problem, target: int) -> tuple[Decisions, ...]:
 
 @dataclass(frozen=True)
 class _Inside:
-    """What belongs to values that come back from later ones.
+    """The details of values that are restored from later ones.
 
     Attributes:
-        asked: the op of the backward that first asks for what the value is computed from.
-        between: what is made again with it: all between what it is had from, and itself.
+        asked: value to the first backward op that needs what the value is computed from.
+        between: value to what is recomputed with it: all between its sources and itself.
     """
 
     asked: dict[int, int]
@@ -37,7 +37,7 @@ class _Inside:
 
 
 def _partly_undone(problem: Problem, target: int) -> tuple[Decisions, ...]:
-    """Undo the cheapest for their bytes, and as many as the target needs; all else is kept."""
+    """Invert the cheapest for their bytes, and as many as the target needs; keep all else."""
     inside = _inside(problem)
     base = keep_everything(problem)
 
@@ -99,7 +99,7 @@ def _inside(problem: Problem) -> _Inside:
 
 
 def _closure(start: Iterable[int], following: Callable[[int], Iterable[int]]) -> set[int]:
-    """All that is reached from some values."""
+    """All values reached from some."""
     stack = list(start)
     seen = set(stack)
     while stack:

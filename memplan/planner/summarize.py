@@ -1,4 +1,4 @@
-"""From a schedule to the plan that a user reads. No torch here."""
+"""The plan that a user reads, from a schedule. No torch here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_LIVE = 12
 
 
 def unplanned_step(program: Program, costs: Costs) -> ScheduledStep:
-    """The captured step as it is: no pass took part, and all is kept that autograd keeps."""
+    """The captured step as it is: without passes, and with all kept that autograd saves."""
     return ScheduledStep(program, (), costs, keep_all(program, costs))
 
 
@@ -31,7 +31,7 @@ def describe_plan(
     notes: Sequence[str],
     gradients: Mapping[str, int],
 ) -> Plan:
-    """The account of a step, and of the captured one beside it."""
+    """The plan of a step: its account, and that of the captured one beside it."""
     program, costs, values = step.program, step.costs, step.catalog.values
     op = step.catalog.ops[step.timeline.peak.op]
     held = {Role.TANGENT, Role.OUTPUT, Role.GRADIENT}

@@ -1,11 +1,11 @@
-"""A program within a budget as a mixed-integer program: what is alive, and what is made again.
+"""A program within a budget as a mixed-integer program: liveness and restores.
 
 Time is cut where some captured ops run; a window reaches from one of these runs to the next. Binary
 variables say which values are alive while the op at its start runs, and which restores run in the
 window (compare R, S and FREE of Jain et al., "Checkmate", MLSys 2020,
 https://arxiv.org/abs/1910.02653). With a few cuts this is a relaxation: bytes count at the cuts
-alone. With a cut at every op it has every schedule of these ops in this order, but for the bytes
-while restores run.
+alone. With a cut at every op it covers every schedule of these ops in this order, except for the
+bytes while restores run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _Term = tuple[int, float]
 
 
 class Windows:
-    """Variables and rows.
+    """The variables and rows of a problem.
 
     Attributes:
-        milp: which minimises the seconds of restores.
+        milp: the program, which minimises the seconds of restores.
         live: (window, value) to whether the value is alive while the op at its start runs.
         again: (window, op) to whether the restore runs in it.
         over: (window, value) to whether the op at its start writes over the value.
@@ -98,7 +98,7 @@ class Windows:
             self.milp.at_most(1.0, [(self.over[window, value], 1.0) for value in offered])
 
     def _stashes(self) -> None:
-        """A recovery that keeps something is stashed once, if it is used at all."""
+        """Run each recovery's stash once, if the recovery is used at all."""
         for recovery in self.recoveries:
             if recovery.stash_op is None:
                 continue
@@ -116,7 +116,7 @@ class Windows:
         return terms + [(self.again[window, op], 1.0) for op in ops]
 
     def _availability(self, window: int) -> None:
-        """What is read in a window is there; and what is alive at the next was there."""
+        """Require that what is read in a window, or alive at the next, is there."""
         problem = self.problem
         for op in range(self.cuts[window] + 1, self._stop(window)):
             for value in problem.operands[op]:
@@ -136,14 +136,14 @@ class Windows:
                     self.milp.at_least(0.0, [*self.available(window, value), after])
 
     def _bytes(self, window: int) -> None:
-        """While the op at the start of a window runs."""
+        """Bound the bytes while the op at the start of a window runs."""
         nbytes, cut = self.problem.nbytes, self.cuts[window]
         terms = [
             (self.live[window, value], nbytes[value] * self.unit)
             for value in self.needed[window]
             if nbytes[value]
         ]
-        # What a recovery keeps is made directly before the op, if it does not read its results.
+        # A stash is made directly before the op, if it does not read its results.
         terms += [
             (self.live[window + 1, kept], nbytes[kept] * self.unit)
             for kept, made_by in self.problem.producer.items()
@@ -156,7 +156,7 @@ class Windows:
         self.milp.at_most((self.target - self._fixed(cut, cut)) * self.unit, terms)
 
     def _fixed(self, op: int, time: int) -> int:
-        """Bytes that a call takes besides what is alive."""
+        """Bytes that a call takes besides those alive."""
         is_backward = time >= self.problem.program.turn
         return self.problem.call_bytes[op] + is_backward * self.problem.tangent_bytes
 
@@ -169,11 +169,11 @@ class Windows:
             self.milp.at_most(1.0, [(variable, 1.0) for variable in variables])
 
     def order(self, op: int) -> int:
-        """Restores of a window run in the order in which their values were made at first."""
+        """A sort key: restores of a window run in the order in which values were first made."""
         return min(self.made_at[value] for value in self.problem.results[op])
 
     def bound_restore(self, window: int, op: int) -> None:
-        """Count the bytes while a restore runs: what it reads and makes, and what is needed later.
+        """Bound the bytes while a restore runs: its operands and results, and what is needed later.
 
         Only for windows of one op.
         """
@@ -191,7 +191,7 @@ class Windows:
             if not problem.nbytes[value]:
                 continue
             if value in own_results:
-                # Nothing takes the place of what is held to the end.
+                # A value held to the end is not replaced.
                 fixed += problem.nbytes[value] * (value in problem.program.held)
                 continue
             size = problem.nbytes[value] * self.unit
@@ -220,7 +220,7 @@ class Windows:
         self.milp.at_most(limit + 2 * most, [*terms, *overs, (runs, 2 * most)])
 
     def calls(self, answer: Answer) -> Iterator[tuple[Kind, int, int]]:
-        """What a solution runs: kind, op, and the captured op that it is for."""
+        """The calls of a solution: kind, op, and the captured op that each is for."""
         problem = self.problem
         restores: dict[int, list[int]] = {}
         for (window, op), variable in self.again.items():

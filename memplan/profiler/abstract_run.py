@@ -1,4 +1,4 @@
-"""What a step will take, followed on tensors without data: nothing is allocated or computed."""
+"""A prediction of a step, followed on tensors without data: nothing is allocated or computed."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class FollowedStep:
     """A step of an untouched module, followed without data.
 
     Attributes:
-        followed: its events and its calls of kernels.
-        residents: what is there before it.
-        named: what is known of storages when a phase ends.
-        device: what it is for.
+        followed: its events and kernel calls.
+        residents: storages alive before it.
+        named: storages known at the end of a phase.
+        device: the device that it is for.
     """
 
     followed: Followed
@@ -57,7 +57,7 @@ class FollowedStep:
 
     @property
     def calls(self) -> list[KernelCall]:
-        """All calls of kernels, in order."""
+        """All kernel calls, in order."""
         return [call for _, call in self.followed.calls]
 
     def trace(self, memory: Callable[[KernelCall], KernelMemory]) -> MemoryTrace:
@@ -89,10 +89,10 @@ def follow_step(
             the meta device or under a fake mode).
         sample: one batch, as in ``memplan.optimize``.
         optimizer: its step is part of it.
-        device: to follow the kernels of a device that need not be there.
+        device: the device whose kernels are followed; it need not be present.
 
     Raises:
-        MemplanError: naming what needs data.
+        MemplanError: naming the code that needs data.
     """
     device = CPU if device is None else device
     with (
@@ -120,7 +120,7 @@ def follow_step(
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong and where in the user's code, in a line."""
+    """One line on the error and its place in the user's code."""
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}{f': {text}' if text else ''}{users_place(error)}"
 

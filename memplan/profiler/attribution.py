@@ -1,4 +1,4 @@
-"""From recorded events of the allocator to blocks: what each is for, where it comes from."""
+"""Recorded allocator events as blocks, each with its purpose and origin."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from memplan.torch_internals import (
 )
 
 END = "end"
-"""The phase in which all is given back."""
+"""The phase in which all memory is freed."""
 
 _ENGINE = "autograd::engine"
 
@@ -38,8 +38,8 @@ class Named:
     """Storages that are known at a moment.
 
     Attributes:
-        mark: of that moment.
-        category: theirs.
+        mark: the mark of that moment.
+        category: their category.
         names: address to name.
     """
 
@@ -57,15 +57,15 @@ def attributed(
     kind: Literal["measured", "predicted"] = "measured",
     otherwise: str = END,
 ) -> MemoryTrace:
-    """What was recorded, as a trace.
+    """The recorded events as a trace.
 
     Args:
         found: the record.
-        residents: what was there before.
-        named: what is known by address.
-        device: where it ran.
-        kind: whether it was measured.
-        otherwise: the phase of events outside of every phase.
+        residents: storages alive before it.
+        named: storages known by address.
+        device: the device that it ran on.
+        kind: measured or predicted.
+        otherwise: the phase of events outside every phase.
     """
     events = found.events
     phases = [_phase_of(event, otherwise) for event in events]
@@ -120,9 +120,9 @@ def _phase_of(event: AllocatorEvent, otherwise: str) -> str:
 
 
 def _ends(events: Sequence[AllocatorEvent]) -> dict[int, int | None]:
-    """For each event that makes a block, the one that frees it.
+    """For each event that allocates a block, the event that frees it.
 
-    What another thread frees is not recorded: it is gone when its address is handed out again.
+    Frees by another thread are not recorded: such a block ends when its address is reused.
     """
     ends: dict[int, int | None] = {}
     alive: dict[int, int] = {}
@@ -136,7 +136,7 @@ def _ends(events: Sequence[AllocatorEvent]) -> dict[int, int | None]:
 
 
 def _known(found: Recorded, named: Sequence[Named]) -> dict[int, tuple[str, str]]:
-    """Category and name of blocks that are known by address, by the event that made them."""
+    """Category and name of blocks that are known by address, by the event that allocated them."""
     known: dict[int, tuple[str, str]] = {}
     alive: dict[int, int] = {}
     done = 0
@@ -156,7 +156,7 @@ def _known(found: Recorded, named: Sequence[Named]) -> dict[int, tuple[str, str]
 
 
 def _next_backward(phases: Sequence[str]) -> list[int]:
-    """For each event, the number of the next one in a backward."""
+    """For each event, the number of the next event in a backward."""
     following, result = len(phases), []
     for number in range(len(phases) - 1, -1, -1):
         if phases[number] == Phase.BACKWARD.value:
@@ -166,7 +166,7 @@ def _next_backward(phases: Sequence[str]) -> list[int]:
 
 
 def _origin(found: Recorded, event: AllocatorEvent) -> Origin:
-    """Where an event comes from; in the backward, where the forward op does."""
+    """The origin of an event; in the backward, that of the forward op."""
     for position, call in enumerate(event.enclosing):
         if call.name.startswith(_ENGINE):
             maker = found.makers.get(call.sequence_number, ())
@@ -175,7 +175,7 @@ def _origin(found: Recorded, event: AllocatorEvent) -> Origin:
 
 
 def _kernel_of(event: AllocatorEvent) -> Enclosing | None:
-    """The outermost op around an event that is more than calls of other ops."""
+    """The outermost op around an event that does more than call other ops."""
     ops = [call for call in event.enclosing if call.name.startswith("aten::")]
     return next((call for call in reversed(ops) if not is_composite(call.name)), None)
 

@@ -1,4 +1,4 @@
-"""How much CUDA's caching allocator would reserve for a trace. A model of it, not verified."""
+"""The bytes that CUDA's caching allocator would reserve for a trace. A model, not verified."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SMALL = _MIB
 _SMALL_SEGMENT = 2 * _MIB
 _LARGE_SEGMENT = 20 * _MIB
 _OWN_SEGMENT = 10 * _MIB
-"""Requests from this size on get a segment that is as large as they are, rounded up."""
+"""Requests from this size on get a segment of their own size, rounded up."""
 _GRANULE = 512
 
 
@@ -22,7 +22,7 @@ class _Pool:
     """Segments for small requests, or for large ones.
 
     Attributes:
-        least_rest: what is left of a block is a block of its own from this size on.
+        least_rest: from this size on, the rest of a block becomes a block of its own.
         free: (size, segment, offset) of free blocks, in order.
         used: block to (size, segment, offset).
         cuts: segment to its blocks: offset to (size, whether it is free).
@@ -34,7 +34,7 @@ class _Pool:
     cuts: dict[int, dict[int, tuple[int, bool]]] = field(default_factory=dict)
 
     def allocate(self, block: int, nbytes: int) -> int:
-        """Serve a request; what had to be reserved for it."""
+        """Serve a request; return the bytes newly reserved for it."""
         place = bisect_left(self.free, (nbytes, -1, -1))
         reserved = 0
         if place == len(self.free):
@@ -54,7 +54,7 @@ class _Pool:
         return reserved
 
     def release(self, block: int) -> None:
-        """Take a block back, joined with free neighbours."""
+        """Free a block, merging it with free neighbours."""
         size, segment, offset = self.used.pop(block)
         cuts = self.cuts[segment]
         after = offset + size
@@ -83,7 +83,7 @@ def _segment_bytes(nbytes: int) -> int:
 
 
 def reserved_bytes(trace: MemoryTrace) -> int:
-    """What the allocator would hold at the end of a step; it gives nothing back by itself.
+    """The bytes that the allocator would hold after a step; it releases none by itself.
 
     With torch's default settings, on a device with enough memory: best fit in segments of 2 MiB
     for requests up to 1 MiB, of 20 MiB for those below 10 MiB, and of their own size above.

@@ -33,7 +33,7 @@ class Comparison(ShownAsTables):
 
     Attributes:
         original: the untouched module's profile.
-        planned: the other's.
+        planned: the other module's profile.
         time_ratio: planned over original; the median over interleaved rounds.
         loss_equal: whether the losses have the same bits.
         gradients_equal: whether all gradients have, those that are None included.
@@ -41,8 +41,8 @@ class Comparison(ShownAsTables):
         parameters_equal: whether all parameters have, after the optimizer's step if there is one.
         rng_equal: whether torch's random states are the same after the step.
         max_gradient_error: the largest difference of any entry over the largest gradient entry
-            of the original. Where gradients are used up in the backward, the updated parameters
-            are compared in their place.
+            of the original. Where the backward consumes gradients, updated parameters are compared
+            instead.
         losses: the two losses.
         untrained: parameters that get a gradient in the original, and by design none in the other.
             Gradients and parameters are compared without them, and without those that passes add.
@@ -68,7 +68,7 @@ class Comparison(ShownAsTables):
 
     @property
     def is_exact(self) -> bool:
-        """Whether loss, gradients, buffers, parameters and random state have the same bits."""
+        """Tell whether loss, gradients, buffers, parameters and random state have the same bits."""
         tensors_equal = self.gradients_equal and self.buffers_equal and self.parameters_equal
         return self.loss_equal and tensors_equal and self.rng_equal
 
@@ -82,7 +82,7 @@ class Comparison(ShownAsTables):
         )
 
     def tables(self) -> list[Table]:
-        """Memory, time and bits, side by side."""
+        """A table of memory, time and bits, side by side."""
         both = (self.original, self.planned)
         peaks = [profile.peak_bytes for profile in both]
         above = [profile.peak_bytes - profile.resident_bytes for profile in both]
@@ -109,13 +109,13 @@ class _Outcome:
 def compare(
     original: nn.Module, planned: nn.Module, sample: object, *, steps: int = 3
 ) -> Comparison:
-    """Run two modules on one sample: their bits, their memory, their time.
+    """Run two modules on one sample; compare their bits, memory and time.
 
     Args:
         original: the untouched module.
         planned: the module in its place, usually from ``memplan.optimize(original, ...)``. If it
             was planned with an optimizer, that is part of both steps. Where its passes freeze
-            parameters, the original runs as it was before.
+            parameters, the original runs with them as they were.
         sample: one batch.
         steps: how many interleaved rounds to time.
 
@@ -176,7 +176,7 @@ def compare(
 def _as_before(
     original: nn.Module, planned: nn.Module
 ) -> Callable[[], AbstractContextManager[None]]:
-    """Opened around steps of the original, whose parameters the planned module's passes freeze."""
+    """Context for steps of the original, whose parameters the planned module's passes freeze."""
     if isinstance(planned, PlannedModule) and planned.original is original:
         return planned.changed.as_before
     return nullcontext
@@ -185,9 +185,9 @@ def _as_before(
 def _trained_alike(
     original: nn.Module, planned: nn.Module, mine: _Outcome, theirs: _Outcome
 ) -> tuple[_Outcome, _Outcome, int]:
-    """Two outcomes without the parameters that only one of the modules trains, by design.
+    """Two outcomes without the parameters that, by design, only one module trains.
 
-    The last is how many of those the original trains.
+    The last item is how many of those the original trains.
     """
     if not isinstance(planned, PlannedModule) or planned.original is not original:
         return mine, theirs, 0
@@ -227,7 +227,7 @@ def _differences(mine: _Outcome, theirs: _Outcome, untrained: int) -> dict[str, 
 def _outcome(
     module: nn.Module, sample: Sample, optimizer: Optimizer | None, random: RandomStates
 ) -> _Outcome:
-    """One step under a random state; what it changes is put back."""
+    """The outcome of one step under a random state; all its changes are restored."""
     with preserved(module, optimizer):
         set_random_states(random)
         result = run_step(module, sample)
@@ -253,7 +253,7 @@ def _all_equal(
 
 
 def _error(mine: dict[str, torch.Tensor | None], theirs: dict[str, torch.Tensor | None]) -> float:
-    """Largest difference over the largest entry; a gradient that is missing counts as zeros."""
+    """The largest difference over the largest entry; a missing gradient counts as zeros."""
     present = [g for g in mine.values() if g is not None and g.numel()]
     scale = max((float(g.abs().max()) for g in present), default=0.0)
     worst = 0.0

@@ -1,4 +1,4 @@
-"""A step of a script, cut out of all that was recorded of it."""
+"""A step of a script, cut out of the whole recording."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from memplan.ir.memory_trace import SAVED, UNEXPLAINED, Allocation, MemoryTrace, Resident, spans_of
 
 HELD = "held by the script"
-"""The name of tensors that are no module's and no optimizer's."""
+"""The name of tensors that belong to no module and no optimizer."""
 
 
 def settled(
@@ -17,13 +17,13 @@ def settled(
     addresses: Sequence[int],
     marks: tuple[int, int, int],
 ) -> tuple[MemoryTrace, tuple[Resident, ...]]:
-    """A trace with what was there long before its step as that, and as residents what stays.
+    """A trace with older blocks given their category, and those that outlive the step as residents.
 
     Args:
-        trace: all that was recorded.
+        trace: the whole recording.
         seen: storages that Python saw when the step began, by address.
-        addresses: of each event.
-        marks: events at which the step before began, the step itself began, and it ended.
+        addresses: the address of each event.
+        marks: the events at which the step before began, the step began, and the step ended.
     """
     before, first, last = marks
     blocks: list[Allocation] = []
@@ -40,15 +40,15 @@ def settled(
             residents.append(resident)
         else:
             blocks.append(replace(block, category=resident.category, name=resident.name))
-    # What is not from torch's allocator is numpy's memory, or another process's.
+    # Memory that is not from torch's allocator is numpy's, or another process's.
     residents += [one for address, one in seen.items() if address not in known]
     return replace(trace, blocks=tuple(blocks)), tuple(residents)
 
 
 def _resident(block: Allocation, seen: Resident | None) -> Resident:
-    """What a block is that was there before: what Python sees, or what autograd holds.
+    """An earlier block as a resident: as Python sees it, or as saved by autograd.
 
-    Or what nothing is known of but where it was made.
+    Otherwise nothing is known but its origin.
     """
     if seen is None or (seen.name == HELD and block.module):
         name = f"{block.module}." if block.module else ""
@@ -58,7 +58,7 @@ def _resident(block: Allocation, seen: Resident | None) -> Resident:
 
 
 def cut(trace: MemoryTrace, first: int, last: int) -> MemoryTrace:
-    """The events from ``first`` to before ``last``, after one for what is there already."""
+    """The events from ``first`` to before ``last``, after one for the bytes already alive."""
 
     def moved(block: Allocation) -> Allocation:
         freed = block.freed

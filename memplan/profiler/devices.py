@@ -1,4 +1,4 @@
-"""What each device can tell about memory. Hardware that is absent is not an error."""
+"""Memory readings of each device. Absent hardware is not an error."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from memplan.torch_internals import (
 
 @dataclass(frozen=True)
 class Reading:
-    """What was seen while something ran.
+    """Memory readings of a run.
 
     Attributes:
         peak_bytes: the most bytes handed out by torch's allocator above those at the start.
         phases: the same in each phase.
         timeline: (seconds from the start, bytes above those at the start); CPU only.
         reserved_bytes: the most that torch's CUDA allocator held, or None on the CPU.
-        process_bytes: GPU memory of this process by NVML, or None where it cannot be told.
+        process_bytes: GPU memory of this process by NVML, or None where it is unknown.
         host_bytes: resident set of this process afterwards. Shown, never relied on.
     """
 
@@ -47,7 +47,7 @@ class Reading:
 
 def read_cpu(run: Callable[[During], object]) -> Reading:
     """Run once under torch's profiler: exact to the byte, and the same every time."""
-    # What was garbage before must not be freed, and counted, inside.
+    # Earlier garbage must not be freed, and counted, inside.
     gc.collect()
     with paused_collector(), recording() as profile:
         kept = run(phase)
@@ -72,11 +72,10 @@ def read_cpu(run: Callable[[During], object]) -> Reading:
 def read_cuda(run: Callable[[During], object], device: torch.device) -> Reading:
     """Run once between readings of torch's statistics.
 
-    Bytes are those that were asked for; the allocator's blocks are up to a few hundred bytes
-    larger each.
+    Bytes are those requested; the allocator's blocks are up to a few hundred bytes larger each.
     """
     torch.cuda.synchronize(device)
-    # What earlier steps left in the cache would count as reserved.
+    # Cached memory of earlier steps would count as reserved.
     torch.cuda.empty_cache()
     before = requested_bytes(device)
     phases: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What a step will take, before it is run."""
+"""An estimate of a step's memory, before it is run."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from memplan.profiler.caching_allocator import reserved_bytes
 from memplan.units import format_bytes
 
 _UNSEEN = 0.01
-"""Of what is above residents: scalars that no op is seen to make, and the like."""
+"""Share of the bytes above residents, for scalars that no op is seen to make, and the like."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step of an untouched module will take.
+    """The memory that a step of an untouched module will take.
 
     Attributes:
         trace: the step, block by block; its peak is the estimate.
-        least_bytes: the peak is not below.
-        most_bytes: nor above.
+        least_bytes: lower bound on the peak.
+        most_bytes: upper bound on the peak.
         reserved_bytes: what CUDA's caching allocator would hold, by a model of it that is not
             verified; None for the CPU.
         costs: whether kernels' workspace was "measured" on this machine, or is "analytic".
         refusals: kernels that could not be measured alone, and why.
-        device: what it is for.
+        device: the device that it is for.
     """
 
     trace: MemoryTrace
@@ -45,7 +45,7 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The estimate; with analytic costs, kernels' workspace apart."""
+        """The estimate; with analytic costs, without kernels' workspace."""
         return self.trace.peak_bytes
 
     def __str__(self) -> str:
@@ -68,22 +68,22 @@ def estimate(
     device: str | None = None,
     costs: Literal["measured", "analytic"] = "analytic",
 ) -> Estimate:
-    """What a training step will take, before it is run.
+    """Estimate the memory of a training step, before it is run.
 
-    The step of the module as it is, Python's references and autograd's alike; for that of a plan
+    The step is that of the module as it is, with Python's and autograd's references; for a plan's
     see ``memplan.plan``. Gradients are None at its start, and the optimizer has its state.
 
     Args:
         module: returns its loss, alone or among other outputs; it may be without data.
         sample: one batch, as in ``memplan.optimize``.
         optimizer: its step is part of it.
-        device: a name of ``memplan.costs.DEVICES``, which need not be there; None is the device
-            that the module is on.
+        device: a name of ``memplan.costs.DEVICES``, which need not be present; None is the
+            module's device.
         costs: "measured" runs each distinct kernel alone, on this machine. "analytic" runs
-            nothing: the interval then spans what kernels may need inside.
+            nothing: the interval then spans the workspace that kernels may need.
 
     Returns:
-        The peak, and an interval that it is in.
+        The peak, and an interval that contains it.
 
     Raises:
         MemplanError: if the device is not known, or the step needs data.

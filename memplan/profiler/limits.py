@@ -1,4 +1,4 @@
-"""How much tensor memory some code takes, whatever it does."""
+"""The tensor memory that any code takes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _MOST_BLOCKS = 5
 
 @dataclass(frozen=True)
 class Usage:
-    """Memory that some code took.
+    """The memory that some code took.
 
     Attributes:
         peak_bytes: the most bytes of torch's allocator above those at the start.
-        blocks: those of its making that were alive then, the largest first.
+        blocks: its blocks alive at that moment, the largest first.
     """
 
     peak_bytes: int
@@ -37,14 +37,14 @@ class Usage:
 
 @contextlib.contextmanager
 def measured(device: torch.device) -> Iterator[Callable[[], Usage]]:
-    """Measure what runs inside; what is yielded returns it, afterwards.
+    """Measure the code inside; the function yielded returns the result afterwards.
 
-    On the CPU bytes are those of the allocator's events, on CUDA those that were asked for. It
-    records with torch's profiler, of which only one can run at a time.
+    On the CPU bytes are those of the allocator's events, on CUDA those requested. It records
+    with torch's profiler, of which only one can run at a time.
     """
     is_cuda = device.type == "cuda"
     before = peak_bytes = 0
-    # What was garbage before must not be freed, and counted, inside.
+    # Earlier garbage must not be freed, and counted, inside.
     gc.collect()
     if is_cuda:
         torch.cuda.synchronize(device)
@@ -75,7 +75,7 @@ def _refuse() -> None:
 
 
 def describe_excess(usage: Usage, limit_bytes: int) -> str:
-    """By how much a limit is exceeded, and by what."""
+    """A message with the excess over a limit and the largest blocks."""
     excess = format_bytes(usage.peak_bytes - limit_bytes)
     lines = [
         f"{format_bytes(usage.peak_bytes)} of tensor memory, {excess} more than the limit of "

@@ -1,4 +1,4 @@
-"""Measure a training step: memory by phase, and time."""
+"""Measurement of a training step: memory by phase, and time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Profile(ShownAsTables):
         step_s: time of a step; the median of several.
         timeline: (seconds, bytes with residents) at each event of the allocator; CPU only.
         device: where it ran.
-        reserved_bytes: what torch's CUDA allocator held at most, or None.
+        reserved_bytes: the most that torch's CUDA allocator held, or None.
         process_bytes: GPU memory of the process by NVML, or None.
         host_bytes: resident set of the process; shown, never relied on.
     """
@@ -59,7 +59,7 @@ class Profile(ShownAsTables):
 
     @property
     def peak_phase(self) -> str:
-        """The phase that the peak is in; the first of those that reach it."""
+        """The phase of the peak; the first of those that reach it."""
         return max(self.phases, key=self.phases.__getitem__)
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class Profile(ShownAsTables):
         )
 
     def tables(self) -> list[Table]:
-        """The memory of the step by phase, and its time."""
+        """A table of the step's memory by phase, and its time."""
         rows = [
             ("peak memory", format_bytes(self.peak_bytes)),
             *((f"in {name}", format_bytes(nbytes)) for name, nbytes in self.phases.items()),
@@ -91,9 +91,9 @@ def profile(
         module: returns its loss, alone or among other outputs.
         sample: one batch, as in ``memplan.optimize``.
         steps: how many steps to time, after one to warm up and one to read memory.
-        optimizer: measure its step as well. A planned module's own is, without being named.
+        optimizer: measure its step as well. A planned module's own is included without being named.
 
-    Parameters, buffers, gradients, the optimizer's state and random states are as before
+    Parameters, buffers, gradients, the optimizer's state and random states are restored
     afterwards.
 
     Returns:
@@ -125,10 +125,10 @@ def describe(
     reading: Reading,
     step_s: float,
 ) -> Profile:
-    """What was read and timed, as a profile."""
+    """A reading and a time as a profile."""
     resident = resident_bytes(module, sample, optimizer)
     if isinstance(module, PlannedModule):
-        # Constants that the capture found are among the plan's residents; state is as it is.
+        # Constants of the capture are among the plan's residents; state is as it is.
         planned = module.plan.categories.get(Role.OPTIMIZER_STATE.value, 0)
         measured = 0 if optimizer is None else state_bytes(optimizer)
         resident = module.plan.resident_bytes - planned + measured

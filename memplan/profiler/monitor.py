@@ -1,4 +1,4 @@
-"""Measure a step of a running training now and then, beside what its plan predicts."""
+"""Measurement of a running training now and then, beside its plan's prediction."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ _LOG = logging.getLogger("memplan")
 def log_memory(planned: PlannedModule, every: int = 100) -> MemoryLog:
     """Log the predicted and the measured peak of one step in ``every``, at INFO to "memplan".
 
-    A context, or close it by hand. Steps are calls of the module with gradients enabled, and last
-    until the optimizer's step, which is measured if the plan covers it, or until the next call.
-    The others cost nothing. A step for which a plan is made is passed over for the next, and so is
-    one in which something else is measured.
+    A context manager, or close it by hand. Steps are calls of the module with gradients enabled,
+    and last until the optimizer's step, which is measured if the plan covers it, or until the
+    next call. The others cost nothing. A step for which a plan is made, or in which something
+    else is measured, is skipped in favour of the next.
 
     On the CPU, one step is recorded with torch's profiler, of which only one can run at a time;
     on CUDA, torch's peak statistics are reset.
 
     Args:
-        planned: what ``memplan.optimize`` returned.
-        every: how many steps there are to a line.
+        planned: the result of ``memplan.optimize``.
+        every: the number of steps per line.
 
     Returns:
-        What was logged, line by line; a context.
+        The lines logged so far; a context manager.
 
     Raises:
         MemplanError: if ``every`` is less than 1.
@@ -72,7 +72,7 @@ def log_memory(planned: PlannedModule, every: int = 100) -> MemoryLog:
 
 
 class MemoryLog:
-    """Logs until it is closed."""
+    """A log that runs until it is closed."""
 
     def __init__(self, planned: PlannedModule, every: int) -> None:
         self._planned = planned
@@ -84,7 +84,7 @@ class MemoryLog:
         self._handle = planned.register_forward_pre_hook(self._before_call)
 
     def close(self) -> None:
-        """Log the step that is being measured, if there is one, and stop."""
+        """Log the step being measured, if any, and stop."""
         self._handle.remove()
         self._finish()
 
@@ -98,7 +98,7 @@ class MemoryLog:
         traceback: TracebackType | None,
     ) -> None:
         if error is not None and self._reading is not None:
-            self._reading.stop()  # a step that failed shows nothing
+            self._reading.stop()  # a failed step shows nothing
             self._reading = None
         self.close()
 
@@ -132,10 +132,10 @@ class MemoryLog:
 
 
 class _Reading:
-    """One step that is being measured.
+    """One step being measured.
 
     Attributes:
-        state_bytes: of the optimizer that the plan covers, before the step.
+        state_bytes: bytes of the planned optimizer's state before the step.
     """
 
     def __init__(self, planned: PlannedModule, finish: Callable[[], None]) -> None:
@@ -153,14 +153,14 @@ class _Reading:
 
     @property
     def plan(self) -> Plan | None:
-        """The step's; None if it was made in the step, which was then more than its plan."""
+        """The step's plan; None if it was made in the step, which then did more than its plan."""
         if not self._planned.plans:
             return None
         plan = self._planned.plan
         return plan if any(plan is known for known in self._known) else None
 
     def stop(self) -> int | None:
-        """The most bytes above those at the start; None if something else was measured since."""
+        """The most bytes above those at the start; None if another measurement interrupted it."""
         above_bytes = self._stop()
         for hook in self._hooks:
             hook.remove()
@@ -185,8 +185,8 @@ class _Reading:
 
 
 def _read_cpu() -> Callable[[], int | None]:
-    """Start to record; what is returned ends it, and tells the most bytes above those here."""
-    # What was garbage before must not be freed, and counted, in the step.
+    """Start recording; the function returned stops it, and returns the peak above the start."""
+    # Earlier garbage must not be freed, and counted, in the step.
     gc.collect()
     stack = contextlib.ExitStack()
     given_way: list[bool] = []

@@ -1,4 +1,4 @@
-"""A step of a whole training script, unmodified, measured while it trains."""
+"""Measurement of a step of an unmodified training script while it trains."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from memplan.torch_internals import (
 )
 
 _MOST_CALLS = 200_000
-"""Of torch's functions, that are recorded before the steps that matter."""
+"""Limit on the recorded calls of torch's functions before the steps that matter."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class ScriptProfile:
 
     Attributes:
         trace: the step, from the end of one optimizer step to the end of the next.
-        step_s: time of the step after it, of which nothing is recorded; that of the steps until
-            then, if there is none.
-        step: which step it was, counted from 1.
+        step_s: time of the step after it, which is not recorded; without one, that of the steps up
+            to it.
+        step: number of the step, counted from 1.
     """
 
     trace: MemoryTrace
@@ -66,7 +66,7 @@ class ScriptProfile:
 
     @property
     def growth_bytes(self) -> int:
-        """How much more is there at the end of the step than at its start."""
+        """Growth in bytes from the start of the step to its end."""
         totals = self.trace.totals
         return totals[-1] - totals[0] if totals else 0
 
@@ -76,16 +76,16 @@ class _Done(BaseException):
 
 
 def profile_script(path: Path, arguments: Sequence[str], *, step: int = 4) -> ScriptProfile:
-    """Run a script until its optimizer has made so many steps, and account for the last of them.
+    """Run a script for so many optimizer steps, and account for the last of them.
 
-    Steps are those of the optimizer that steps first. The script is not told: its code runs as it
-    is, and is stopped a step later, which is timed. What it prints goes to stderr. What Python does
-    not see counts as unexplained, also where another thread has freed it.
+    Steps are those of the optimizer that steps first. The script runs unchanged, and is stopped
+    a step later, which is timed. Its output goes to stderr. Memory that Python does not see counts
+    as unexplained, even if another thread has freed it.
 
     Args:
         path: the script.
-        arguments: what it finds in ``sys.argv``.
-        step: which step to record; the one before it is recorded too, to know what is left of it.
+        arguments: the script's ``sys.argv``.
+        step: the step to record; the one before is recorded too, to know what it leaves behind.
 
     Raises:
         MemplanError: if the script ends before that.
@@ -122,18 +122,18 @@ def profile_script(path: Path, arguments: Sequence[str], *, step: int = 4) -> Sc
 
 @contextlib.contextmanager
 def _without_warning_of_hooks() -> Iterator[None]:
-    """Inside, torch.compile does not warn of hooks that it traces: these do nothing there."""
+    """Silence torch.compile's warning about the hooks that it traces: they do nothing there."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*there are global hooks on modules")
         yield
 
 
 class _ScriptRecorder:
-    """Counts optimizer steps, times the one after the step that is looked at, and ends the script.
+    """Counts optimizer steps, times the one after the recorded step, and ends the script.
 
-    All is recorded from the start on, so that what Python does not see is known by where it was
-    made. Where that would be too much, or memplan itself measures, it is begun anew two steps
-    before the end. Nowhere else: a call that one record saw begin must not end in another.
+    All is recorded from the start, so that memory that Python does not see is known by its origin.
+    If that becomes too much, or memplan itself measures, the recording ends, and restarts two
+    steps before the end. Nowhere else: a call must not begin in one record and end in another.
     """
 
     def __init__(self, step: int) -> None:
@@ -142,7 +142,7 @@ class _ScriptRecorder:
         self.first: weakref.ref[Optimizer] | None = None
         self.is_over = False
         self.marks = 0
-        # The script's modules and optimizers live no longer than it lets them.
+        # The script decides how long its modules and optimizers live.
         self.optimizers: WeakSet[Optimizer] = WeakSet()
         self.known = Known()
         self.ends_s: list[float] = []
@@ -164,7 +164,7 @@ class _ScriptRecorder:
             register_optimizer_step_post_hook(self.after),
         )
         try:
-            # Inside of one mode from the first step on: compiled code is compiled anew for another.
+            # One mode from the first step on: another mode would recompile compiled code.
             with (
                 _without_warning_of_hooks(),
                 running_anywhere(self.known),
@@ -193,7 +193,7 @@ class _ScriptRecorder:
         )
 
     def as_forward(self, closure: Callable[[], object]) -> Callable[[], object]:
-        """What an optimizer calls to have the loss and gradients: no part of its own work."""
+        """A closure of an optimizer, recorded as forward, not as the optimizer's own work."""
 
         def called() -> object:
             with note(f"{SPAN_PREFIX}{Phase.FORWARD.value}"):
@@ -204,7 +204,7 @@ class _ScriptRecorder:
         return called
 
     def is_noted(self) -> bool:
-        """Not in processes that load the script's batches, which begin as copies of this one."""
+        """Tell whether to record: not in data loaders, which start as copies of this process."""
         return not self.is_over and os.getpid() == self.process
 
     def noted(self, text: str) -> AbstractContextManager[object]:
@@ -217,7 +217,7 @@ class _ScriptRecorder:
         self.interrupt("memplan measured kernels, or a step,")
 
     def interrupt(self, reason: str) -> None:
-        """End the record, for this reason."""
+        """End the recording for this reason."""
         if self.is_over:
             return
         self.open.close()
@@ -261,7 +261,7 @@ class _ScriptRecorder:
             raise _Done
 
     def know_others(self) -> None:
-        """Modules that are trained and were never called, but by ``forward``."""
+        """Learn trained modules that were never called, except through ``forward``."""
         objects = gc.get_objects()
         modules = [one for one in objects if issubclass(type(one), nn.Module)]
         inside = {child for one in modules for child in one.children()}
@@ -306,7 +306,7 @@ class _ScriptRecorder:
                 named += [(Role.PARAMETER, "", parameter) for parameter in group["params"]]
             for parameter, state in optimizer.state.items():
                 for tensor in tensors_in(state, but=[parameter]):
-                    # LBFGS keeps what is for all at its first parameter.
+                    # LBFGS keeps its global state at its first parameter.
                     is_its_own = tensor.numel() <= parameter.numel()
                     name = names.get(id(parameter), "") if is_its_own else ""
                     named.append((Role.OPTIMIZER_STATE, name, tensor))

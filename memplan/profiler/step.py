@@ -1,4 +1,4 @@
-"""One training step as the profiler runs it, and all that it changes put back afterwards."""
+"""One training step as the profiler runs it, and restoration of all that it changes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from memplan.optimizer import state_bytes, state_tensors
 from memplan.torch_internals import flatten, storage_key, version_of, without_autocast
 
 During = Callable[[str], AbstractContextManager[object]]
-"""Opened around each phase, with its name."""
+"""Context factory for each phase, called with its name."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a step leaves behind.
+    """The results of a step.
 
     Attributes:
-        output: what the module returned.
-        loss: its scalar.
+        output: the module's return value.
+        loss: the scalar in it.
     """
 
     output: Any
@@ -42,7 +42,7 @@ def run_step(
     optimizer: Optimizer | None = None,
     during: During = contextlib.nullcontext,
 ) -> Result:
-    """Forward, backward and, with an optimizer, its step. Autocast is for the forward alone.
+    """Run forward, backward and the optimizer's step, if any; autocast is for the forward only.
 
     Raises:
         MemplanError: if the module does not return exactly one scalar with a gradient.
@@ -70,9 +70,9 @@ def run_step(
 
 @contextlib.contextmanager
 def preserved(module: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Start without gradients; put gradients, buffers and random states back at the end.
+    """Start without gradients; restore gradients, buffers and random states at the end.
 
-    With an optimizer, parameters and its state as well.
+    With an optimizer, restore parameters and its state as well.
     """
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     buffers = [
@@ -99,7 +99,7 @@ def preserved(module: nn.Module, optimizer: Optimizer | None = None) -> Iterator
 
 @contextlib.contextmanager
 def restored_randomness() -> Iterator[None]:
-    """Put torch's, numpy's and Python's random states back at the end."""
+    """Restore torch's, numpy's and Python's random states at the end."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng():
         try:
@@ -111,7 +111,7 @@ def restored_randomness() -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored(optimizer: Optimizer) -> Iterator[None]:
-    """Put parameters, state and settings back at the end; they are kept in the host's memory."""
+    """Restore parameters, state and settings at the end, from copies in the host's memory."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     contents = [
         (tensor, tensor.detach().to("cpu", copy=True))
@@ -139,7 +139,7 @@ def restored(optimizer: Optimizer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged_inputs(sample: Sample) -> Iterator[None]:
-    """Put the gradients of inputs back at the end."""
+    """Restore the gradients of inputs at the end."""
     gradients = [(tensor, tensor.grad) for tensor in sample.tensors() if tensor.is_leaf]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Run a step, and have every event of the allocator recorded with where it comes from."""
+"""A step run with every allocator event recorded, together with its origin."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trace_memory(
     """Measure a training step, after one to warm up, and account for every byte.
 
     Gradients are None at its start, and the optimizer has its state. Parameters, buffers,
-    gradients, the optimizer's state and random states are as before afterwards.
+    gradients, the optimizer's state and random states are restored afterwards.
 
     Args:
         module: returns its loss, alone or among other outputs.
@@ -83,11 +83,11 @@ def trace_memory(
 def noting(
     module: nn.Module, note: Callable[[str], AbstractContextManager[object]] = note
 ) -> Iterator[None]:
-    """Inside, calls of torch's functions are recorded with their module and the user's line."""
+    """Record the calls of torch's functions inside, with their module and the user's line."""
     open_notes: list[AbstractContextManager[object]] = []
 
     def changed(names: Sequence[str]) -> None:
-        # What runs again in the backward, or in C++, calls no function that is noted.
+        # Recomputation in the backward, and calls from C++, reach no function that is noted.
         if len(names) > len(open_notes):
             open_notes.append(note(Origin(module=names[-1]).as_note()))
             open_notes[-1].__enter__()
@@ -107,7 +107,7 @@ def noting_in(
     note: Callable[[str], AbstractContextManager[object]] = note,
     is_on: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
-    """The same, while ``is_on``; the innermost module goes by the name that is returned."""
+    """The same while ``is_on``; ``running`` names the innermost module."""
     with noting_planned(note, is_on), _Notes(running, note, is_on):
         yield
 
@@ -142,7 +142,7 @@ def residents_of(
 ) -> tuple[Resident, ...]:
     """Parameters, buffers, inputs and the optimizer's state, each storage once.
 
-    In blocks of an allocator that hands out multiples of ``granule_bytes``.
+    Sizes are rounded up to multiples of ``granule_bytes``, as the allocator hands them out.
     """
     state = [] if optimizer is None else _named_state(module, optimizer)
     tensors = [
@@ -159,7 +159,7 @@ def residents_of(
 
 
 def _named_state(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
-    """What an optimizer holds, by the parameter that it is for; "" for what is for all."""
+    """An optimizer's state, by the parameter that it is for; "" for global state."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     named = [
         (names.get(id(parameter), ""), tensor)
@@ -170,7 +170,7 @@ def _named_state(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, tor
 
 
 def gradients_at(module: nn.Module, address: Callable[[torch.Tensor], int]) -> dict[int, str]:
-    """Address of each parameter's gradient to the parameter's name."""
+    """The address of each parameter's gradient, with the parameter's name."""
     return {
         address(stored): name
         for name, parameter in module.named_parameters()
@@ -180,5 +180,5 @@ def gradients_at(module: nn.Module, address: Callable[[torch.Tensor], int]) -> d
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """Where a tensor's memory is."""
+    """The address of a tensor's memory."""
     return tensor.untyped_storage().data_ptr()

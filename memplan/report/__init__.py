@@ -1,4 +1,4 @@
-"""Rendering only: numbers come in, text goes out."""
+"""Rendering only: numbers in, text out."""
 
 from memplan.report.chrome import chrome_trace
 from memplan.report.differences import difference_document, difference_table, increase

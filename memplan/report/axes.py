@@ -1,4 +1,4 @@
-"""Axes of an SVG figure: where a number is, and the frame around."""
+"""Axes of an SVG figure: the positions of numbers, and the frame around them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memplan.report.palette import DARK, GROUND, INK, LIGHT, css_class
 from memplan.report.panels import ticks
 
 _CHARACTER = 6.6
-"""Width of one in a label, about."""
+"""Approximate width of a character in a label."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Frame:
     """A pair of axes.
 
     Attributes:
-        left: its left edge, in the figure's units, as are the next three.
-        top: its upper edge.
+        left: left edge, in the figure's units, as are the next three.
+        top: upper edge.
         width: between left and right.
         height: between top and bottom.
         x_range: the numbers at the left and the right edge.
@@ -44,11 +44,11 @@ class Frame:
         return self.top + self.height
 
     def x(self, number: float) -> float:
-        """Where a number is, from the left."""
+        """The position of a number, from the left."""
         return self.left + self.width * _share(number, self.x_range)
 
     def y(self, number: float) -> float:
-        """Where a number is, from the top."""
+        """The position of a number, from the top."""
         return self.bottom - self.height * _share(number, self.y_range)
 
 
@@ -58,7 +58,7 @@ def _share(number: float, between: tuple[float, float]) -> float:
 
 
 def figure(width: float, height: float, title: str, description: str, parts: Iterable[str]) -> str:
-    """An SVG element for the inside of a page."""
+    """An SVG element to embed in a page."""
     body = "\n".join(parts)
     return (
         f'<svg class="memplan-figure" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
@@ -69,7 +69,7 @@ def figure(width: float, height: float, title: str, description: str, parts: Ite
 
 
 def standalone(svg: str) -> str:
-    """A file from the element: with its namespace, and its own ground and ink."""
+    """The element as a file: with its namespace, and its own background and text colours."""
     rules = [
         f"svg.memplan-figure {{ background: {ground}; color: {ink}; }}"
         for ground, ink in zip(GROUND, INK, strict=True)
@@ -92,7 +92,7 @@ def line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
 
 
 def steps(frame: Frame, xs: Sequence[float], ys: Sequence[float]) -> str:
-    """The commands of a path that holds each number until the next one."""
+    """The path commands that hold each number until the next one."""
     path = [f"M{frame.x(xs[0]):.1f} {frame.y(ys[0]):.1f}"]
     height = ys[0]
     for x, y in zip(xs[1:], ys[1:], strict=True):
@@ -103,7 +103,7 @@ def steps(frame: Frame, xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def axes(frame: Frame, x_label: str, y_label: str, units: tuple[float, float]) -> list[str]:
-    """Grid, ticks and names of both axes; ticks count in the units."""
+    """Grid, ticks and names of both axes; ticks are multiples of the units."""
     x_unit, y_unit = units
     parts = []
     for tick in ticks(frame.y_range[0] / y_unit, frame.y_range[1] / y_unit, 5):
@@ -125,12 +125,12 @@ def axes(frame: Frame, x_label: str, y_label: str, units: tuple[float, float]) -
 
 
 def legend(entries: Sequence[tuple[str, str]], top: float, width: float) -> tuple[list[str], float]:
-    """Names beside their marks, in as many rows as they need, and where the next part starts.
+    """Names beside their marks, in as many rows as needed, and the top of the next part.
 
     Args:
         entries: the mark, drawn in a box of 14 by 10 at the origin, and the name.
-        top: of the first row.
-        width: of a row.
+        top: top of the first row.
+        width: width of a row.
     """
     parts, x, y = [], 16.0, top
     for mark, name in entries:
@@ -143,7 +143,7 @@ def legend(entries: Sequence[tuple[str, str]], top: float, width: float) -> tupl
 
 
 def area_colour(category: str) -> str:
-    """Attributes that fill with a category's colour, also where no style sheet is read."""
+    """Attributes that fill with a category's colour, even without a style sheet."""
     return f'class="{css_class(category)}" fill="{LIGHT[category]}"'
 
 

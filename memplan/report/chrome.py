@@ -16,7 +16,7 @@ _MOST_SAMPLES = 20_000
 def chrome_trace(trace: MemoryTrace) -> dict[str, Any]:
     """Bytes by category over time, the phases, and the peak; ready for ``json.dumps``.
 
-    Of very long traces the highest and lowest moments are taken; the peak is always there.
+    Very long traces keep only their highest and lowest moments; the peak is always included.
     """
     events = [
         _named("process_name", f"memory on {trace.device}, {trace.kind}"),
@@ -49,7 +49,7 @@ def _samples(trace: MemoryTrace) -> list[dict[str, Any]]:
 
 
 def _phases(trace: MemoryTrace) -> list[dict[str, Any]]:
-    """A phase lasts until the next one begins."""
+    """The phases as events, each lasting until the next begins."""
     starts = [_microseconds(trace.times_s[span.first]) for span in trace.spans]
     ends = [*starts[1:], *(_microseconds(when) for when in trace.times_s[-1:])]
     return [

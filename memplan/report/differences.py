@@ -1,4 +1,4 @@
-"""What changed between two documents."""
+"""The differences between two documents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MOST = 10
 
 
 def increase(before: Readable, after: Readable) -> float:
-    """How much the peak grew, as a share of what it was."""
+    """The growth of the peak, as a share of the peak before."""
     if not before.peak_bytes:
         return float(after.peak_bytes > 0)
     return after.peak_bytes / before.peak_bytes - 1
@@ -46,7 +46,7 @@ def difference_table(before: Readable, after: Readable) -> Table:
 
 
 def difference_document(before: Readable, after: Readable) -> DifferenceDocument:
-    """The same; the totals are those of the document after."""
+    """The same as a document; its totals are those of the document after."""
     was, is_now = before.categories, after.categories
     return DifferenceDocument(
         peak_bytes=after.peak_bytes,

@@ -41,16 +41,16 @@ from memplan.report.schema import (
 )
 
 _POINTS = 2000
-"""Of a timeline, at most about so many."""
+"""Approximate limit on the points of a timeline."""
 
 PLANNED = "planned, measured"
-"""The trace of a comparison that its totals are of."""
+"""The trace that a comparison's totals are taken from."""
 
 
 def profile_document(
     trace: MemoryTrace, seconds: Mapping[str, float], growth_bytes: int | None = None
 ) -> ProfileDocument:
-    """A measured step; of a script, how much more is there after it than before."""
+    """A measured step; for a script, also the growth in bytes over the step."""
     return ProfileDocument(
         **_totals(trace),
         device=trace.device,
@@ -66,7 +66,7 @@ def profile_document(
 
 
 def trace_document(label: str, trace: MemoryTrace) -> Trace:
-    """What is there at the peak, and bytes by category over the step."""
+    """The bytes alive at the peak, and the bytes by category over the step."""
     event = trace.peak_event
     block = trace.peak_block
     events = trace.highlights(_POINTS)
@@ -106,7 +106,7 @@ def _totals(trace: MemoryTrace) -> dict[str, Any]:
 
 
 def _plan_totals(plan: Plan) -> dict[str, Any]:
-    """The totals of a prediction: every byte of it has a name."""
+    """The totals of a prediction, in which every byte has a name."""
     return {
         "peak_bytes": plan.peak_bytes,
         "resident_bytes": plan.resident_bytes,
@@ -120,7 +120,7 @@ def plan_document(
     traces: Mapping[str, MemoryTrace] | None = None,
     techniques: Sequence[Technique] = (),
 ) -> PlanDocument:
-    """What a plan predicts; its schedule is in the file that ``-o`` writes."""
+    """The predictions of a plan; its schedule is in the file that ``-o`` writes."""
     return PlanDocument(
         **_plan(plan),
         unexplained_bytes=0,
@@ -130,7 +130,7 @@ def plan_document(
 
 
 def technique_rows(techniques: Sequence[Technique]) -> tuple[TechniqueRow, ...]:
-    """Techniques that were planned alone, as they are ranked."""
+    """Rows of techniques planned alone, in the order of their rank."""
     return tuple(
         TechniqueRow(
             name=one.name,
@@ -170,7 +170,7 @@ def _phases(peaks: Mapping[str, int]) -> tuple[PhasePeak, ...]:
 
 
 def frontier_document(plans: Sequence[Plan]) -> FrontierDocument:
-    """Plans by ascending peak; the totals are those of the unplanned step, the last of them."""
+    """Plans by ascending peak; the totals are those of the last one, the unplanned step."""
     return FrontierDocument(
         **_plan_totals(plans[-1]),
         original_peak_bytes=plans[-1].original_peak_bytes,
@@ -181,9 +181,9 @@ def frontier_document(plans: Sequence[Plan]) -> FrontierDocument:
 def comparison_document(
     comparison: Comparison, plan: Plan, traces: Mapping[str, MemoryTrace]
 ) -> ComparisonDocument:
-    """Two measured steps and the plan of the second; the totals are those of its trace.
+    """Two measured steps and the plan of the second, whose trace gives the totals.
 
-    Without traces, for what shows no categories, they are what was measured.
+    Without traces, where no categories are shown, the totals are the measured ones.
     """
     error = comparison.max_gradient_error
     measured = comparison.planned
@@ -230,7 +230,7 @@ def _measured(profile: Profile, loss: float) -> MeasuredStep:
 def _verdict(
     estimate: Estimate, memory_bytes: int
 ) -> Literal["fits", "may not fit", "does not fit"]:
-    """Whether a step fits into so much memory."""
+    """Judge whether a step fits into so much memory."""
     if estimate.most_bytes <= memory_bytes:
         return "fits"
     return "does not fit" if estimate.least_bytes > memory_bytes else "may not fit"
@@ -268,9 +268,9 @@ def solution_document(
         field: the factory's argument.
         memory_bytes: the bound.
         max_slowdown: the bound on the planned step's predicted time.
-        solutions: "untouched" and "planned" to the largest value, and the bytes of each that was
+        solutions: for "untouched" and "planned", the largest value and the bytes of each value
             tried.
-        plan: of the largest value that fits, or of the smallest one where not even that fits.
+        plan: the plan for the largest value that fits, or for the smallest if none does.
     """
     found = {
         name: SolvedValue(
@@ -289,14 +289,14 @@ def solution_document(
 
 
 def choices_document(choices: Sequence[FreezingChoice]) -> ChoicesDocument:
-    """What training less would free."""
+    """The savings from training less."""
     return ChoicesDocument(
         choices=tuple(Choice(**{**asdict(one), "kept_for": dict(one.kept_for)}) for one in choices)
     )
 
 
 def checks_document(checks: Mapping[str, tuple[bool, str]]) -> ChecksDocument:
-    """What works here: whether, and in words."""
+    """The checks of this machine, each with its result and a description."""
     return ChecksDocument(
         checks=tuple(
             Check(name=name, is_ok=is_ok, text=text) for name, (is_ok, text) in checks.items()

@@ -39,14 +39,14 @@ FIGURE_SUFFIXES = (".svg", ".png")
 
 
 def save_figure(document: Readable, path: Path) -> None:
-    """Draw a document: a frontier as such, all others over time.
+    """Draw a frontier against memory, any other document over time.
 
     Args:
-        document: as a command writes it.
-        path: of the file, ``.svg`` or ``.png``; it is written whole or not at all.
+        document: a document as a command writes it.
+        path: the file, ``.svg`` or ``.png``; it is written whole or not at all.
 
     Raises:
-        UnreadableDocument: if it has nothing to draw.
+        UnreadableDocument: if there is nothing to draw.
         MemplanError: for another suffix, or a PNG without matplotlib.
         OSError: if the file cannot be written.
     """
@@ -73,7 +73,7 @@ def _budget(document: Readable) -> int | None:
 
 
 def _png(document: Readable) -> bytes:
-    # drawn without pyplot: that would pick a window system, and keep every figure
+    # Drawn without pyplot, which would pick a window system and keep every figure.
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""The numbers that matter of each kind of document, as cards, and its phases."""
+"""The key numbers of each kind of document as cards, and its phases."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _frontier(document: FrontierDocument) -> list[str]:
 
 
 def phases(document: ProfileDocument | EstimateDocument | PlanDocument) -> str:
-    """The most bytes in each phase, and its time where it was measured; empty if unknown."""
+    """The peak in each phase, and its time where measured; empty if there are no phases."""
     took = (
         {phase.name: phase.seconds for phase in document.phases if phase.seconds is not None}
         if isinstance(document, ProfileDocument)
@@ -118,7 +118,7 @@ def phases(document: ProfileDocument | EstimateDocument | PlanDocument) -> str:
     ]
     if not rows:
         return ""
-    # a prediction of the peaks does not say how long each phase takes
+    # a prediction of the peaks has no time for each phase
     shown = 3 if took else 2
     headers = ("phase", "peak", "time")[:shown]
     content = table(headers, [row[:shown] for row in rows], frozenset({1, 2}))

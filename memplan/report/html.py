@@ -1,4 +1,4 @@
-"""A document as one HTML page that needs nothing else."""
+"""A document as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _TITLES = {
 
 
 def html_report(document: Readable) -> str:
-    """The report of a document: one file, without a script or a style from elsewhere.
+    """The report of a document: one file, with no external script or style.
 
     Args:
-        document: what a command writes; it is embedded too.
+        document: a document as a command writes it; it is embedded too.
     """
     title = _TITLES[kind_of(document)]
     body = [
@@ -51,7 +51,7 @@ def html_report(document: Readable) -> str:
 
 
 def _sections(document: Readable) -> list[str]:
-    """In reading order; empty where there is nothing to show."""
+    """Sections in reading order; empty strings where there is nothing to show."""
     plan = plan_of(document)
     after = [] if plan is None else [_plan(plan), _live(plan.live), _notes(plan.notes)]
     if isinstance(document, FrontierDocument):
@@ -77,7 +77,7 @@ def _sections(document: Readable) -> list[str]:
 
 
 def _where(document: Readable) -> str:
-    """What was measured or assumed, in a line."""
+    """One line on what was measured or assumed."""
     if isinstance(document, ProfileDocument | EstimateDocument):
         return f"device {document.device}; torch {document.torch}"
     if isinstance(document, ComparisonDocument):

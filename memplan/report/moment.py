@@ -1,4 +1,4 @@
-"""What is there at the peak, as HTML: by category, by module, by op and line."""
+"""The bytes alive at the peak, as HTML: by category, by module, by op and line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from memplan.report.step_tables import lines_table
 from memplan.units import format_bytes
 
 _OPEN = 0.15
-"""Of all bytes; a module with more is opened."""
+"""Share of all bytes above which a module is shown expanded."""
 
 
 def by_category(title: str, columns: Mapping[str, Mapping[str, int]]) -> str:
-    """Bytes by category, a column a trace, with bars on the same scale."""
+    """Bytes by category, one column per trace, with bars on the same scale."""
     largest = max((n for column in columns.values() for n in column.values()), default=0)
     present = [c for c in CATEGORIES if any(c in column for column in columns.values())]
     rows = []
@@ -51,7 +51,7 @@ def by_module(traces: Sequence[Trace]) -> str:
 
 
 def by_line(traces: Sequence[Trace]) -> str:
-    """The ops and lines that made what is there; empty if none is known."""
+    """The ops and lines that allocated the bytes; empty if none is known."""
     known = [one for one in traces if one.lines]
     if not known:
         return ""

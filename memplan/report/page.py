@@ -1,4 +1,4 @@
-"""The pieces of a page; its style sheet and its script are page.css and page.js."""
+"""The parts of a page; its style sheet and its script are page.css and page.js."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def page(title: str, body: Iterable[str], data: str) -> str:
     """A whole page.
 
     Args:
-        title: of the page.
-        body: its elements.
-        data: JSON that is embedded.
+        title: the page's title.
+        body: the page's elements.
+        data: JSON to embed.
     """
-    # in a script nothing ends it but "</", and nothing else is special
+    # Only "</" can end a script, and nothing else in it is special.
     embedded = data.replace("<", "\\u003c")
     return "\n".join(
         [
@@ -47,17 +47,17 @@ def page(title: str, body: Iterable[str], data: str) -> str:
 
 
 def section(title: str, *content: str) -> str:
-    """A part of the page."""
+    """A section of the page."""
     return "\n".join(["<section>", f"<h2>{escape(title)}</h2>", *content, "</section>"])
 
 
 def chart(svg: str) -> str:
-    """A figure as a part of the page; it has its title itself."""
+    """A figure as a section of the page; it carries its own title."""
     return f'<section class="figure"><div class="chart">{svg}</div></section>'
 
 
 def card(name: str, value: str, note: str = "") -> str:
-    """A number that matters."""
+    """A card with a key number."""
     css = "card alarm" if alarms(value) else "card"
     below = f'<div class="note-line">{escape(note)}</div>' if note else ""
     return (
@@ -69,12 +69,12 @@ def card(name: str, value: str, note: str = "") -> str:
 def table(
     headers: Sequence[str], rows: Iterable[Sequence[str]], numbers: frozenset[int] = frozenset()
 ) -> str:
-    """A table that scrolls where it is too wide.
+    """A table that scrolls if it is too wide.
 
     Args:
-        headers: of the columns, as text.
+        headers: column headers, as text.
         rows: cells as HTML.
-        numbers: positions of the columns that are aligned to the right.
+        numbers: positions of the right-aligned columns.
     """
     css = [' class="number"' if n in numbers else "" for n in range(len(headers))]
     head = "".join(f"<th{c}>{escape(h)}</th>" for c, h in zip(css, headers, strict=True))
@@ -89,14 +89,14 @@ def table(
 
 
 def shown(data: Table) -> str:
-    """A table of the terminal's, without its title."""
+    """A table for the terminal as HTML, without its title."""
     rows = [[_cell(text) for text in row] for row in data.rows if row]
     footer = f'<p class="faint">{escape(data.footer)}</p>' if data.footer else ""
     return table(data.headers, rows, data.numbers) + footer
 
 
 def _cell(text: str) -> str:
-    """Text that stands out where a promise is broken, with its colour where it names a category."""
+    """A cell: highlighted where a promise is broken, coloured where it names a category."""
     if alarms(text):
         return f'<strong class="alarm">{escape(text)}</strong>'
     count, _, category = text.rpartition(" x ")

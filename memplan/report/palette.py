@@ -5,7 +5,7 @@ from __future__ import annotations
 from memplan.ir.memory_trace import SAVED, TEMPORARY, UNEXPLAINED, WORKSPACE
 from memplan.ir.program import Role
 
-# those that are large are of Okabe and Ito's palette, which the colour-blind can tell apart too
+# the large categories use Okabe and Ito's palette, which colour-blind readers can tell apart
 LIGHT = {
     Role.PARAMETER.value: "#0072b2",
     Role.BUFFER.value: "#4b5f9e",
@@ -22,7 +22,7 @@ LIGHT = {
     WORKSPACE: "#f0e442",
     UNEXPLAINED: "#1b1f24",
 }
-"""On a light ground."""
+"""Colours on a light background."""
 
 DARK = {
     **LIGHT,
@@ -34,15 +34,15 @@ DARK = {
     WORKSPACE: "#d9ce3f",
     UNEXPLAINED: "#f2f4f7",
 }
-"""On a dark ground."""
+"""Colours on a dark background."""
 
 INK = ("#1b1f24", "#e4e7eb")
-"""Of text, on a light and on a dark ground."""
+"""Text colours, on a light and on a dark background."""
 
 GROUND = ("#ffffff", "#16191d")
-"""A light and a dark one."""
+"""A light and a dark background."""
 
 
 def css_class(category: str) -> str:
-    """The name of a category in a style sheet."""
+    """A category's class name in a style sheet."""
     return category.replace(" ", "-")

@@ -1,4 +1,4 @@
-"""What a figure shows, before it is drawn: which traces share an axis, units and ticks."""
+"""The content of a figure before it is drawn: traces that share axes, units and ticks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Panel:
     Attributes:
         number: the position of the trace in the document.
         trace: the one whose bytes are stacked.
-        predicted: what was predicted of it, where the trace is measured and that is known.
+        predicted: the prediction of the same step, if the trace is measured and one is known.
     """
 
     number: int
@@ -29,30 +29,30 @@ class Panel:
 
     @property
     def peak_bytes(self) -> int:
-        """The higher one of both peaks."""
+        """The higher of the two peaks."""
         return max(one.peak_bytes for one in (self.trace, self.predicted) if one is not None)
 
     @property
     def title(self) -> str:
-        """What it is of."""
+        """The title of the panel."""
         return self.trace.label if self.predicted is None else f"{self.trace.label} and predicted"
 
     @property
     def time_label(self) -> str:
-        """What its time is."""
+        """The label of the time axis."""
         if self.predicted is None:
             return f"{self.trace.source} time"
         return "measured time; each phase of the prediction is scaled to the measured phase"
 
 
 def panels(traces: Sequence[Trace]) -> list[Panel]:
-    """A panel a trace; a prediction is drawn over what was measured of the same step.
+    """One panel per trace; a prediction is drawn over the measurement of the same step.
 
-    Not where their phases are different ones, as nothing could be laid upon another then. A trace
-    without events has nothing to show.
+    If their phases differ, the two cannot be overlaid and get a panel each. Traces without
+    events are left out.
 
     Raises:
-        UnreadableDocument: if that leaves none.
+        UnreadableDocument: if no trace is left.
     """
     drawn = [(number, one) for number, one in enumerate(traces) if one.times_s]
     if not drawn:
@@ -72,7 +72,7 @@ def panels(traces: Sequence[Trace]) -> list[Panel]:
 
 
 def phase_spans(trace: Trace) -> list[tuple[str, float, float]]:
-    """The phases in order, each with the seconds at which it starts and ends."""
+    """The phases in order, each with its start and end in seconds."""
     spans = spans_of(trace.phases)
     starts = [trace.times_s[span.first] for span in spans]
     ends = [*starts[1:], trace.times_s[-1]]
@@ -84,7 +84,7 @@ def phase_spans(trace: Trace) -> list[tuple[str, float, float]]:
 
 
 def scaled_times(predicted: Trace, measured: Trace) -> list[float]:
-    """The predicted events on the measured clock: each phase begins and ends with the measured."""
+    """The predicted events on the measured clock: each phase begins and ends as measured."""
     times: list[float] = []
     both = zip(_stretches(predicted), phase_spans(predicted), phase_spans(measured), strict=True)
     for span, (_, start, end), (_, on_start, on_end) in both:
@@ -95,20 +95,20 @@ def scaled_times(predicted: Trace, measured: Trace) -> list[float]:
 
 
 def peak_label(trace: Trace) -> str:
-    """Where the peak is, in few words."""
+    """A short label of the peak."""
     parts = [trace.peak.phase, trace.peak.op]
     return ", ".join([f"peak {format_bytes(trace.peak_bytes)}", *filter(None, parts)])
 
 
 def memory_unit(nbytes: int) -> tuple[str, int]:
-    """The unit for an axis up to so many bytes, and its bytes."""
+    """The unit for an axis of so many bytes, and the bytes in it."""
     names = ("B", "KiB", "MiB", "GiB", "TiB")
     power = min(max(nbytes.bit_length() - 1, 0) // 10, len(names) - 1)
     return names[power], 1024**power
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """The unit for an axis up to so many seconds, and its seconds."""
+    """The unit for an axis of so many seconds, and the seconds in it."""
     for name, unit_s in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= unit_s:
             return name, unit_s
@@ -116,7 +116,7 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """About so many round numbers, or fewer, between two numbers."""
+    """Round numbers between two numbers, about ``most`` or fewer."""
     if high <= low:
         return [low]
     least = (high - low) / most

@@ -1,4 +1,4 @@
-"""Where the bytes of one moment are: by module, and by op and line."""
+"""The places of the bytes alive at one moment: modules, and ops with their lines."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 @dataclass
 class Place:
-    """A module, or several that differ by a number in their name alone.
+    """A module, or several whose names differ only by a number.
 
     Attributes:
-        path: FQN, with "*" for such a number; "" is the whole model.
+        path: FQN, with "*" for that number; "" is the whole model.
         names: the FQNs.
-        nbytes: by category, children included.
-        children: by path.
+        nbytes: bytes by category, children included.
+        children: children by path.
     """
 
     path: str
@@ -32,12 +32,12 @@ class Place:
 
     @property
     def total(self) -> int:
-        """Of all categories."""
+        """Bytes of all categories."""
         return self.nbytes.total()
 
 
 def by_module(trace: MemoryTrace, event: int) -> Mapping[str, Mapping[str, int]]:
-    """Bytes by category of each module itself; "" is what belongs to none."""
+    """Bytes by category of each module itself; "" collects those of no module."""
     totals: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for resident in trace.residents:
         totals[resident.name.rpartition(".")[0]][resident.category] += resident.nbytes
@@ -47,7 +47,7 @@ def by_module(trace: MemoryTrace, event: int) -> Mapping[str, Mapping[str, int]]
 
 
 def by_line(trace: MemoryTrace, event: int) -> list[Group]:
-    """Blocks that are alive, and residents made at a known line; alike together, largest first."""
+    """Blocks alive and residents of known origin; equal ones grouped, the largest first."""
     alike: defaultdict[tuple[str, str, str, str], list[tuple[int, str]]] = defaultdict(list)
     for block in trace.live(event):
         key = (block.category, block.op, merged(block.module), block.source)
@@ -72,12 +72,12 @@ def by_line(trace: MemoryTrace, event: int) -> list[Group]:
 
 
 def merged(name: str) -> str:
-    """An FQN with "*" in the place of each number."""
+    """An FQN with each number replaced by "*"."""
     return _NUMBER.sub("*", name)
 
 
 def tree(modules: Mapping[str, Mapping[str, int]]) -> Place:
-    """Modules with what is inside them; those that differ by a number alone as one."""
+    """A tree of modules; those whose names differ only by a number are merged."""
     root = Place("")
     for name, nbytes in modules.items():
         place = root
@@ -92,7 +92,7 @@ def tree(modules: Mapping[str, Mapping[str, int]]) -> Place:
 
 
 def _without_links(place: Place) -> Place:
-    """Places that are nothing but their only child left out."""
+    """The tree without places whose only child holds all their bytes."""
     children = [_without_links(child) for child in place.children.values()]
     if place.path and len(children) == 1 and children[0].total == place.total:
         return children[0]
@@ -100,9 +100,9 @@ def _without_links(place: Place) -> Place:
 
 
 def largest(root: Place, most: int) -> list[tuple[Place, str, int]]:
-    """So many places, the largest opened first; a place stands before what is inside it.
+    """The places to show, at most ``most``, picked by size; a parent comes before its children.
 
-    Each with its path from the place that it stands under, and how deep it is.
+    Each comes with its path relative to its parent, and its depth.
     """
     chosen: set[str] = set()
     waiting = [(-place.total, place.path, place) for place in root.children.values()]

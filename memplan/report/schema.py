@@ -41,12 +41,12 @@ class UnreadableDocument(MemplanError, ValueError):
 
 
 class Peak(Struct, frozen=True, kw_only=True):
-    """Where the peak of a trace is.
+    """The place of a trace's peak.
 
     Attributes:
-        phase: of the step; "end" when all is given back.
-        op: that makes it; empty where unknown.
-        module: that the op belongs to; empty for the root, or where unknown.
+        phase: the phase of the step; "end" when all is freed.
+        op: the op that makes it; empty where unknown.
+        module: the module of the op; empty for the root, or where unknown.
         source: file:line; empty where unknown.
     """
 
@@ -61,7 +61,7 @@ class ModuleBytes(Struct, frozen=True, kw_only=True):
 
     Attributes:
         module: its name in the model; empty for what belongs to none.
-        categories: bytes by what they are for.
+        categories: bytes by category.
     """
 
     module: str
@@ -69,14 +69,14 @@ class ModuleBytes(Struct, frozen=True, kw_only=True):
 
 
 class Group(Struct, frozen=True, kw_only=True):
-    """Blocks that are made by the same op at the same line, for the same end.
+    """Blocks of one category that the same op makes at the same line.
 
     Attributes:
-        nbytes: of all of them.
-        count: how many there are.
-        category: what they are for.
-        op: what made them; empty where unknown.
-        module: where, with * for a number in which they differ.
+        nbytes: bytes of all of them.
+        count: number of blocks.
+        category: their category.
+        op: the op that made them; empty where unknown.
+        module: the module of the op, with * for a number in which they differ.
         source: file:line; empty where unknown.
     """
 
@@ -93,8 +93,8 @@ class Totals(Struct, frozen=True, kw_only=True):
 
     Attributes:
         peak_bytes: the most bytes at any time, residents included.
-        resident_bytes: what is there before the step and stays after it.
-        categories: bytes at the peak by what they are for; together peak_bytes.
+        resident_bytes: bytes alive before the step and after it.
+        categories: bytes at the peak by category; together peak_bytes.
     """
 
     peak_bytes: Bytes
@@ -106,24 +106,24 @@ class ExplainedTotals(Totals, frozen=True, kw_only=True):
     """The totals of a step.
 
     Attributes:
-        unexplained_bytes: bytes at the peak of which nothing is known; the category of that name.
+        unexplained_bytes: bytes at the peak of unknown origin; the category of that name.
     """
 
     unexplained_bytes: Bytes
 
 
 class Trace(ExplainedTotals, frozen=True, kw_only=True):
-    """What is there over a step.
+    """The bytes alive over a step.
 
     Attributes:
-        label: what it is of, such as "planned, measured".
+        label: the traced step, such as "planned, measured".
         source: whether it was measured or predicted.
-        peak: where it is.
+        peak: its place.
         modules: bytes at the peak by module.
         lines: blocks at the peak by op and line, the largest first.
-        times_s: seconds from the start of the step, of each event that was chosen.
-        phases: the phase of each.
-        series: bytes by category after each.
+        times_s: seconds from the start of the step, for each chosen event.
+        phases: the phase of each event.
+        series: bytes by category after each event.
     """
 
     label: str
@@ -151,7 +151,7 @@ class PhasePeak(Struct, frozen=True, kw_only=True):
     """A phase of the step.
 
     Attributes:
-        name: of the phase.
+        name: name of the phase.
         peak_bytes: the most bytes in it.
     """
 
@@ -163,7 +163,7 @@ class TimedPhasePeak(PhasePeak, frozen=True, kw_only=True):
     """A phase of a measured step.
 
     Attributes:
-        seconds: that it takes, the median of several steps; null where a whole script ran.
+        seconds: its time, the median of several steps; null where a whole script ran.
     """
 
     seconds: Seconds | None
@@ -174,9 +174,9 @@ class Live(Struct, frozen=True, kw_only=True):
 
     Attributes:
         nbytes: its size.
-        category: what it is for.
+        category: its category.
         target: the op that made it.
-        module: that it belongs to; empty for the root.
+        module: its module; empty for the root.
         source: file:line; empty where unknown.
     """
 
@@ -188,7 +188,7 @@ class Live(Struct, frozen=True, kw_only=True):
 
 
 class OpAtPeak(Struct, frozen=True, kw_only=True):
-    """Where the peak of a plan is.
+    """The place of a plan's peak.
 
     Attributes:
         op: at the peak, with its module.
@@ -198,22 +198,22 @@ class OpAtPeak(Struct, frozen=True, kw_only=True):
 
 
 class PlanBody(Totals, frozen=True, kw_only=True):
-    """What a plan predicts.
+    """The predictions of a plan.
 
     Attributes:
         original_peak_bytes: the peak with nothing recomputed.
         floor_bytes: no schedule of this step in this order has a lower peak.
-        budget_bytes: the bound that was asked for, if any.
+        budget_bytes: the requested bound, if any.
         slowdown: predicted time over that with nothing recomputed.
-        num_ops: ops that the step runs.
-        num_restores: ops that run again.
-        phases: of the step, in order.
-        peak: where it is.
-        live: the largest values that are alive at the peak.
-        costs_source: where times and workspace come from.
-        effects: what is done to the results.
+        num_ops: number of ops of the step.
+        num_restores: number of ops that run to restore something.
+        phases: the phases of the step, in order.
+        peak: its place.
+        live: the largest values alive at the peak.
+        costs_source: the source of times and workspace.
+        effects: the effects on the results.
         passes: the techniques that took part.
-        notes: what else there is to know about the results.
+        notes: further notes on the results.
     """
 
     original_peak_bytes: Bytes
@@ -236,11 +236,11 @@ class MeasuredStep(Struct, frozen=True, kw_only=True):
 
     Attributes:
         peak_bytes: the most bytes at any time, residents included.
-        resident_bytes: what is there before the step and stays after it.
+        resident_bytes: bytes alive before the step and after it.
         step_s: seconds of a step; the median of several.
-        phases: of the step, in order.
-        device: where it ran.
-        reserved_bytes: what CUDA's caching allocator held at most; null on the CPU.
+        phases: the phases of the step, in order.
+        device: the device that it ran on.
+        reserved_bytes: the most that CUDA's caching allocator held; null on the CPU.
         process_bytes: GPU memory of the process by NVML; null on the CPU.
         host_bytes: resident set of the process.
         loss: of the step; null if it is not finite, missing in documents of earlier releases.
@@ -258,15 +258,15 @@ class MeasuredStep(Struct, frozen=True, kw_only=True):
 
 
 class TechniqueRow(Struct, frozen=True, kw_only=True):
-    """A technique that is planned alone.
+    """A technique planned alone.
 
     Attributes:
-        name: of the technique.
+        name: name of the technique.
         peak_bytes: the peak with it alone.
-        saved_bytes: against the unplanned peak.
+        saved_bytes: bytes below the unplanned peak.
         slowdown: predicted time over the unplanned.
-        effects: what is done to the results.
-        fits: whether that is within the budget.
+        effects: the effects on the results.
+        fits: whether its peak is within the budget.
     """
 
     name: str
@@ -282,7 +282,7 @@ class SolvedValue(Struct, frozen=True, kw_only=True):
 
     Attributes:
         value: 0 if not even the smallest does.
-        tried: the peak of each value that was looked at, in bytes.
+        tried: the peak of each value tried, in bytes.
     """
 
     value: Count
@@ -290,16 +290,16 @@ class SolvedValue(Struct, frozen=True, kw_only=True):
 
 
 class Choice(Struct, frozen=True, kw_only=True):
-    """What a step holds if parts are frozen or adapted.
+    """The bytes that a step holds if parts are frozen or adapted.
 
     Attributes:
-        name: what is frozen or adapted.
-        option: what --pass takes for it.
-        trained_bytes: of the parameters that are trained.
-        gradient_bytes: of their gradients.
-        state_bytes: of the optimizer's state.
-        activation_bytes: kept from the forward for the backward.
-        peak_bytes: of the step.
+        name: the parts that are frozen or adapted.
+        option: its value for --pass.
+        trained_bytes: bytes of the trained parameters.
+        gradient_bytes: bytes of their gradients.
+        state_bytes: bytes of the optimizer's state.
+        activation_bytes: bytes kept from the forward for the backward.
+        peak_bytes: peak of the step.
         kept_for: kernels of the backward, and the bytes that each reads.
     """
 
@@ -314,12 +314,12 @@ class Choice(Struct, frozen=True, kw_only=True):
 
 
 class Check(Struct, frozen=True, kw_only=True):
-    """What was looked at on this machine.
+    """A check of this machine.
 
     Attributes:
-        name: of the check.
+        name: name of the check.
         is_ok: whether it works.
-        text: what was found.
+        text: the result in words.
     """
 
     name: str
@@ -337,13 +337,13 @@ class ProfileDocument(StepDocument, frozen=True, kw_only=True, tag="profile"):
     """A measured step.
 
     Attributes:
-        device: where it ran.
+        device: the device that it ran on.
         torch: version of torch.
         step_s: seconds of a step.
-        growth_bytes: how much more is there at the end of a script's step than at its start; null
-            where a factory was profiled.
-        phases: of the step, in order.
-        traces: what is there over the step.
+        growth_bytes: bytes at the end of a script's step less those at its start; null where a
+            factory was profiled.
+        phases: the phases of the step, in order.
+        traces: bytes alive over the step.
     """
 
     device: str
@@ -360,17 +360,17 @@ class EstimateDocument(StepDocument, frozen=True, kw_only=True, tag="estimate"):
     Attributes:
         least_bytes: the peak is not below.
         most_bytes: the peak is not above.
-        reserved_bytes: what CUDA's caching allocator would hold, by a model that is not verified;
-            null for the CPU.
-        memory_bytes: what there is.
+        reserved_bytes: bytes that CUDA's caching allocator would hold, by a model that is not
+            verified; null for the CPU.
+        memory_bytes: the available memory.
         headroom_bytes: memory_bytes - most_bytes.
         verdict: whether the step fits.
         costs: whether kernels' workspace is bounded or measured.
         refusals: kernels that could not be measured, and why.
-        device: that it is for.
+        device: the device of the estimate.
         torch: version of torch.
-        phases: of the step, in order.
-        traces: what is there over the step.
+        phases: the phases of the step, in order.
+        traces: bytes alive over the step.
     """
 
     least_bytes: Bytes
@@ -392,7 +392,7 @@ class PlanDocument(PlanBody, frozen=True, kw_only=True, tag_field="kind", tag="p
 
     Attributes:
         unexplained_bytes: 0, as every byte of a prediction has a name.
-        traces: what is there over the step.
+        traces: bytes alive over the step.
         techniques: with --techniques: each planned alone, as they are ranked.
     """
 
@@ -420,7 +420,7 @@ class ComparisonDocument(StepDocument, frozen=True, kw_only=True, tag="compariso
     Attributes:
         original: the untouched step.
         planned: the planned step.
-        plan: what it predicts.
+        plan: its predictions.
         time_ratio: planned over original, the median over rounds.
         is_exact: whether all of the following have the same bits.
         loss_equal: the loss has.
@@ -430,7 +430,7 @@ class ComparisonDocument(StepDocument, frozen=True, kw_only=True, tag="compariso
         rng_equal: the random states have.
         max_gradient_error: the largest difference over the largest gradient entry; null if it is
             not finite.
-        traces: what is there over the step.
+        traces: bytes alive over the step.
     """
 
     original: MeasuredStep
@@ -454,8 +454,8 @@ class SolutionDocument(StepDocument, frozen=True, kw_only=True, tag="solution"):
         memory_bytes: the bound.
         field: the argument that was solved for.
         max_slowdown: bound on the planned step's predicted time.
-        untouched: of the untouched step.
-        planned: of the planned step.
+        untouched: the solution for the untouched step.
+        planned: the solution for the planned step.
     """
 
     memory_bytes: Bytes
@@ -466,10 +466,10 @@ class SolutionDocument(StepDocument, frozen=True, kw_only=True, tag="solution"):
 
 
 class DifferenceDocument(StepDocument, frozen=True, kw_only=True, tag="difference"):
-    """What changed between two documents.
+    """The changes between two documents.
 
     Attributes:
-        increase: how much the peak grew, as a share of what it was: 0.02 is 2 %.
+        increase: growth of the peak, as a share of the peak before: 0.02 is 2 %.
         difference_bytes: the peak after minus the peak before.
         differences: the same of each category, in bytes.
     """
@@ -480,10 +480,10 @@ class DifferenceDocument(StepDocument, frozen=True, kw_only=True, tag="differenc
 
 
 class ChoicesDocument(Struct, frozen=True, kw_only=True, tag_field="kind", tag="choices"):
-    """What training less would free.
+    """The savings from training less.
 
     Attributes:
-        choices: the model as it is first.
+        choices: the unchanged model first.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -491,10 +491,10 @@ class ChoicesDocument(Struct, frozen=True, kw_only=True, tag_field="kind", tag="
 
 
 class ChecksDocument(Struct, frozen=True, kw_only=True, tag_field="kind", tag="checks"):
-    """What works on this machine.
+    """The checks of this machine.
 
     Attributes:
-        checks: what was looked at.
+        checks: all checks.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION

@@ -14,20 +14,20 @@ _PROTOCOL = 4  # the viewer reads 2 to 4
 _STREAM = 0
 _DEVICE = 0
 _START = 1 << 40
-"""Of the first segment; no address is 0."""
+"""Address of the first segment; no address is 0."""
 
 Frames = list[dict[str, Any]]
 
 
 def snapshot(trace: MemoryTrace) -> dict[str, Any]:
-    """What ``torch.cuda.memory._snapshot`` would return: plain lists, dicts, numbers and texts.
+    """The return value of ``torch.cuda.memory._snapshot``: plain lists, dicts, numbers, texts.
 
-    One segment holds what is there before the step, another what the step takes; addresses are
+    One segment holds the bytes alive before the step, another those of the step; addresses are
     made up. A block's frames are the op with its line, and the module with the category. Events
-    have no ``category`` of their own: blocks that were there before cannot have one in this
-    format, so that the viewer's legend would call parameters "unknown".
+    have no ``category`` of their own: in this format blocks from before the step cannot have
+    one, so the viewer's legend would call parameters "unknown".
     """
-    frames_of = cache(_frames_of)  # the same list each time, which a pickle then has once
+    frames_of = cache(_frames_of)  # the same list each time, which a pickle then stores once
     residents = [
         _block(resident.nbytes, _frames_of_resident(resident))
         for resident in trace.residents
@@ -44,7 +44,7 @@ def snapshot(trace: MemoryTrace) -> dict[str, Any]:
             "stream": _STREAM,
             "frames": frames_of(*_origin(block)),
         }
-        # The viewer takes a free for one event only if its two halves are neighbours.
+        # The viewer takes a free for one event only if its two halves are adjacent.
         actions = ("alloc",) if is_made else ("free_requested", "free_completed")
         events += [{"action": action, **event} for action in actions]
     remaining = {
@@ -68,7 +68,7 @@ def snapshot_bytes(trace: MemoryTrace) -> bytes:
 
 
 def _order(trace: MemoryTrace, numbers: Iterable[int]) -> list[tuple[int, bool]]:
-    """Numbers of blocks as they are made (True) and freed (False)."""
+    """Numbers of blocks in the order in which they are allocated (True) and freed (False)."""
     happens: list[tuple[int, bool, int]] = []
     for number in numbers:
         block = trace.blocks[number]
@@ -79,7 +79,7 @@ def _order(trace: MemoryTrace, numbers: Iterable[int]) -> list[tuple[int, bool]]
 
 
 def _place(trace: MemoryTrace) -> tuple[Mapping[int, int], int]:
-    """An offset for each block, at the first gap that it fits into; and the size of it all."""
+    """An offset for each block, in the first gap that fits it, and the total size."""
     numbers = [number for number, block in enumerate(trace.blocks) if block.nbytes]
     offsets: dict[int, int] = {}
     gaps: list[tuple[int, int]] = []  # (start, end), ascending, never adjacent
@@ -102,7 +102,7 @@ def _place(trace: MemoryTrace) -> tuple[Mapping[int, int], int]:
 
 
 def _give_back(gaps: list[tuple[int, int]], start: int, end: int) -> None:
-    """Add a gap, as one with those that it touches."""
+    """Add a gap, merged with those adjacent to it."""
     position = bisect_left(gaps, (start, end))
     if position < len(gaps) and gaps[position][0] == end:
         end = gaps.pop(position)[1]
@@ -113,7 +113,7 @@ def _give_back(gaps: list[tuple[int, int]], start: int, end: int) -> None:
 
 
 def _filled(blocks: Mapping[int, dict[str, Any]], size: int) -> Iterable[dict[str, Any]]:
-    """Blocks by offset, and what is free between them: the viewer adds up sizes."""
+    """Blocks by offset, with free blocks between them: the viewer adds up sizes."""
     end = 0
     for offset, block in sorted(blocks.items()):
         if offset > end:

@@ -1,4 +1,4 @@
-"""Where a step's bytes are at the peak, as tables: by category, by module, by line."""
+"""Tables of a step's bytes at the peak: by category, by module, by line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS = {
 
 
 def _peak_line(trace: Trace) -> str:
-    """Where the peak is, in a line."""
+    """One line on where the peak is."""
     peak = trace.peak
     where = f"Peak {format_bytes(trace.peak_bytes)} in {peak.phase}"
     if not (peak.op or peak.module or peak.source):
@@ -34,7 +34,7 @@ def _peak_line(trace: Trace) -> str:
 
 
 def short_source(source: str) -> str:
-    """``file.py:line`` with the path from here; or, of installed files too, its last folder."""
+    """``file.py:line``, relative to here; for installed files, with the last folder only."""
     name, _, line = source.rpartition(":")
     if not name:
         return source
@@ -86,7 +86,7 @@ def _place_row(place: Place, path: str, depth: int) -> tuple[str, ...]:
 
 
 def lines_table(trace: Trace, most: int | None = _MOST_LINES) -> Table:
-    """The ops and lines that made what is there at the peak; the rest together."""
+    """The ops and lines that allocated the bytes at the peak; the rest in one row."""
     rows = [
         (
             format_bytes(group.nbytes),

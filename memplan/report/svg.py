@@ -32,18 +32,18 @@ from memplan.units import format_bytes
 _WIDTH = 960.0
 _LEFT, _RIGHT = 74.0, 20.0
 _HEADROOM = 1.15
-"""Room above the highest peak, for its label."""
+"""Factor that leaves room for the label above the highest peak."""
 
 TIMELINE_TITLE = "Memory over one training step"
 FRONTIER_TITLE = "What memory costs in time"
 
 
 def timeline_svg(traces: Sequence[Trace], budget_bytes: int | None = None) -> str:
-    """Bytes by category over the step: a panel a trace, all with the same memory axis.
+    """Bytes by category over the step: one panel per trace, all with the same memory axis.
 
     Args:
-        traces: those of a document.
-        budget_bytes: drawn as a line where it is not far above the peaks.
+        traces: the traces of a document.
+        budget_bytes: drawn as a line unless it is far above the peaks.
 
     Raises:
         UnreadableDocument: if there is nothing to draw.
@@ -110,7 +110,7 @@ def _panel(panel: Panel, frame: Frame, budget_bytes: int | None) -> list[str]:
 
 
 def _stack(panel: Panel, frame: Frame) -> list[str]:
-    """Each area reaches down to zero, and those below it are drawn over it."""
+    """Stacked areas: each reaches down to zero, and those below it are drawn over it."""
     series = panel.trace.series
     tops = accumulate(series.values(), lambda below, own: [*map(add, below, own)])
     areas = []
@@ -127,7 +127,7 @@ def _phases(panel: Panel, frame: Frame) -> list[str]:
         left, right = frame.x(start), frame.x(end)
         if start > 0:
             parts.append(line(left, frame.top - 14, left, frame.bottom, "boundary"))
-        # where phases alternate quickly, their names would lie on each other
+        # where phases alternate quickly, their names would overlap
         if right - left > 8 * len(phase):
             parts.append(text(left + 5, frame.top - 5, phase, "phase"))
     return parts
@@ -145,9 +145,9 @@ def _peak(panel: Panel, frame: Frame) -> list[str]:
 
 
 def frontier_svg(document: FrontierDocument) -> str:
-    """Predicted time against peak memory, a point a plan.
+    """Predicted time against peak memory, one point per plan.
 
-    Between two plans the one of the smaller peak is the best that is known, hence steps.
+    Between two plans the one of smaller peak is the best known, hence the steps.
     """
     points = frontier_points(document)
     most_bytes = max(peak for peak, _ in points)
@@ -185,7 +185,7 @@ def _floor(document: FrontierDocument, frame: Frame) -> list[str]:
 
 
 def _points(points: Sequence[tuple[int, float]], frame: Frame) -> list[str]:
-    """Each has a name where it does not lie on that of the one before."""
+    """Points, each with a label unless it would overlap the one before."""
     parts, free = [], frame.left
     for peak_bytes, slowdown in points:
         x, y = frame.x(peak_bytes), frame.y(slowdown)

@@ -1,4 +1,4 @@
-"""Documents as tables: the terminal and the page show the same."""
+"""Documents as tables, the same in the terminal and on the page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Tabled: TypeAlias = (
     | ChoicesDocument
     | ChecksDocument
 )
-"""A plan has its tables itself (``Plan.tables``); a difference is shown with both documents."""
+"""Documents with tables here; a plan has its own, a difference is shown with both documents."""
 
 _Rows: TypeAlias = list[tuple[str, ...]]
 
@@ -81,7 +81,7 @@ def _profile(document: ProfileDocument) -> list[Table]:
 
 
 def _phases_line(document: ProfileDocument | EstimateDocument) -> str:
-    """The most bytes in each phase and, where it was measured, the time."""
+    """The peak of each phase and, where measured, its time."""
     times: dict[str, str] = {}
     whole = ""
     if isinstance(document, ProfileDocument):
@@ -161,7 +161,7 @@ def comparison_table(document: ComparisonDocument) -> Table:
 
 
 def _results(document: ComparisonDocument) -> _Rows:
-    """What both steps computed, and whether it is the same; an empty row after it."""
+    """The results of both steps and whether they are equal, then an empty row."""
     losses = [_loss(one) for one in (document.original, document.planned)]
     error = document.max_gradient_error
     by = f" by {error:.1e}" if error is not None else ""
@@ -171,7 +171,7 @@ def _results(document: ComparisonDocument) -> _Rows:
         ("gradients", "", "", gradients),
         ("buffers", "", "", said_of_bits(document.buffers_equal)),
     ]
-    # parameters that no optimizer updated prove nothing
+    # without an optimizer's update, equal parameters prove nothing
     if any(phase.name == "optimizer" for phase in document.planned.phases):
         rows.append(("updated parameters", "", "", said_of_bits(document.parameters_equal)))
     return [*rows, ("random state", "", "", said_of_bits(document.rng_equal)), ()]
@@ -190,7 +190,7 @@ def _bytes_row(name: str, before: int | None, after: int | None) -> tuple[str, s
 
 
 def frontier_table(document: FrontierDocument) -> Table:
-    """Plans by ascending peak, with the time that each takes."""
+    """Plans by ascending peak, with the time of each."""
     most = max(plan.slowdown for plan in document.plans) - 1
     rows = []
     for plan in document.plans:
@@ -213,7 +213,7 @@ def frontier_table(document: FrontierDocument) -> Table:
 
 
 def techniques_table(ranked: Sequence[TechniqueRow]) -> Table:
-    """Each technique's yield, as they are ranked."""
+    """Each technique's yield, in the order of their rank."""
     rows = [
         (
             one.name,
@@ -244,7 +244,7 @@ def _yield(one: TechniqueRow) -> str:
 
 
 def _solution(document: SolutionDocument) -> Table:
-    """The largest value untouched and planned, and what stands on either side of the bound."""
+    """The largest value untouched and planned, and the bytes on either side of the bound."""
     rows = []
     for name, solution in (("untouched", document.untouched), ("planned", document.planned)):
         tried = {int(number): nbytes for number, nbytes in solution.tried.items()}
@@ -263,7 +263,7 @@ def _solution(document: SolutionDocument) -> Table:
 
 
 def _freed_by(choices: Sequence[Choice]) -> Table:
-    """The model as it is, and what each choice frees of it."""
+    """The model as it is, and the bytes that each choice frees."""
     before, *others = choices
     rows: _Rows = [
         (before.name, format_bytes(before.trained_bytes), *map(format_bytes, _sizes(before))),
@@ -287,14 +287,14 @@ def _sizes(one: Choice) -> tuple[int, ...]:
 
 
 def _freed(before: int, after: int) -> str:
-    """Bytes less, or a plus where there are more."""
+    """The change in bytes, signed."""
     if after > before:
         return f"+{format_bytes(after - before)}"
     return f"-{format_bytes(before - after)}" if after < before else "0 B"
 
 
 def _kept_by(choices: Sequence[Choice]) -> Table:
-    """What the activations that stay are kept for."""
+    """The kernels that the remaining activations are saved for."""
     usual = _kept_for(choices[0])
     distinct = [choices[0], *(one for one in choices[1:] if _kept_for(one) != usual)]
     return Table(

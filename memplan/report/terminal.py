@@ -10,7 +10,7 @@ from memplan.tables import Table, alarms
 
 
 def terminal(table: Table) -> RichTable:
-    """For a console of any width."""
+    """A table for a console of any width."""
     shown = RichTable(
         title=escape(table.title),
         title_justify="left",

@@ -1,1 +1,1 @@
-"""What stands in the place of the user's module, and runs emitted steps."""
+"""The replacement for the user's module, which runs emitted steps."""

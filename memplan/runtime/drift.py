@@ -1,9 +1,9 @@
-"""How far values that come back by rounding are from what they were, and what to keep for it.
+"""The drift of values restored with rounding, and the values to keep because of it.
 
-Copies that are made of copies drift: each adds a rounding of its own, and a coefficient other than
-1 multiplies what was there. So the first call with gradients runs the step twice, once as planned
-and once with nothing but exact recoveries, leaves no trace, and compares: the values themselves,
-and the gradients. Evenly spread elements stand for each tensor, so that this fits into the budget.
+Copies of copies drift: each adds a rounding of its own, and a coefficient other than 1 multiplies
+the earlier error. So the first call with gradients runs the step twice, once as planned and once
+with exact recoveries only, leaves no trace, and compares the values themselves and the gradients.
+Evenly spread elements represent each tensor, so that this fits into the budget.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from memplan.torch_internals import without_autocast
 
 _LOG = logging.getLogger("memplan")
 _ELEMENTS = 4096
-"""So many stand for a tensor, at most."""
+"""The most elements that represent a tensor."""
 
 _ROUNDS = 4
-"""So often streams are kept for the drift that was measured, before all are."""
+"""The most rounds of keeping streams by their measured drift, before all are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChainDrift:
-    """Of values that are made of each other.
+    """The drift of values restored from each other.
 
     Attributes:
-        name: where in the model they are; "" for values that are each made of what was there.
-        errors: relative error, in the 2-norm, of each that came back, in the order of that.
-        tolerance: what is allowed.
+        name: their place in the model; "" for values that are not restored from copies.
+        errors: relative error, in the 2-norm, of each restored value, in order of the restores.
+        tolerance: the allowed error.
     """
 
     name: str
@@ -62,10 +62,10 @@ class ChainDrift:
 
 @dataclass(frozen=True)
 class Drift:
-    """What was measured on one batch.
+    """The drift measured on one batch.
 
     Attributes:
-        chains: one for each; none if nothing comes back by rounding.
+        chains: one for each chain; none if nothing is restored with rounding.
         gradient_error: relative difference, in the 2-norm over all, from the gradients of the step
             without rounding; None where that does not fit into the budget, or where parameters are
             updated in the backward.
@@ -82,7 +82,7 @@ class Drift:
 
     @property
     def is_within_tolerance(self) -> bool:
-        """Whether every chain is."""
+        """Tell whether every chain is within its tolerance."""
         return all(chain.worst <= chain.tolerance for chain in self.chains)
 
     def __str__(self) -> str:
@@ -102,9 +102,9 @@ class DriftCheck:
     """Settles a step whose copies drift.
 
     Attributes:
-        again: makes the step anew, with some values kept.
+        again: builds the step anew, with some values kept.
         reference: a schedule of exact recoveries within the same budget, or None.
-        is_fixed: whether the schedule is a saved one, which is not made anew.
+        is_fixed: whether the schedule is a saved one, which is not searched anew.
     """
 
     again: Callable[[frozenset[int]], BuiltStep]
@@ -156,7 +156,7 @@ class DriftCheck:
 
 
 def _noted(step: PlannedStep, notes: Iterable[str]) -> PlannedStep:
-    """The step with what was found, in the place of what was not known."""
+    """The step with its measured drift in place of the note that it is unmeasured."""
     before = unmeasured(rounded(step.recoveries, step.plan.schedule))
     others = (note for note in step.plan.notes if note != before)
     return replace(step, plan=replace(step.plan, notes=(*others, *notes)))
@@ -164,12 +164,12 @@ def _noted(step: PlannedStep, notes: Iterable[str]) -> PlannedStep:
 
 @dataclass(frozen=True)
 class BuiltStep:
-    """A step that runs a plan, and what is to be known of it before it trains.
+    """A step that runs a plan, and the check that is due before it trains.
 
     Attributes:
         step: the step.
-        drift_check: what measures how far copies drift, where any come back by rounding.
-        is_settled: whether that was done, and found to be within the tolerance.
+        drift_check: measures the drift of copies, where any are restored with rounding.
+        is_settled: whether that was done, with a drift within the tolerance.
     """
 
     step: PlannedStep
@@ -177,20 +177,20 @@ class BuiltStep:
     is_settled: bool = False
 
     def settled(self, state: State, sample: Sample) -> BuiltStep:
-        """The step with the values kept that drift too far; itself where that is known."""
+        """The step with values kept that would drift too far; itself where that is known."""
         if self.drift_check is None or self.is_settled:
             return self
         return self.drift_check.settle(self, state, sample)
 
     def drift(self, state: State, sample: Sample) -> Drift:
-        """How far values that come back are from what they were, on a batch."""
+        """The drift of restored values on a batch."""
         if self.drift_check is None:
             return Drift((), 0.0)
         return self.drift_check.measure(self.step, state, sample)
 
 
 def rounded(recoveries: Iterable[Recovery], schedule: Schedule) -> tuple[Recovery, ...]:
-    """The recoveries of a schedule that do not give the bits back."""
+    """The recoveries of a schedule that do not restore the exact bits."""
     used = set(schedule.restored_ops)
     return tuple(
         one for one in recoveries if one.restore_op.id in used and one.exactness is not Effect.EXACT
@@ -198,7 +198,7 @@ def rounded(recoveries: Iterable[Recovery], schedule: Schedule) -> tuple[Recover
 
 
 def unmeasured(inexact: Sequence[Recovery]) -> str:
-    """What a plan says before its drift is known."""
+    """The note of a plan whose drift is not known yet."""
     return (
         f"drift unmeasured: {len(inexact)} values come back by rounding; the first training call "
         "measures it, as does memplan.passes.check_drift(planned, batch)"
@@ -208,10 +208,10 @@ def unmeasured(inexact: Sequence[Recovery]) -> str:
 def measure_drift(
     step: PlannedStep, reference: Schedule | None, state: State, sample: Sample
 ) -> Drift:
-    """Run a step, and the same without rounding, and compare; buffers and random states return.
+    """Compare a step with the same without rounding; buffers and random states are put back.
 
     Args:
-        step: what was planned.
+        step: the planned step.
         reference: a schedule of exact recoveries, or None: gradients are not compared.
         state: the model's tensors.
         sample: one batch.
@@ -238,7 +238,7 @@ def measure_drift(
 
 
 class _Copies:
-    """Compares values that are made again with what they were."""
+    """Compares restored values with their originals."""
 
     def __init__(self) -> None:
         self.originals: dict[int, torch.Tensor] = {}
@@ -274,7 +274,7 @@ def _run(
 
 
 class _Existing:
-    """Stands for a gradient that is there: looks at what is added, and keeps nothing of it."""
+    """Stand-in for an existing gradient: samples what is added, without keeping the whole."""
 
     def add_(self, gradient: torch.Tensor) -> None:
         self.elements = _elements(gradient)
@@ -304,7 +304,7 @@ def _real(like: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _unchanged(step: PlannedStep, primals: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Put back what the forward writes, and the random states."""
+    """Put back the tensors that the forward writes, and the random states."""
     written = {
         value
         for op in step.captured.program.ops
@@ -342,10 +342,10 @@ def _relative(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> f
 
 
 def _to_keep(step: PlannedStep, drift: Drift) -> frozenset[int]:
-    """Values to keep: where a chain's error passes its tolerance, and as often from there on.
+    """Values to keep: where a chain's error exceeds its tolerance, and as often from there on.
 
-    Two at a time, one of each stream: what comes after them starts without an error. What is no
-    part of a chain is kept where its own error is too large.
+    Two at a time, one of each stream: later values start without an error. A value outside every
+    chain is kept where its own error is too large.
     """
     by_chain: dict[str, list[tuple[int, float, float]]] = {}
     inexact = rounded(step.recoveries, step.plan.schedule)

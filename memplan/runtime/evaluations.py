@@ -1,4 +1,4 @@
-"""Threads that run a module as it is, and one that puts other tensors into it for a while."""
+"""A lock between threads that run a module and one that swaps its tensors for a while."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Evaluations:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """Around a run of the module; waits while another thread captures it."""
+        """Context of a run of the module; waits while another thread captures it."""
         me = threading.get_ident()
         with self._free:
             self._free.wait_for(lambda: {*self._alone} <= {me})
@@ -28,12 +28,12 @@ class Evaluations:
         finally:
             with self._free:
                 self._running[me] -= 1
-                self._running += Counter()  # forget those that run nothing
+                self._running += Counter()  # forget idle threads
                 self._free.notify_all()
 
     @contextlib.contextmanager
     def none(self) -> Iterator[None]:
-        """Around a capture; waits until no other thread runs or captures the module."""
+        """Context of a capture; waits until no other thread runs or captures the module."""
         me = threading.get_ident()
         with self._free:
             self._free.wait_for(lambda: {*self._alone, *self._running} <= {me})

@@ -1,7 +1,7 @@
 """The first call of each plan, compared with the untouched module's forward, bit by bit.
 
-The untouched forward runs first, and within the budget if one is named. Autograd's graph of it is
-made, since modules may ask whether gradients are enabled, and nothing is saved for a backward.
+The untouched forward runs first, and within the budget if there is one. Its autograd graph is
+built, since modules may ask whether gradients are enabled, but nothing is saved for a backward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memplan.errors import CaptureError, UnfaithfulCapture
 from memplan.ir.program import Phase
 from memplan.ir.schedule import Effect
 from memplan.runtime import whole_step
-from memplan.runtime.fused_gradients import Finished
+from memplan.runtime.fused_gradients import PendingGradients
 from memplan.runtime.outcome import Outcome, digest
 from memplan.runtime.step import PlannedStep, noted
 from memplan.runtime.untouched import (
@@ -41,14 +41,14 @@ _LOG = logging.getLogger("memplan")
 
 
 def what_is_due(asked: str, effects: Sequence[Effect]) -> str:
-    """What the first call of a plan compares: nothing where its output is another by design."""
+    """The comparison that a plan's first call makes: none where its output differs by design."""
     return "none" if {Effect.STOCHASTIC, Effect.APPROXIMATE} & {*effects} else asked
 
 
 def first_call(
-    step: PlannedStep, call: UntouchedCall, finished: Finished
+    step: PlannedStep, call: UntouchedCall, finished: PendingGradients
 ) -> tuple[PlannedStep, Any]:
-    """The step, compared, and what its call returns.
+    """The compared step, and the output of its call.
 
     Raises:
         UnfaithfulCapture: if anything differs by more than rounding.
@@ -63,7 +63,7 @@ def first_call(
 
 
 def before(step: PlannedStep, call: UntouchedCall) -> Outcome | str:
-    """What the untouched forward leaves behind, or why it is not run."""
+    """The outcome of the untouched forward, or why it is not run."""
     primals = {primal.node for primal in step.captured.primals if primal.kind == "input"}
     written = {
         value
@@ -85,10 +85,10 @@ def before(step: PlannedStep, call: UntouchedCall) -> Outcome | str:
 
 
 def _needed_bytes(call: UntouchedCall) -> int | None:
-    """What the untouched forward takes above what is there; None if it cannot be known."""
+    """The bytes that the untouched forward adds to those alive; None if they cannot be known."""
     try:
         return peak_bytes(call)
-    except Exception as error:  # whatever a forward without data may meet
+    except Exception as error:  # a forward without data may raise anything
         _LOG.debug("the untouched forward cannot be followed: %s", error)
         return None
 
@@ -96,17 +96,17 @@ def _needed_bytes(call: UntouchedCall) -> int | None:
 def after(
     step: PlannedStep, call: UntouchedCall, expected: Outcome | str, output: list[Any]
 ) -> PlannedStep:
-    """The step, compared: what its first call left behind is what was expected, or it is said.
+    """The compared step: its first call's outcome is as expected, or a note says otherwise.
 
     Args:
         step: the step.
         call: its first call.
-        expected: what ``before`` found.
-        output: what the call returned, alone in a list, which is emptied where it is of no use.
+        expected: the result of ``before``.
+        output: the call's output, alone in a list, which is emptied where it is of no use.
 
     Raises:
         UnfaithfulCapture: if it differs by more than rounding.
-        CaptureError: if the untouched module does not repeat itself, or keeps state that counts.
+        CaptureError: if the untouched module does not repeat itself, or keeps state that matters.
     """
     checked = replace(step, compares="none")
     if isinstance(expected, str):
@@ -115,7 +115,7 @@ def after(
     what = found.difference(expected)
     error = found.error(expected) if what == "its output" else 0.0
     if what and not (what == "its output" and error <= expected.rounding):
-        output.clear()  # there is room then, and to look for the place nothing else is needed
+        output.clear()  # makes room; nothing else is needed to find the place
         raise _fault(step, call, what)
     if not expected.is_steady:
         raise CaptureError(
@@ -128,7 +128,7 @@ def after(
 
 
 def _warn_of_state(step: PlannedStep, expected: Outcome) -> None:
-    """Say what the untouched forward keeps in attributes, if the capture did not."""
+    """Warn of state that the untouched forward keeps in attributes, if the capture did not."""
     is_said = any(difference.is_warned_of for difference in step.captured.differences)
     if not is_said and not all(expected.attributes.values()):
         names = ", ".join(expected.attributes)
@@ -138,7 +138,7 @@ def _warn_of_state(step: PlannedStep, expected: Outcome) -> None:
 
 
 def _rounded(step: PlannedStep, call: UntouchedCall, error: float) -> PlannedStep:
-    """A step whose output differs by rounding, with that said."""
+    """A step whose output differs by rounding, with a note of that."""
     if error == 0:  # zeros of another sign, or entries of a large output that were not kept
         what = "the output differs from the untouched forward's, by less than could be seen"
     else:
@@ -154,7 +154,7 @@ def _rounded(step: PlannedStep, call: UntouchedCall, error: float) -> PlannedSte
 
 
 def _fault(step: PlannedStep, call: UntouchedCall, what: str) -> CaptureError:
-    """What to say of a step whose first call was another; the forwards run once more for it."""
+    """The error for a step whose first call differs; the forwards run once more for it."""
     name = type(call.model).__name__
     if not repeats_itself(call):
         return CaptureError(
@@ -170,7 +170,7 @@ def _fault(step: PlannedStep, call: UntouchedCall, what: str) -> CaptureError:
 
 
 def _first_difference(step: PlannedStep, call: UntouchedCall) -> str:
-    """The first module of which no tensor of the captured forward is the output; "" if none."""
+    """The first module whose output is no tensor of the captured forward; "" if none."""
     with unchanged(call.model), torch.no_grad():
         known = _digests_of_forward(step, call)
     outputs: list[tuple[str, str]] = []
@@ -189,7 +189,7 @@ def _first_difference(step: PlannedStep, call: UntouchedCall) -> str:
 
 
 def _digests_of_forward(step: PlannedStep, call: UntouchedCall) -> set[str]:
-    """Digests of all tensors that the captured forward makes."""
+    """Digests of all tensors that the captured forward computes."""
     given = step.primals(call.state, call.sample)
     values: dict[fx.Node, Any] = {
         primal.node: tensor for primal, tensor in zip(step.given_primals, given, strict=True)
@@ -207,7 +207,7 @@ def _digests_of_forward(step: PlannedStep, call: UntouchedCall) -> set[str]:
             args = fx.map_arg(node.args, values.__getitem__)
             kwargs = fx.map_arg(node.kwargs, values.__getitem__)
             values[node] = node.target(*args, **kwargs)
-            if "empty" not in str(node.target):  # what is left there may be anyone's
+            if "empty" not in str(node.target):  # its content is arbitrary
                 found |= {digest(leaf) for leaf in tensors_of(values[node])}
             del args, kwargs
         for source in node.all_input_nodes:

@@ -1,4 +1,4 @@
-"""Sums of gradients that autograd makes outside of a planned step."""
+"""Sums of gradients that autograd computes outside a planned step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memplan.torch_internals import (
 
 
 def summed(captured: Captured) -> tuple[int, ...]:
-    """Positions of parameters whose gradient is a sum: of several uses, mostly."""
+    """Positions of parameters whose gradient is a sum, mostly over several uses."""
     return tuple(
         position
         for position, node in captured.gradients
@@ -33,10 +33,10 @@ def _is_sum(value: object) -> bool:
 
 
 def warn_of_other_order(summed: Sequence[torch.Tensor]) -> None:
-    """Say that sums of gradients are added up in another order than eager's.
+    """Warn that gradients are summed in another order than eager's.
 
-    That is so for a weight that is used several times in one call and in another of the same
-    backward as well.
+    That is so for a weight that is used several times in one call, and in another call of the
+    same backward as well.
     """
     shared = {*map(id, summed)} & received_from_several_nodes() if summed else ()
     if shared:
@@ -50,9 +50,9 @@ def warn_of_other_order(summed: Sequence[torch.Tensor]) -> None:
 
 
 def existing_gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """What each parameter's new gradient is added to; None: it is left to autograd.
+    """The gradient that each parameter's new one is added to; None where autograd adds it.
 
-    It is left where autograd does more than add: for ``torch.autograd.grad``, hooks, gradients
+    Autograd adds it where it does more than that: for ``torch.autograd.grad``, hooks, gradients
     that also arrive from elsewhere, and processes that exchange gradients.
     """
     if not parameters:

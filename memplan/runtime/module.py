@@ -1,4 +1,4 @@
-"""The module that the user trains: it runs a plan that was made for exactly this call."""
+"""The module that the user trains: it runs a plan made for exactly this call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memplan.planner.plan import Plan
 from memplan.runtime.drift import BuiltStep, Drift
 from memplan.runtime.evaluations import Evaluations
 from memplan.runtime.first_call import first_call
-from memplan.runtime.fused_gradients import Finished
+from memplan.runtime.fused_gradients import PendingGradients
 from memplan.runtime.signature import State, signature_of
 from memplan.runtime.step import PlannedStep
 from memplan.runtime.untouched import UntouchedCall
@@ -36,27 +36,26 @@ Build = Callable[[Changed, Sample], BuiltStep]
 
 
 class PlannedModule(nn.Module):
-    """A module in the place of another: same parameters, same names, same results, less memory.
+    """A module that replaces another: same parameters, same names, same results, less memory.
 
     It shares the original's parameters, buffers and children, under their own names, so that an
     optimizer, ``state_dict``, ``to`` and ``train`` act on both. With gradients enabled each call
     runs a plan made for its signature (shapes, modes, flags, ...); a new signature is captured
-    and planned first. Without gradients the original runs, or what passes make of it.
+    and planned first. Without gradients the original runs, as passes changed it.
 
-    Several threads may call it. While one of them captures, the others wait, those that evaluate
-    as well; the original and its parameters must not be used in that time, because others stand
-    in for them.
+    Several threads may call it. While one of them captures, the others wait, evaluating ones too;
+    the original and its parameters must not be used meanwhile, because stand-ins replace them.
 
-    Attributes of modules that the forward reads may be changed by hand: plain values, and those
-    of objects that modules hold, such as a configuration, are part of what a plan is for. What no
-    attribute holds (a global, a variable that a function closes over) needs ``recapture()``.
+    Attributes of modules that the forward reads may be changed by hand: a plan depends on plain
+    values, and on those of objects that modules hold, such as a configuration. A change that no
+    attribute holds (a global, a variable of a closure) needs ``recapture()``.
     """
 
     original: nn.Module
     optimizer: Optimizer | None
-    """The one that the budget covers, if it does."""
+    """The optimizer that the budget covers, if any."""
     changed: Changed
-    """What passes made of the original, and how it was before."""
+    """The original as passes changed it, and its earlier state."""
 
     def __init__(
         self,
@@ -72,16 +71,16 @@ class PlannedModule(nn.Module):
         self.optimizer = optimizer
         self._build = build
         self._cache_size = cache_size
-        self._finished = Finished()
+        self._finished = PendingGradients()
         self.training = original.training
         _warn_of_hidden(original)
         self._share()
         self._reset()
 
     def _share(self) -> None:
-        """Use the original's own dictionaries: what is added, moved or replaced is so in both.
+        """Use the original's own dictionaries: additions, moves and replacements apply to both.
 
-        Where passes add children, replacing a child of the original itself is not.
+        Where passes add children, replacing a child of the original itself does not.
         """
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[name] = self.changed.model.__dict__[name]
@@ -108,7 +107,7 @@ class PlannedModule(nn.Module):
 
     @property
     def trace(self) -> MemoryTrace:
-        """What ``plan`` predicts, block by block.
+        """The prediction of ``plan``, block by block.
 
         Raises:
             NotPlannedYet: before there is one.
@@ -130,12 +129,12 @@ class PlannedModule(nn.Module):
         return tuple(built.step.plan for steps in self._steps.values() for built in steps)
 
     def recapture(self) -> None:
-        """Forget every capture and plan; the next call makes them anew."""
+        """Forget every capture and plan; the next call captures and plans anew."""
         self._reset()
 
     def prepare(self, sample: Sample) -> PlannedStep:
-        """The step for a call with these inputs, from the cache or made now."""
-        # A capture puts other tensors in the place of the parameters for its time; only one
+        """The step for a call with these inputs, from the cache or built now."""
+        # A capture puts other tensors in the place of the parameters for a while; only one
         # thread may look at them then.
         with self._lock:
             return self._built(self._next_state(), sample).step
@@ -148,7 +147,7 @@ class PlannedModule(nn.Module):
         steps = self._steps.get(signature, ())
         built = next((one for one in steps if one.step.holds(state, sample)), None)
         if built is None:
-            # blocks take turns: what is captured are the tensors of this call
+            # blocks take turns: the tensors of this call are captured
             with (
                 self._evaluations.none(),
                 standing_for(self.changed.model, state.choice.tensors),
@@ -161,7 +160,7 @@ class PlannedModule(nn.Module):
         return built
 
     def _settled(self, state: State, sample: Sample) -> BuiltStep:
-        """The step of a call that trains: what drifts is measured first."""
+        """The step of a training call; its drift is measured first."""
         built = self._built(state, sample)
         if built.drift_check is None or built.is_settled:
             return built
@@ -171,7 +170,7 @@ class PlannedModule(nn.Module):
         return settled
 
     def measure_drift(self, sample: object) -> Drift:
-        """How far values that come back by rounding are from what they were, on one batch.
+        """Measure how far values restored with rounding are from their originals, on one batch.
 
         The step runs, and leaves nothing behind.
         """
@@ -183,7 +182,7 @@ class PlannedModule(nn.Module):
                 return built.drift(state, batch)
 
     def _forget_oldest(self) -> None:
-        """Keep to the size of the cache: of all signatures, and of steps for one of them."""
+        """Keep to the cache size, for all signatures and for the steps of one."""
         newest, steps = next(reversed(self._steps.items()))
         if len(self._steps) > self._cache_size:
             self._steps.popitem(last=False)
@@ -199,7 +198,7 @@ class PlannedModule(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original returns for these inputs."""
+        """Return the original's output for these inputs."""
         if not torch.is_grad_enabled():
             return self._evaluated(args, kwargs)
         if transform := enclosing_transform():
@@ -234,7 +233,7 @@ class PlannedModule(nn.Module):
         return output
 
     def _replace(self, built: BuiltStep, better: BuiltStep, state: State, sample: Sample) -> None:
-        """Put a step in the place of another in the cache."""
+        """Replace a step in the cache."""
         signature = signature_of(self.changed.model, state, sample)
         self._steps[signature] = tuple(
             better if one is built else one for one in self._steps[signature]
@@ -248,13 +247,13 @@ class PlannedModule(nn.Module):
         accumulate: int | None = None,
         schedule: LRSchedule | None = None,
     ) -> Iterable[Any]:
-        """The batches to train on; what passes leave out (``drop_minibatches``) never comes.
+        """The batches to train on, without those that passes drop (``drop_minibatches``).
 
         Args:
             loader: any iterable of batches.
-            accumulate: batches that one update is made of, if there is more than one.
-            schedule: one that is to step for batches that are left out, too, as the loop's body
-                lets it for the others.
+            accumulate: batches of one update, if there is more than one.
+            schedule: one that is to step for dropped batches too, as the loop's body lets it for
+                the others.
 
         Raises:
             MemplanError: if ``accumulate`` is less than 1.
@@ -266,10 +265,10 @@ class PlannedModule(nn.Module):
         return loader
 
     def export(self) -> nn.Module:
-        """A copy of the original as it is trained now, without what passes added for training.
+        """A copy of the original as trained so far, without what passes added for training.
 
         Raises:
-            MemplanError: if passes made another model of it, which the original is not.
+            MemplanError: if passes made another model of it than the original.
         """
         if self.changed.is_another:
             raise MemplanError(
@@ -301,13 +300,13 @@ class PlannedModule(nn.Module):
         return self if result is self.original else result
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's, and what passes added, under prefixes of their own."""
+        """The original's state, and that of what passes added, under prefixes of its own."""
         return self.changed.model.state_dict(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Into the original, whose parameters are this module's, and into what passes added."""
+        """Load into the original, whose parameters are this module's, and what passes added."""
         return self.changed.model.load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __getattr__(self, name: str) -> Any:
@@ -325,13 +324,13 @@ class PlannedModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._finished = Finished()
+        self._finished = PendingGradients()
         self._share()
         self._reset()
 
 
 def _warn_of_hidden(original: nn.Module) -> None:
-    """Say which attributes of a module have the names of the planned module's own."""
+    """Warn of a module's attributes that the planned module's own hide."""
     own = {"original", "changed", "optimizer", *vars(PlannedModule)} - set(dir(nn.Module))
     classes = type(original).__mro__[: -len(nn.Module.__mro__)]
     places = [vars(original), *map(vars, classes)]

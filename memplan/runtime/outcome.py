@@ -1,6 +1,6 @@
-"""What a forward leaves behind, and how far two forwards are from each other.
+"""The outcome of a forward, and the distance between two.
 
-Values are compared by digests of their bytes, and outputs are kept as arrays of numpy's: nothing of
+Values are compared by digests of their bytes, and outputs are kept as numpy arrays: nothing of
 one forward is in torch's memory while the other runs.
 """
 
@@ -22,24 +22,24 @@ from memplan.torch_internals import flatten
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _CHUNK_BYTES = 1 << 22
-"""What is read at a time of a tensor that is not contiguous."""
+"""Bytes read at a time of a tensor that is not contiguous."""
 _MOST_KEPT = 1 << 22
-"""Entries of an output that are kept at most; of a larger one, so many spread over it."""
+"""The most entries kept of an output; those of a larger one are spread over it."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a forward leaves behind.
+    """The outcome of a forward.
 
     Attributes:
-        outputs: a digest of each tensor that it returns, and what else it returns, as text.
+        outputs: a digest of each tensor that it returns, and all else that it returns as text.
         buffers: a digest of each, by FQN.
         random: the random states.
         kept: entries of the outputs that are floats, by position.
-        eps: of their dtypes the largest.
-        attributes: names of those that it changes, and of each whether it seems to be set once.
-        is_steady: whether a forward that finds those changed returns the same.
+        eps: the largest of their dtypes.
+        attributes: names of those that it changes, and whether each seems to be set just once.
+        is_steady: whether a forward after those changes returns the same.
     """
 
     outputs: tuple[str, ...]
@@ -52,7 +52,7 @@ class Outcome:
 
     @classmethod
     def of(cls, model: nn.Module, output: object) -> Outcome:
-        """As it is now."""
+        """The current outcome."""
         leaves = flatten(output)[0]
         floats = {
             place: leaf.detach()
@@ -68,7 +68,7 @@ class Outcome:
         )
 
     def difference(self, other: Outcome) -> str:
-        """What is not the same, in words; "" if nothing."""
+        """The first difference, in words; "" if there is none."""
         if self.outputs != other.outputs:
             return "its output"
         changed = [name for name, one in self.buffers.items() if other.buffers.get(name) != one]
@@ -77,16 +77,16 @@ class Outcome:
         return "" if self.random == other.random else "torch's random state"
 
     def differing(self, other: Outcome) -> list[int]:
-        """Positions of the outputs that are not the same."""
+        """Positions of the outputs that differ."""
         places = range(max(len(self.outputs), len(other.outputs)))
         return [n for n in places if self.outputs[n : n + 1] != other.outputs[n : n + 1]]
 
     def error(self, other: Outcome, *, by_all: bool = False) -> float:
-        """The largest difference of an output over its largest entry; infinite if not of floats.
+        """The largest difference of an output over its largest entry; infinite if not floats.
 
         Args:
-            other: what is right.
-            by_all: over the largest entry of all outputs together.
+            other: the reference.
+            by_all: divide by the largest entry of all outputs together.
         """
         differing = self.differing(other)
         if any(n not in self.kept or n not in other.kept for n in differing):
@@ -102,9 +102,9 @@ class Outcome:
 
 
 def relative_error(mine: Array, theirs: Array, scale: float | None = None) -> float:
-    """The largest difference over the largest entry, or over what is given.
+    """The largest difference over the largest entry, or over ``scale``.
 
-    Infinite where one alone is no number.
+    Infinite where just one of two entries is NaN.
     """
     if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
         return math.inf
@@ -119,12 +119,12 @@ def relative_error(mine: Array, theirs: Array, scale: float | None = None) -> fl
 
 
 def _largest(array: Array) -> float:
-    """The largest size of an entry; 0 if there is none."""
+    """The largest magnitude of an entry; 0 if there is none."""
     return float(np.abs(array[np.isfinite(array)].astype(np.complex128)).max(initial=0.0))
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Equal for tensors of equal shapes, dtypes and bits."""
+    """A digest equal for tensors of equal shapes, dtypes and bits."""
     found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
     for part in _in_order(_bits(tensor.detach())):
         found.update(part.data)
@@ -132,7 +132,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def _in_order(bits: Array) -> Iterator[Array]:
-    """All entries in the order of their indices, with no copy of the whole."""
+    """All entries in index order, without a copy of the whole."""
     if bits.flags.c_contiguous or bits.nbytes <= _CHUNK_BYTES:
         yield np.ascontiguousarray(bits)
         return
@@ -146,19 +146,19 @@ def _in_order(bits: Array) -> Iterator[Array]:
 
 
 def same_bits(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Whether two tensors have equal shapes, dtypes and bits, or there are none."""
+    """Tell whether two tensors have equal shapes, dtypes and bits, or are both None."""
     if one is None or other is None:
         return one is other
     return digest(one) == digest(other)
 
 
 def kept(tensor: torch.Tensor) -> Array:
-    """A copy of a tensor's bits, outside of torch's memory."""
+    """A copy of a tensor's bits, outside torch's memory."""
     return _bits(tensor.detach()).copy()
 
 
 def write(tensor: torch.Tensor, content: Array) -> None:
-    """Give a tensor the bits that it had, unless it has them."""
+    """Write a tensor's earlier bits back, unless it has them."""
     if np.array_equal(_bits(tensor.detach()), content):
         return
     bits = torch.from_numpy(content)
@@ -179,14 +179,14 @@ def _bits(tensor: torch.Tensor) -> Array:
 
 
 def _entries(tensor: torch.Tensor) -> Array:
-    """All entries of a tensor, or so many of a large one, in an order of their own."""
+    """All entries of a tensor, or some of a large one, in an order of their own."""
     bits = _bits(tensor).reshape(-1)
     pairs = bits.reshape(-1, 2) if tensor.is_complex() else bits.reshape(-1, 1)
     some = np.ascontiguousarray(pairs[:: max(1, -(-len(pairs) // _MOST_KEPT))]).copy()
     if tensor.dtype is torch.bfloat16:
         return (some.astype(np.uint32) << 16).view(np.float32).reshape(-1)
     real = {2: np.float16, 4: np.float32, 8: np.float64}.get(bits.itemsize)
-    if real is None:  # of 8 bits: what they stand for is not told apart from what they are
+    if real is None:  # 8 bits: their codes serve as their values
         return some.astype(np.float32).reshape(-1)
     floats = some.view(real)
     return floats[:, 0] + 1j * floats[:, 1] if tensor.is_complex() else floats.reshape(-1)
@@ -197,5 +197,5 @@ def _leaf(leaf: object) -> str:
 
 
 def same_outputs(outcomes: Sequence[Outcome]) -> bool:
-    """Whether all return the same bits."""
+    """Tell whether all outputs have the same bits."""
     return len({outcome.outputs for outcome in outcomes}) == 1

@@ -1,4 +1,4 @@
-"""What a captured step depends on. A call with another signature is captured anew."""
+"""The signature of a captured step: all that it depends on. A new one is captured anew."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class State:
     Attributes:
         parameters: by FQN, tied ones under each of their names.
         buffers: by FQN.
-        choice: what the call runs, of what a pass lets vary.
+        choice: what the call runs, where a pass lets it vary.
     """
 
     parameters: Mapping[str, torch.Tensor]
@@ -33,14 +33,14 @@ class State:
 
     @classmethod
     def of(cls, module: nn.Module) -> State:
-        """The tensors that the module has now."""
+        """The module's current tensors."""
         return cls(
             dict(module.named_parameters(remove_duplicate=False)),
             dict(module.named_buffers(remove_duplicate=False)),
         )
 
     def chosen(self, choice: CallChoice) -> State:
-        """The tensors under the names that they have in the program of a choice."""
+        """The tensors by their names in the program of a choice."""
         others = choice.tensors
         if not others:
             return replace(self, choice=choice)
@@ -63,14 +63,14 @@ def signature_of(module: nn.Module, state: State, sample: Sample) -> Hashable:
         state.choice.program,
         str(spec),
         tuple(_leaf(leaf) for leaf in leaves),
-        # Of one that was replaced the number may be used again; steps know theirs.
+        # The id of a replaced module may be reused; steps know their own modules.
         tuple((id(child), child.training, has_hooks(child)) for child in module.modules()),
         tuple(
             (name, _tensor(tensor), tensor.grad is not None, owners.setdefault(id(tensor), number))
             for number, (name, tensor) in enumerate(state.parameters.items())
         ),
         tuple((name, _tensor(tensor)) for name, tensor in state.buffers.items()),
-        # Last, because it fails on a parameter that is not initialized.
+        # Last, because it fails on an uninitialized parameter.
         _sharing([*leaves, *state.parameters.values(), *state.buffers.values()]),
         _flags(),
     )
@@ -112,7 +112,7 @@ def _leaf(leaf: object) -> Hashable:
 
 
 def _sharing(leaves: list[object]) -> tuple[tuple[int, int], ...]:
-    """Which tensors share memory: for each that does, the first with it, and its place there."""
+    """For each tensor that shares memory, the first one with that memory, and its offset there."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     first: dict[int, int] = {}
     owners = [first.setdefault(storage_key(t), number) for number, t in enumerate(tensors)]

@@ -1,4 +1,4 @@
-"""Runs one emitted step as a node of autograd's graph."""
+"""One emitted step, run as a node of autograd's graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memplan.ir.program import Costs
 from memplan.ir.schedule import Recovery
 from memplan.optimizer import InBackward
 from memplan.planner.plan import Plan
-from memplan.runtime.fused_gradients import Finished, Pending, check_not_retained, scale
+from memplan.runtime.fused_gradients import Pending, PendingGradients, check_not_retained, scale
 from memplan.runtime.gradient_sums import existing_gradients, summed, warn_of_other_order
 from memplan.runtime.signature import State
 from memplan.torch_internals import (
@@ -37,11 +37,11 @@ from memplan.torch_internals import (
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step that was captured, planned and emitted for one signature.
+    """A step captured, planned and emitted for one signature.
 
     Attributes:
         captured: the program and the joint graph.
-        recoveries: what the passes offered.
+        recoveries: those that the passes offered.
         costs: of every op that may run.
         emitted: the two functions.
         plan: what was decided.
@@ -65,7 +65,7 @@ class PlannedStep:
 
     @cached_property
     def room_bytes(self) -> int:
-        """What is free of the plan's peak when the backward is called."""
+        """The bytes below the plan's peak that are free when the backward is called."""
         program = self.captured.program
         timeline = self.scheduled.timeline
         last = len(self.plan.schedule.forward)
@@ -75,11 +75,11 @@ class PlannedStep:
 
     @property
     def trace(self) -> MemoryTrace:
-        """What the step will leave, block by block."""
+        """The predicted memory trace of the step, block by block."""
         return predicted_trace(self.scheduled, str(self.captured.device))
 
     def holds(self, state: State, sample: Sample) -> bool:
-        """Whether what the captured forward found in Python, and branched on, is the same here."""
+        """Tell whether all that the captured forward read, and branched on, is the same here."""
         captured = self.captured
         return all(attribute.holds() for attribute in captured.attributes) and (
             not captured.decisions
@@ -93,14 +93,14 @@ class PlannedStep:
 
     @property
     def is_fused(self) -> bool:
-        """Whether its gradients are finished in the forward."""
+        """Tell whether its gradients are finished in the forward."""
         return self.captured.program.num_fused is not None
 
-    def run(self, state: State, sample: Sample, finished: Finished) -> Any:
-        """Run the forward; what it returns has the structure that the module's output has.
+    def run(self, state: State, sample: Sample, finished: PendingGradients) -> Any:
+        """Run the forward; its result has the structure of the module's output.
 
         Raises:
-            PlanMismatch: if the step is fused, and finished gradients of another are waiting.
+            PlanMismatch: if the step is fused and finished gradients of another are waiting.
         """
         if not self.is_fused:
             return self._run(state, sample, None)
@@ -109,11 +109,11 @@ class PlannedStep:
 
     def _run(self, state: State, sample: Sample, pending: Pending | None) -> Any:
         primals = self.primals(state, sample)
-        # What gets no gradient is no input of the node, or autograd would run its hooks.
+        # Tensors without a gradient are no inputs of the node, or autograd would run their hooks.
         differentiable = [primals[position] for position in self.emitted.differentiable]
         # Processes that exchange gradients wait for those of all parameters.
         unused = self._unused(state) if exchanges_gradients() else []
-        # Outputs that autograd's graph leads to have a node, also where every gradient is None.
+        # Outputs that autograd's graph leads to have a node, even where every gradient is None.
         unused += [] if differentiable else self._led_from(primals)
         results = _PlannedFunction.apply(self, primals, pending, *differentiable, *unused)  # type: ignore[no-untyped-call]
         outputs = [
@@ -132,7 +132,7 @@ class PlannedStep:
         return [parameter for parameter in unused if parameter.requires_grad]
 
     def _led_from(self, primals: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The primals that autograd's graph of an output leads to."""
+        """The primals that the autograd graph of an output leads to."""
         reached = {key for keys in self.captured.output.leads_to.values() for key in keys}
         return [
             tensor
@@ -142,7 +142,7 @@ class PlannedStep:
 
     @property
     def given_primals(self) -> tuple[Primal, ...]:
-        """What a call passes in: all primals but the gradients that are there."""
+        """The primals that a call passes in: all but existing gradients."""
         return tuple(one for one in self.captured.primals if one.kind != "gradient")
 
     def primals(self, state: State, sample: Sample) -> list[torch.Tensor]:
@@ -159,7 +159,7 @@ class PlannedStep:
         ]
 
     def incoming(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        """The tangents that the backward takes, from what autograd hands to the outputs.
+        """The tangents of the backward, from the gradients that autograd passes to the outputs.
 
         Raises:
             PlanMismatch: if a gradient arrives at an output that the plan is not for.
@@ -195,7 +195,7 @@ class PlannedStep:
     def gradients(
         self, results: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
-        """For each differentiable primal what the backward made; None where eager has none."""
+        """The gradient of each differentiable primal; None where eager has none."""
         emitted, arrived = self.emitted, self._arrived(incoming)
         made = {
             position: result if sources & arrived else None
@@ -206,10 +206,10 @@ class PlannedStep:
         return [made.get(position) for position in emitted.differentiable]
 
     def check_sources(self, incoming: Sequence[torch.Tensor | None]) -> None:
-        """Check that what arrives determines the gradients.
+        """Check that the gradients that arrive determine the results.
 
         Raises:
-            PlanMismatch: if a gradient may have a part that belongs to an output at which none
+            PlanMismatch: if a result may have a part that belongs to an output at which no gradient
                 arrives, whatever would arrive there.
         """
         arrived = self._arrived(incoming)
@@ -223,7 +223,7 @@ class PlannedStep:
             )
 
     def check_unwritten(self, versions: Sequence[tuple[weakref.ref[torch.Tensor], int]]) -> None:
-        """Check that nothing was written that the backward reads.
+        """Check that nothing that the backward reads was written.
 
         Raises:
             PlanMismatch: naming what was written.
@@ -247,10 +247,10 @@ class PlannedStep:
         tangents: Sequence[torch.Tensor],
         incoming: Sequence[torch.Tensor | None],
     ) -> None:
-        """Check that the parameters may be updated in this backward.
+        """Check that this backward may update the parameters, and start.
 
         Raises:
-            PlanMismatch: naming why not.
+            PlanMismatch: saying why not.
         """
         if self.in_backward is None:
             return
@@ -269,7 +269,7 @@ class PlannedStep:
 
 
 def noted(step: PlannedStep, note: str) -> PlannedStep:
-    """A step whose plan says more."""
+    """A step with one more note in its plan."""
     return replace(step, plan=replace(step.plan, notes=(*step.plan.notes, note)))
 
 
@@ -296,7 +296,7 @@ class _PlannedFunction(torch.autograd.Function):
         pending: Pending | None,
         *differentiable: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        # these are primals and what is unused, listed so that autograd sees them
+        # primals and unused parameters, listed so that autograd sees them
         ctx.num_unused = len(differentiable) - len(step.emitted.differentiable)
         emitted = step.emitted
         with without_autocast():

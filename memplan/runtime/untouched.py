@@ -1,6 +1,6 @@
-"""The untouched module, run beside its plan; what it changes is put back.
+"""The untouched module, run beside its plan; its changes are put back.
 
-Copies of its buffers are numpy's, as all that is kept for a comparison: torch's memory is the
+Copies of its buffers, like all copies kept for a comparison, are numpy's: torch's memory is the
 plan's.
 """
 
@@ -44,10 +44,10 @@ class UntouchedCall:
     """A call of a planned module.
 
     Attributes:
-        model: the module as it is without a plan.
+        model: the module without a plan.
         state: its tensors.
         sample: the inputs.
-        decisions: answers to what its forward asks of values.
+        decisions: answers to its forward's questions about values.
     """
 
     model: nn.Module
@@ -57,19 +57,19 @@ class UntouchedCall:
 
 
 Run = Callable[[nn.Module, Sample], Any]
-"""Calls a module, and returns what is to be compared."""
+"""Calls a module, and returns the values to compare."""
 
 
 def forward_alone(model: nn.Module, sample: Sample) -> Any:
-    """What the module returns; autograd's graph of it keeps no tensors for a backward."""
+    """The module's output, whose autograd graph saves no tensors."""
     with _saving_nothing():
         return model(*sample.args, **sample.kwargs)
 
 
 def untouched_outcome(call: UntouchedCall, run: Run = forward_alone) -> Outcome:
-    """What the untouched module leaves behind; it leaves nothing.
+    """The outcome of the untouched module; its changes are put back.
 
-    Where it changes attributes, other than once as it seems, it also runs twice in a row.
+    Where it changes attributes, and seemingly not just once, it also runs twice in a row.
 
     Raises:
         CaptureError: if it writes an input.
@@ -93,12 +93,12 @@ def untouched_outcome(call: UntouchedCall, run: Run = forward_alone) -> Outcome:
 
 
 def repeats_itself(call: UntouchedCall, run: Run = forward_alone) -> bool:
-    """Whether two runs of the untouched module return the same bits."""
+    """Tell whether two runs of the untouched module return the same bits."""
     return same_outputs([untouched_outcome(call, run) for _ in range(2)])
 
 
 def _undoing(model: nn.Module) -> Callable[[], None]:
-    """Puts back random states and buffers as they are now."""
+    """A function that puts back random states and buffers as they are now."""
     before = [(buffer, kept(buffer)) for buffer in model.buffers()]
     states = [kept(state) for state in random_states()]
 
@@ -140,7 +140,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _saving_nothing() -> Iterator[None]:
-    """Inside, autograd's graph is made, and keeps no tensors for a backward."""
+    """Context in which autograd builds its graph, and saves no tensors."""
 
     def nothing(tensor: torch.Tensor) -> None:
         del tensor
@@ -153,7 +153,7 @@ def _saving_nothing() -> Iterator[None]:
 
 
 def peak_bytes(call: UntouchedCall, run: Run = forward_alone) -> int:
-    """What the untouched module takes above what is there, at most; random states, 5 KB, apart."""
+    """The most bytes that the untouched module adds to those alive; random states, 5 KB, apart."""
     following = Following()
     with (
         unchanged_randomness(),
@@ -176,5 +176,5 @@ def peak_bytes(call: UntouchedCall, run: Run = forward_alone) -> int:
 
 
 def allowed_bytes(plan: Plan) -> int:
-    """What a step may take: the budget, or without one what the captured step needs."""
+    """The bytes that a step may take: the budget, or else what the captured step needs."""
     return plan.budget_bytes or max(plan.original_peak_bytes, plan.peak_bytes)

@@ -1,7 +1,7 @@
-"""Whole steps, compared before the first call of a plan: gradients, bit by bit.
+"""Whole steps, whose gradients are compared bit by bit before the first call of a plan.
 
-Both steps go back from every output that has a gradient, with a one for each of its entries. No
-hook of a parameter runs, and nothing is left in ``.grad``.
+Both steps backpropagate from every output that has a gradient, with ones for its entries. No hook
+of a parameter runs, and nothing is left in ``.grad``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from memplan.capture.sample import Sample
 from memplan.errors import UnfaithfulCapture
 from memplan.ir.schedule import Effect
-from memplan.runtime.fused_gradients import Finished
+from memplan.runtime.fused_gradients import PendingGradients
 from memplan.runtime.outcome import Outcome
 from memplan.runtime.step import PlannedStep, noted
 from memplan.runtime.untouched import (
@@ -34,8 +34,8 @@ from memplan.units import format_bytes
 _LOG = logging.getLogger("memplan")
 
 
-def compared(step: PlannedStep, call: UntouchedCall, finished: Finished) -> PlannedStep:
-    """The step: its gradients are the untouched module's, or it is said.
+def compared(step: PlannedStep, call: UntouchedCall, finished: PendingGradients) -> PlannedStep:
+    """The step: its gradients are the untouched module's, or a note says otherwise.
 
     Raises:
         UnfaithfulCapture: if they differ by more than rounding.
@@ -70,7 +70,7 @@ def compared(step: PlannedStep, call: UntouchedCall, finished: Finished) -> Plan
 
 
 def _why_not(step: PlannedStep, call: UntouchedCall, run: Run) -> str:
-    """Why gradients cannot be compared; "" if they can."""
+    """The reason why gradients cannot be compared; "" if they can."""
     if step.in_backward is not None or step.is_fused:
         return "they are used up, or made, while the step runs"
     if step.emitted.accumulated:
@@ -80,7 +80,7 @@ def _why_not(step: PlannedStep, call: UntouchedCall, run: Run) -> str:
         return ""
     try:
         needed_bytes = peak_bytes(call, run) + step.captured.program.resident_bytes
-    except Exception as error:  # whatever a step without data may meet
+    except Exception as error:  # a step without data may raise anything
         _LOG.debug("the untouched step cannot be followed: %s", error)
         return "what its step takes cannot be known without running it"
     is_too_much = needed_bytes > budget_bytes
@@ -94,7 +94,7 @@ def _run(step: PlannedStep, model: nn.Module, sample: Sample) -> list[torch.Tens
 def _gradients(
     step: PlannedStep, output: object, model: nn.Module, sample: Sample
 ) -> list[torch.Tensor | None]:
-    """Gradients of parameters, then of inputs, from the outputs that the plan takes them from."""
+    """Gradients of parameters, then of inputs, from the plan's differentiable outputs."""
     pairs = zip(step.captured.output.leaves, flatten(output)[0], strict=True)
     sources = [made for leaf, made in pairs if leaf.position in step.emitted.tangents]
     wanted = [tensor for _, tensor in _wanted(model, sample)]
@@ -103,7 +103,7 @@ def _gradients(
 
 
 def _wanted(model: nn.Module, sample: Sample) -> list[tuple[str, torch.Tensor]]:
-    """What gets a gradient, and what to call it."""
+    """The tensors that get a gradient, with their names."""
     inputs = [(f"input {place}", one) for place, one in enumerate(sample.tensors())]
     named = [(repr(name), one) for name, one in model.named_parameters()] + inputs
     return [(name, tensor) for name, tensor in named if tensor.requires_grad]

@@ -1,6 +1,6 @@
 """The only package that uses private torch names. Each was checked on torch 2.13 to 2.15.
 
-Everything here has a narrow, typed face, so that a new torch release is met in one place.
+Everything here has a narrow, typed interface, so a new torch release affects one place only.
 """
 
 from memplan.torch_internals.abstract_run import (

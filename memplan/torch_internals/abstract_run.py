@@ -1,4 +1,4 @@
-"""The allocator's events of a step that is run on tensors without data."""
+"""Allocator events of a step run on tensors without data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TensorSpec:
         offset: into the storage, in elements.
         dtype: its type.
         storage_bytes: size of its storage.
-        device: where it is.
+        device: its device.
     """
 
     shape: tuple[int, ...]
@@ -53,15 +53,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """A call of a kernel.
+    """A kernel call.
 
     Attributes:
         target: the kernel.
         args: its arguments, tensors as ``TensorSpec``.
-        kwargs: the others.
-        blocks: the blocks that it allocated for its results, in order.
-        result_bytes: of all of them.
-        with_grad: whether gradients were enabled: some kernels keep more for their backward then.
+        kwargs: its keyword arguments.
+        blocks: the blocks allocated for its results, in order.
+        result_bytes: bytes of all its results.
+        with_grad: whether gradients were enabled: some kernels then save more for their backward.
     """
 
     target: OpOverload
@@ -73,18 +73,18 @@ class KernelCall:
 
     @property
     def signature(self) -> str:
-        """Equal for calls that do the same on other data."""
+        """A key equal for calls that differ only in their data."""
         return f"call {self.target}({self.args!r}, {self.kwargs!r}, {self.with_grad})"
 
 
 @dataclass(frozen=True)
 class Followed:
-    """A step that was followed.
+    """A followed step.
 
     Attributes:
-        recorded: its events, kernels' workspace not among them.
-        calls: number of events that happened when a kernel ran, and the call, for each call.
-        enclosing: of each call.
+        recorded: its events, without kernels' workspace.
+        calls: for each call of a kernel, the number of events before it, and the call.
+        enclosing: the calls around each call.
     """
 
     recorded: Recorded
@@ -93,9 +93,9 @@ class Followed:
 
 
 class Following(DispatchMode):
-    """Notes every storage that an op makes inside, and when it is gone (torch 2.13-2.15).
+    """Records the lifetime of every storage that an op allocates inside (torch 2.13-2.15).
 
-    A number that is asked of a tensor is taken to be that of a step long under way.
+    A number read from a tensor is taken to be that of a step long under way.
     """
 
     def __init__(self, granule_bytes: int = 1) -> None:
@@ -112,22 +112,22 @@ class Following(DispatchMode):
         self._is_over = False
 
     def followed(self) -> Followed:
-        """What was seen until now; nothing is noted afterwards."""
+        """The record up to now; nothing is recorded afterwards."""
         self._is_over = True
         recorded = Recorded(tuple(self.events), self.makers, self.marks)
         return Followed(recorded, tuple(self.calls), tuple(self.call_enclosing))
 
     def block_of(self, tensor: torch.Tensor) -> int:
-        """The address of the block that stands for a tensor's memory; -1 if it is none of ours."""
+        """The address of the block that represents a tensor's memory; -1 if it is not tracked."""
         return self._live.get(storage_key(tensor), (-1, 0))[0]
 
     def mark(self, text: str) -> None:
-        """Note a moment."""
+        """Mark a moment."""
         self.marks[text] = time.perf_counter_ns()
 
     @contextlib.contextmanager
     def note(self, text: str) -> Iterator[None]:
-        """A call of this name encloses what happens inside."""
+        """Context recorded as a call of this name."""
         is_backward = torch._C._current_autograd_node() is not None
         self._open.append((is_backward, self._enclosing(text)))
         try:
@@ -172,11 +172,11 @@ class Following(DispatchMode):
         return result
 
     def _context(self, func: OpOverload) -> tuple[Enclosing, ...]:
-        """The calls around a kernel, the innermost first."""
+        """The calls around a kernel, innermost first."""
         around = tuple(call for _, call in reversed(self._open))
         node = torch._C._current_autograd_node()
         if node is None:
-            # The node of the op that is run now was made just before.
+            # The node of the running op was created just before.
             number = int(torch.autograd._get_sequence_nr()) - 1
             self.makers[number] = around
         else:
@@ -189,11 +189,11 @@ class Following(DispatchMode):
         return (self._enclosing(name.partition(".")[0]), *around)
 
     def _add(self, storage: torch.UntypedStorage, enclosing: tuple[Enclosing, ...]) -> list[int]:
-        """Note a storage, if it is new; its block."""
+        """Record a storage if it is new; return its block."""
         key = storage._cdata
         if key in self._live:
             return []
-        # What is opaque has no size here, and some there.
+        # An opaque storage has no size here, but has one in a real run.
         blocks = max(1, -(-storage.nbytes() // self.granule_bytes))
         nbytes = blocks * self.granule_bytes
         self._ids += 1
@@ -203,7 +203,7 @@ class Following(DispatchMode):
         return [self._live[key][0]]
 
     def _take_over(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        """The block of one tensor is another's from now on."""
+        """Hand one tensor's block over to another."""
         storage = new.untyped_storage()
         self._live[storage._cdata] = self._live.pop(storage_key(old))
         weakref.finalize(storage, self._remove, storage._cdata).atexit = False
@@ -220,9 +220,9 @@ class Following(DispatchMode):
 
 
 def _as_kernels_do(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an op returns, as its kernel makes it where that is noted otherwise."""
+    """The result of an op, as its kernel returns it where the prediction differs."""
     if func is torch.ops.aten._grouped_mm.default and args[0].dtype is torch.float32:
-        # The kernel takes more types than what stands for it.
+        # The kernel accepts more dtypes than its stand-in.
         halves = [one.to(torch.bfloat16) for one in args[:2]]
         return func(*halves, *args[2:], **kwargs).to(torch.float32)
     result = func(*args, **kwargs)
@@ -232,14 +232,14 @@ def _as_kernels_do(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 _UNSHARED = (4, 2)
-"""References to a tensor, and to its storage, when autograd's engine alone holds it and hands it
+"""References to a tensor, and to its storage, when only autograd's engine holds it and passes it
 to an op that a mode sees."""
 
 
 def _accumulated_into(func: OpOverload, args: tuple[Any, ...]) -> torch.Tensor | None:
-    """The operand that a sum of gradients is written over, where no mode sees it.
+    """The operand that a sum of gradients overwrites where no mode is active.
 
-    Autograd's engine adds into a gradient that nothing else holds; with a mode it does not.
+    Autograd's engine adds into a gradient that nothing else holds, except under a mode.
     """
     if func is not torch.ops.aten.add.Tensor or torch.is_grad_enabled():
         return None
@@ -265,12 +265,12 @@ def with_kernels(
     workspace_bytes: Callable[[KernelCall], int],
     result_bytes: Callable[[KernelCall], tuple[int, ...] | None],
 ) -> Recorded:
-    """The events as the kernels make them.
+    """The events with the kernels' real sizes.
 
     Args:
-        followed: a step that was followed.
-        workspace_bytes: what a call takes and gives back while it runs.
-        result_bytes: what each of its results takes, or None where that is as its layout says.
+        followed: a followed step.
+        workspace_bytes: what a call allocates and frees while it runs.
+        result_bytes: what each of its results takes, or None where its layout determines it.
     """
     sizes: dict[int, int] = {}
     for _, call in followed.calls:

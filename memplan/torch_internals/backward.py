@@ -1,4 +1,4 @@
-"""What can be known of the backward that is running."""
+"""State of the running backward and of autograd's graph."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch.autograd.graph import _engine_run_backward
 
 _LEAF = "torch::autograd::AccumulateGrad"
 _MOST_NODES = 20_000
-"""Larger graphs than this are not searched."""
+"""Larger graphs are not searched."""
 
 
 def backward_keeps_graph() -> bool:
-    """Inside a backward: whether it was called with ``retain_graph=True`` (torch 2.13-2.15)."""
+    """Tell whether the running backward has ``retain_graph=True`` (torch 2.13-2.15)."""
     return bool(_get_current_graph_task_keep_graph())
 
 
 def received_from_one_node() -> frozenset[int]:
-    """Inside ``loss.backward()``: ids of the leaves that a single edge leads to (torch 2.13-2.15).
+    """Ids of the leaves that a single edge of ``loss.backward()`` leads to (torch 2.13-2.15).
 
-    Their gradient is what that edge brings; other leaves' is a sum. Empty where that cannot be
-    told, and inside ``torch.autograd.grad`` and ``backward(inputs=...)``.
+    Their gradient is what that edge brings; that of other leaves is a sum. Empty where unknown,
+    and inside ``torch.autograd.grad`` and ``backward(inputs=...)``.
     """
     return _leaves(lambda count: count == 1)
 
 
 def received_from_several_nodes() -> frozenset[int]:
-    """The same of the leaves that several edges lead to."""
+    """The same for leaves that several edges lead to."""
     return _leaves(lambda count: count > 1)
 
 
@@ -52,10 +52,10 @@ def _leaves(is_asked_for: Callable[[int], bool]) -> frozenset[int]:
 
 
 def leads_to(output: torch.Tensor, ends: Collection[torch.Tensor]) -> frozenset[int]:
-    """Ids of those tensors that autograd's graph leads to from an output (torch 2.13-2.15).
+    """Ids of the tensors that autograd's graph leads to from an output (torch 2.13-2.15).
 
-    Their gradient is not None in eager, unless a function on the way says so; it may be zero, or
-    independent of what arrives at the output.
+    Their gradient is not None in eager, unless a function on the way returns None; it may be zero,
+    or independent of what arrives at the output.
     """
     inner = {tensor.grad_fn: id(tensor) for tensor in ends if tensor.grad_fn is not None}
     found = {id(tensor) for tensor in ends if tensor is output and tensor.requires_grad}
@@ -76,7 +76,7 @@ def leads_to(output: torch.Tensor, ends: Collection[torch.Tensor]) -> frozenset[
 
 
 def order_of_making(node: Any) -> int:
-    """A number that grows with each node of autograd's graph of this thread (torch 2.13-2.15)."""
+    """A number that grows with each autograd node created in this thread (torch 2.13-2.15)."""
     return int(node._sequence_nr())
 
 
@@ -106,10 +106,10 @@ def _engine_frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
-    """Whether something is to run when a leaf's gradient arrives (torch 2.13-2.15)."""
+    """Tell whether hooks run when a leaf's gradient arrives (torch 2.13-2.15)."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def exchanges_gradients() -> bool:
-    """Whether this process is one of several that train together."""
+    """Tell whether this process is one of several that train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""Ops that torch traces by a kernel in Python, where eager runs a compiled one."""
+"""Ops that torch traces by a Python kernel where eager runs a compiled one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._C import DispatchKey
 from memplan.torch_internals.state import OpOverload
 
 _KEYS = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd)
-"""Where a kernel in Python takes the place of autograd's formula, or of a compiled composite."""
+"""Keys at which a Python kernel replaces autograd's formula or a compiled composite."""
 
 TRACED_IN_PYTHON: Mapping[str, str] = {
     "dropout": "its compiled composite is several ops; ``dropout_as_eager`` gives it eager's bits",
@@ -24,13 +24,13 @@ TRACED_IN_PYTHON: Mapping[str, str] = {
     "rnn_tanh": "the compiled one hands its backward what cannot be made again",
     "rnn_relu": "the compiled one hands its backward what cannot be made again",
 }
-"""Ops of aten's that are traced by their kernels in Python all the same, and why."""
+"""Aten ops that are traced by their Python kernels nevertheless, and why."""
 
 Kernels = dict[DispatchKey, Callable[..., Any]]
 
 
 def python_kernels() -> dict[OpOverload, Kernels]:
-    """Ops of aten's with a kernel in Python that a trace would prefer (torch 2.13-2.15)."""
+    """Aten ops with a Python kernel that a trace would prefer (torch 2.13-2.15)."""
     packets = [
         packet
         for packet in vars(torch.ops.aten).values()
@@ -43,10 +43,10 @@ def python_kernels() -> dict[OpOverload, Kernels]:
 
 @contextlib.contextmanager
 def by_compiled_kernels() -> Iterator[None]:
-    """Inside, a trace sees the ops that eager runs, ``TRACED_IN_PYTHON`` apart (2.13-2.15).
+    """Context in which a trace sees the ops of eager, ``TRACED_IN_PYTHON`` apart (2.13-2.15).
 
-    The kernels in Python compute the same in other steps: with other last bits, in more time, and
-    with more memory.
+    Python kernels compute the same in other steps: with other last bits, more time and more
+    memory.
     """
     removed = {
         op: kernels

@@ -1,4 +1,4 @@
-"""What torch's profiler records of the CPU's allocator."""
+"""Events of the CPU's allocator, as torch's profiler records them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from torch._C._profiler import _EventType
 from memplan.errors import MemplanError
 
 SPAN_PREFIX = "memplan#"
-"""Of the names under which phases are recorded."""
+"""Prefix of the names under which phases are recorded."""
 
 
 def _stay() -> None:
-    """Nothing to end."""
+    """Do nothing: no recording is to end."""
 
 
 class _Running(threading.local):
-    """The recording of a thread, which may begin in one context of Python's and end in another."""
+    """The recording of a thread, which may begin in one Python context and end in another."""
 
     give_way: Callable[[], None] = staticmethod(_stay)
 
@@ -41,11 +41,11 @@ def recording(give_way: Callable[[], None] = _stay) -> Iterator[torch.profiler.p
     Kineto announces each start and stop on stderr unless this variable tells it not to.
 
     Args:
-        give_way: ends this recording; called where another one begins inside of it, as torch has
-            but one profiler.
+        give_way: ends this recording; called where another one begins inside it, as torch has only
+            one profiler.
 
     Raises:
-        MemplanError: if a profiler runs that is not memplan's; what it has recorded would be lost.
+        MemplanError: if a profiler other than memplan's is running; its record would be lost.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     _RUNNING.give_way()
@@ -66,12 +66,12 @@ def recording(give_way: Callable[[], None] = _stay) -> Iterator[torch.profiler.p
 
 
 def is_profiling() -> bool:
-    """Whether a profiler of torch's runs (torch 2.13-2.15)."""
+    """Tell whether a torch profiler is running (torch 2.13-2.15)."""
     return _profiler_enabled()
 
 
 def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:
-    """(Time in ns, bytes) of the CPU's allocator; frees are negative (torch 2.13-2.15)."""
+    """(Time in ns, bytes) of each CPU allocation; frees are negative (torch 2.13-2.15)."""
     events: list[tuple[int, int]] = []
 
     def walk(node: Any) -> Iterator[Any]:
@@ -106,7 +106,7 @@ def span_peaks(profile: torch.profiler.profile, names: Iterable[str]) -> dict[st
 
 
 def phase(name: str) -> AbstractContextManager[object]:
-    """A ``record_function`` that ``spans`` finds."""
+    """A ``record_function`` that ``spans`` recognises."""
     return torch.profiler.record_function(f"{SPAN_PREFIX}{name}")
 
 

@@ -1,4 +1,4 @@
-"""Tensors without data, and what a module does on them while it is traced."""
+"""Tensors without data, and contexts in which modules are traced on them."""
 
 from __future__ import annotations
 
@@ -34,40 +34,40 @@ class DispatchMode(TorchDispatchMode):
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no data, those of a trace included (torch 2.13-2.15)."""
+    """Tell whether a tensor has no data, as in a trace (torch 2.13-2.15)."""
     return isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of no class that changes what operations do (torch 2.13-2.15)."""
+    """Tell whether a tensor's class leaves operations unchanged (torch 2.13-2.15)."""
     return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor) or (
         isinstance(tensor, FakeTensor | nn.Parameter) and is_fake(tensor)
     )
 
 
 def making_no_data() -> contextlib.AbstractContextManager[object]:
-    """Inside, tensors that are made have no data (torch 2.13-2.15).
+    """Context in which new tensors have no data (torch 2.13-2.15).
 
-    A number that is asked of one is an error: what is made of a wrong one would be of wrong sizes.
+    Reading a number from one is an error: a wrong number would lead to wrong sizes.
     """
     mode: contextlib.AbstractContextManager[object] = FakeTensorMode(allow_non_fake_inputs=True)
     return mode
 
 
 NUMBERS: dict[torch.dtype, bool | int] = {torch.bool: True, torch.int64: 1000, torch.int32: 1000}
-"""What a tensor without data is taken to hold; 1000.0 where it is a float."""
+"""The number that a tensor without data is taken to hold; 1000.0 for a float."""
 
 
 Relay = Callable[
     [OpOverload, Sequence[torch.Tensor], Sequence[Any], Mapping[str, Any]],
     Sequence[torch.Tensor | None],
 ]
-"""Given a call on tensors without data, its results and its arguments: for each result, one laid
-out as the kernel lays it out, or None; nothing where all are as torch predicts."""
+"""Takes a call on tensors without data, its results and arguments; returns for each result one
+laid out as by the kernel, or None; nothing where all are as torch predicts."""
 
 
 def _relaying_mode(relay: Relay) -> FakeTensorMode:
-    """A mode whose results are laid out as kernels were seen to lay them out (torch 2.13-2.15)."""
+    """A mode whose results have the layouts observed from kernels (torch 2.13-2.15)."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     predicted = mode.dispatch
 
@@ -89,7 +89,7 @@ def _relaying_mode(relay: Relay) -> FakeTensorMode:
             return relaid[0]
         return type(result)(relaid.get(n, item) for n, item in enumerate(items))
 
-    # No class of its own: higher-order ops go by the mode's class.
+    # Not a subclass: higher-order ops go by the mode's class.
     mode.dispatch = dispatch  # type: ignore[method-assign]
     return mode
 
@@ -103,7 +103,7 @@ def fake_mode_of(tensors: Iterable[torch.Tensor], relay: Relay | None = None) ->
 
 
 def cpu_stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
-    """For tensors on the meta device, by id: such on the CPU, without data (torch 2.13-2.15)."""
+    """CPU stand-ins without data for tensors on the meta device, by id (torch 2.13-2.15)."""
     on_meta = [tensor for tensor in tensors if tensor.is_meta]
     return _stand_ins(on_meta, FakeTensorMode(allow_non_fake_inputs=True))
 
@@ -112,9 +112,9 @@ def cpu_stand_ins(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
 def stand_ins_without_data(
     tensors: Iterable[torch.Tensor], on_cpu: bool
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """For all tensors, by id: such without data; what is made inside has none (torch 2.13-2.15).
+    """Stand-ins without data for tensors, by id; new tensors inside have none (torch 2.13-2.15).
 
-    With ``on_cpu``, those on another device are on the CPU.
+    With ``on_cpu``, those for another device are on the CPU.
     """
     given = list(tensors)
     mode = fake_mode_of(given)
@@ -147,9 +147,9 @@ def _stand_ins(
 def as_if_traced(
     module: nn.Module, inputs: Iterable[torch.Tensor], watch: DispatchMode
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
-    """Copies without data of a module's state and of inputs, such as ``trace_joint`` runs on.
+    """Copies without data of a module's state and inputs, such as ``trace_joint`` runs on.
 
-    ``watch`` sees every op that is run on them inside (torch 2.13-2.15).
+    ``watch`` sees every op run on them inside (torch 2.13-2.15).
     """
     given = list(inputs)
     named = [
@@ -167,15 +167,15 @@ def as_if_traced(
 
 
 def without_modes() -> contextlib.AbstractContextManager[object]:
-    """Inside, tensors are real again (torch 2.13-2.15)."""
+    """Context in which tensors are real again (torch 2.13-2.15)."""
     manager: contextlib.AbstractContextManager[object] = _disable_current_modes()
     return manager
 
 
 def set_origin(modules: Sequence[str], source: str) -> None:
-    """What the nodes traced from now on come from: the modules' FQNs, ``file.py:line``.
+    """Set the origin of nodes traced from now on: the modules' FQNs and ``file.py:line``.
 
-    They arrive in ``node.meta`` as a trace by torch itself has them (torch 2.13-2.15).
+    They appear in ``node.meta`` as in torch's own traces (torch 2.13-2.15).
     """
     meta = fx_traceback.current_meta
     meta["nn_module_stack"] = {name: (name, nn.Module) for name in modules}
@@ -183,24 +183,24 @@ def set_origin(modules: Sequence[str], source: str) -> None:
 
 
 def annotated(key: str, value: object) -> contextlib.AbstractContextManager[object]:
-    """Inside, nodes that are traced carry a note (torch 2.13-2.15)."""
+    """Context in which traced nodes carry a note (torch 2.13-2.15)."""
     manager: contextlib.AbstractContextManager[object] = fx_traceback.annotate({key: value})
     return manager
 
 
 def annotation(node: torch.fx.Node, key: str) -> Any:
-    """What a node carries under a key; None if nothing (torch 2.13-2.15)."""
+    """The note of a node under a key; None if there is none (torch 2.13-2.15)."""
     return node.meta.get("custom", {}).get(key)
 
 
 @contextlib.contextmanager
 def without_checkpointing(module: nn.Module) -> Iterator[None]:
-    """Inside, ``torch.utils.checkpoint`` calls the function and no more (torch 2.13-2.15).
+    """Context in which ``torch.utils.checkpoint`` only calls the function (torch 2.13-2.15).
 
     Raises:
         CaptureError: inside, for the reentrant variant, which computes other gradients: none where
             no input needs one, and sums in another order; and for functions that write buffers of
-            the module, which they would do again in the backward.
+            the module, which they would write again in the backward.
     """
 
     def only_call(*args: object, **kwargs: object) -> Iterator[None]:
@@ -241,7 +241,7 @@ def without_checkpointing(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_onednn() -> Iterator[None]:
-    """No kernels of oneDNN inside; the public switch sets flags of other devices (2.13-2.15)."""
+    """Context without oneDNN kernels; the public switch sets flags of other devices (2.13-2.15)."""
     was_enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
@@ -252,9 +252,9 @@ def without_onednn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def questions_about_tracing(answer: bool) -> Iterator[set[str]]:
-    """Inside, code outside torch that asks whether it is traced hears this (torch 2.13-2.15).
+    """Context in which code outside torch that asks whether it is traced is told this (2.13-2.15).
 
-    Yields the set of ``file.py:line`` that asked, still growing.
+    Yields the growing set of ``file.py:line`` that asked.
     """
     asked: set[str] = set()
     originals = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting")}
@@ -285,12 +285,12 @@ class _SeemsReal(type):
 
 
 class _NeverFake(metaclass=_SeemsReal):
-    """Stands for the class of tensors without data."""
+    """Stand-in for the class of tensors without data."""
 
 
 @contextlib.contextmanager
 def seeming_real() -> Iterator[None]:
-    """Inside, code outside of torch takes tensors without data for real ones (torch 2.13-2.15)."""
+    """Context in which code outside torch takes tensors without data for real (torch 2.13-2.15)."""
     original = torch._subclasses.FakeTensor
     torch._subclasses.FakeTensor = _NeverFake  # type: ignore[misc, assignment]
     try:
@@ -301,7 +301,7 @@ def seeming_real() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_log_of_failures() -> Iterator[None]:
-    """Inside, torch does not log what it is about to raise (torch 2.13-2.15)."""
+    """Context in which torch does not log errors that it is about to raise (torch 2.13-2.15)."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -313,9 +313,9 @@ def without_log_of_failures() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_idle_moves() -> Iterator[None]:
-    """Inside, moving a module to where it is does nothing (torch 2.13-2.15).
+    """Context in which moving a module to where it is does nothing (torch 2.13-2.15).
 
-    Otherwise it would try to write the tensors that stand in for its parameters.
+    Otherwise it would try to write the stand-ins for its parameters.
     """
     original = nn.Module.to
 

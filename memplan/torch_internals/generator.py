@@ -1,4 +1,4 @@
-"""The CPU's random generator, as the functions of ``torch.random`` use it."""
+"""The CPU's random generator, as ``torch.random`` uses it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SETTING = ("manual_seed", "seed", "set_state")
 
 @contextlib.contextmanager
 def watched_generator(watch: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Inside, whatever of torch's sets its state calls what ``watch`` makes of the method.
+    """Context in which torch sets its state by the method that ``watch`` returns.
 
-    ``torch.default_generator`` itself is as before (torch 2.13-2.15).
+    ``torch.default_generator`` itself is unchanged (torch 2.13-2.15).
     """
     random: Any = torch.random
     original = random.default_generator
@@ -29,7 +29,7 @@ def watched_generator(watch: Callable[[Callable[..., Any]], Callable[..., Any]])
 
 
 def caller_of_random_functions() -> str:
-    """The module whose code called them, from inside of ``watch``; "" if none (torch 2.13-2.15)."""
+    """The module that called them, asked for inside ``watch``; "" if none (torch 2.13-2.15)."""
     between = ("torch.random", "torch._compile", "torch._dynamo", "contextlib")
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(between):

@@ -61,7 +61,7 @@ class JointOutput:
     Attributes:
         value: its node, or a constant.
         kind: "output", "mutation" (the new content of an input or buffer), "gradient", or
-            "accumulated" (a gradient that was added into one that was there).
+            "accumulated" (a gradient added into an existing one).
         of: for an output its position; else the placeholder that is mutated or differentiated.
     """
 
@@ -89,7 +89,7 @@ class UnsupportedJointError(Exception):
 
 
 def copy_joint(joint: Joint) -> Joint:
-    """The same with a graph of its own."""
+    """A copy with a graph of its own."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(joint.graph, copies))
@@ -110,20 +110,20 @@ def trace_joint(
 ) -> Joint:
     """Trace forward and backward of a module from tensors to a tuple of them (torch 2.13-2.15).
 
-    Autograd itself runs while the trace is made, on tensors without data: a backward of the
-    user's own, or a part without gradients, is traced as it is.
+    Autograd itself runs during the trace, on tensors without data: a user's own backward, or a
+    part without gradients, is traced as it is.
 
     Args:
         module: from tensors to a tuple of them.
         args: the tensors.
-        relay: of results that kernels lay out otherwise than torch predicts.
+        relay: replaces results that kernels lay out otherwise than torch predicts.
 
     Raises:
         UnsupportedJointError: if the step changes metadata of its inputs, has tensor subclasses,
             or the like.
     """
-    # The mode is handed over by the inputs: with a TracingContext, random ops whose results are
-    # not used would be dropped.
+    # The inputs carry the mode: with a TracingContext, random ops with unused results would be
+    # dropped.
     fake_mode = fake_mode_of((*module.parameters(), *module.buffers(), *args), relay)
     fakes = tuple(fake_mode.from_tensor(tensor, static_shapes=True) for tensor in args)
     with contextlib.ExitStack() as stack, fx_traceback.preserve_node_meta():
@@ -150,7 +150,7 @@ def trace_joint(
 
 
 def _without_tokens(graph: fx.Graph) -> None:
-    """Call checks for themselves that a trace puts in order by tokens (torch 2.13-2.15).
+    """Turn checks that a trace orders by tokens into plain calls (torch 2.13-2.15).
 
     Raises:
         UnsupportedJointError: for any other op with an effect.
@@ -180,7 +180,7 @@ def _without_tokens(graph: fx.Graph) -> None:
 
 
 def _as_backward(graph: fx.Graph) -> None:
-    """Mark what follows from the backward: views of gradients, made at its end, have no mark."""
+    """Mark all that follows from the backward: views of gradients at its end have no mark."""
     for node in graph.nodes:
         if node.op == "call_function" and any(is_backward(one) for one in node.all_input_nodes):
             node.meta["partitioner_tag"] = "is_backward"
@@ -194,13 +194,13 @@ _TOKENS = (
 )
 
 CHECK_OF_LINALG = torch.ops.aten._linalg_check_errors.default
-"""Raises an error for what could not be inverted, solved or taken apart, and returns nothing."""
+"""Raises an error for what could not be inverted, solved or decomposed; returns nothing."""
 
 
 def _lift_constants(
     module: fx.GraphModule, fake_mode: FakeTensorMode
 ) -> dict[str, tuple[fx.Node, torch.Tensor]]:
-    """Make placeholders of the tensors that a trace holds as attributes (torch 2.13-2.15)."""
+    """Turn tensors that a trace holds as attributes into placeholders (torch 2.13-2.15)."""
     graph = module.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     lifted: dict[str, tuple[fx.Node, torch.Tensor]] = {}
@@ -226,9 +226,9 @@ def _lift_constants(
 
 
 def _without_copies(graph: fx.Graph) -> None:
-    """Read constants as they are: no op writes them, and eager makes them anew (torch 2.13-2.15).
+    """Read constants without copies: no op writes them; eager creates them anew (torch 2.13-2.15).
 
-    What the module returns is left a copy.
+    Outputs of the module stay copies.
     """
     copies = [node for node in graph.nodes if node.target is torch.ops.aten.lift_fresh_copy.default]
     results = [node.meta["val"] for node in graph.output_node().all_input_nodes] if copies else []
@@ -240,7 +240,7 @@ def _without_copies(graph: fx.Graph) -> None:
 
 
 def _fold_numbers(graph: fx.Graph) -> None:
-    """Write numbers that ops return, such as sequence lengths, where they are read."""
+    """Inline numbers that ops return, such as sequence lengths."""
     for node in reversed(graph.nodes):
         number = node.meta.get("val")
         if node.op == "call_function" and isinstance(number, int):
@@ -290,14 +290,14 @@ def _joint_output(
 
 
 def is_backward(node: fx.Node) -> bool:
-    """Whether a joint graph's node was traced while gradients were computed (torch 2.13-2.15)."""
+    """Tell whether a joint graph's node was traced during the backward (torch 2.13-2.15)."""
     return node.meta.get("partitioner_tag") == "is_backward"
 
 
 def boxed(graph: fx.Graph) -> Callable[[list[Any]], Any]:
     """Compile a graph to a function that empties its list of arguments as it starts.
 
-    The list holds the only references to what it passes, so each is freed at its last use.
+    The list holds the only references to the arguments, so each is freed at its last use.
     """
     graph.set_codegen(_BoxedCodeGen())
     module = fx.GraphModule({}, graph)

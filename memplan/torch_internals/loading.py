@@ -1,4 +1,4 @@
-"""What torch's loader does not let one change once it is made."""
+"""Changes to a torch loader that it does not allow after its construction."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 
 def is_map_style(loader: DataLoader[Any]) -> bool:
-    """Whether a loader looks samples up by what its sampler yields."""
+    """Tell whether a loader looks samples up by what its sampler yields."""
     return not isinstance(loader.dataset, IterableDataset)
 
 
 def indices_of(loader: DataLoader[Any]) -> Iterable[Any]:
-    """What yields the indices of each batch; without batching, of each sample (torch 2.13-2.15)."""
+    """The indices of each batch or, without batching, of each sample (torch 2.13-2.15)."""
     batches: Iterable[Any] = loader._index_sampler
     return batches
 
@@ -33,7 +33,7 @@ def with_indices(loader: DataLoader[Any], indices: Iterable[Any]) -> DataLoader[
 
 
 def with_collation(loader: DataLoader[Any], collate: Callable[[Any], Any]) -> DataLoader[Any]:
-    """A copy of a loader that makes batches of samples in another way (torch 2.13-2.15)."""
+    """A copy of a loader that collates samples in another way (torch 2.13-2.15)."""
     made = copy.copy(loader)
     made.collate_fn = collate
     made._iterator = None

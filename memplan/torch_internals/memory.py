@@ -1,4 +1,4 @@
-"""Memory that ops take, followed by the lives of storages; tensors without data included."""
+"""Memory of ops, tracked by the lifetimes of storages; tensors without data included."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from memplan.torch_internals.state import storage_key
 
 
 class Allocations(DispatchMode):
-    """Accounts for every storage that an op makes inside, until it is gone (torch 2.13-2.15).
+    """Accounts for every storage that an op allocates inside, until it is freed (2.13-2.15).
 
-    A number that is asked of a tensor is taken to be that of a step long under way.
+    A number read from a tensor is taken to be that of a step long under way.
 
     Attributes:
-        current_bytes: what is alive of all that was made.
-        peak_bytes: the most of it.
-        traffic_bytes: operands and results of all ops.
-        num_ops: how many there were.
+        current_bytes: bytes of the storages that are alive.
+        peak_bytes: the most of these.
+        traffic_bytes: bytes of operands and results of all ops.
+        num_ops: number of ops.
     """
 
     def __init__(self, granule_bytes: int = 1) -> None:
@@ -34,7 +34,7 @@ class Allocations(DispatchMode):
         self._live: dict[int, int] = {}
 
     def start_anew(self) -> None:
-        """Forget the peak, the traffic and the ops."""
+        """Reset the peak, the traffic and the ops."""
         self.peak_bytes = self.current_bytes
         self.traffic_bytes = self.num_ops = 0
 
@@ -70,7 +70,7 @@ class Allocations(DispatchMode):
 
 
 def without_data(parameters: Sequence[torch.Tensor]) -> Iterator[nn.Parameter]:
-    """Parameters of the same kind that have no data (torch 2.13-2.15)."""
+    """Parameters of the same kind without data (torch 2.13-2.15)."""
     with fake_mode_of(parameters):
         for parameter in parameters:
             device = "cpu" if parameter.is_meta else parameter.device
@@ -81,7 +81,7 @@ def without_data(parameters: Sequence[torch.Tensor]) -> Iterator[nn.Parameter]:
 
 
 def inner_tensors(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """The tensors that hold a tensor's data: itself, or what it wraps (torch 2.13-2.15)."""
+    """The tensors that hold a tensor's data: itself, or those that it wraps (torch 2.13-2.15)."""
     if not is_traceable_wrapper_subclass(tensor):
         return (tensor,)
     names, _ = tensor.__tensor_flatten__()
@@ -91,7 +91,7 @@ def inner_tensors(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
 
 
 def stored_in(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """The tensors that have storages of a tensor: its own, or of its parts (torch 2.13-2.15)."""
+    """The tensors that own the storages of a tensor: itself, or its parts (torch 2.13-2.15)."""
     for inner in inner_tensors(tensor):
         if inner.layout is torch.strided:
             yield inner
@@ -104,7 +104,7 @@ def stored_in(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
 
 
 def requested_bytes(device: torch.device) -> int:
-    """What tensors and kernels hold on a CUDA device now."""
+    """The bytes that tensors and kernels hold on a CUDA device now."""
     return int(torch.cuda.memory_stats(device)["requested_bytes.all.current"])
 
 

@@ -1,4 +1,4 @@
-"""Calls of torch's functions, seen and changed."""
+"""Interception of torch function calls."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class FunctionMode(TorchFunctionMode):
-    """Inside, every call of a torch function goes through ``call``."""
+    """Mode in which every torch function call goes through ``call``."""
 
     @abstractmethod
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the call of a function returns."""
+        """The result of a function call."""
 
     def __torch_function__(
         self,

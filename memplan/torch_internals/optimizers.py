@@ -1,4 +1,4 @@
-"""What torch puts around an optimizer's step."""
+"""Torch's wrappers around an optimizer's step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 def attributes_without_hooks(optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's attributes, with no hooks on its step (torch 2.13-2.15).
 
-    Schedulers wrap ``step`` of the instance; such a wrapper would step this very optimizer.
+    Schedulers wrap the instance's ``step``; such a wrapper would step this very optimizer.
     """
     own = {name: value for name, value in optimizer.__dict__.items() if name != "step"}
     return {**own, **{name: OrderedDict() for name in _HOOKS}}

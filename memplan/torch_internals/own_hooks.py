@@ -1,4 +1,4 @@
-"""Hooks of memplan's own around the calls of modules."""
+"""Memplan's own hooks around module calls."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, TypeAlias
 from torch import nn
 
 BeforeCall: TypeAlias = Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any]
-"""Takes a module's name and its arguments; returns others as ``(args, kwargs)``, or None."""
+"""Takes a module's name and arguments; returns new ones as ``(args, kwargs)``, or None."""
 
 AfterCall: TypeAlias = Callable[[str, tuple[Any, ...], Mapping[str, Any], Any], Any]
-"""Takes a module's name, its arguments and its output; returns another output, or None."""
+"""Takes a module's name, arguments and output; returns another output, or None."""
 
 
 class OwnHook:
-    """A hook of memplan's own: no part of the user's model."""
+    """A hook of memplan, not of the user's model."""
 
 
 class _Hook(OwnHook):
-    """Calls a function with a module's name, in the thread that made it, until it is let go."""
+    """Calls a function with a module's name, in the creating thread, until it is released."""
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self.function, self.name = function, name
@@ -32,7 +32,7 @@ class _Hook(OwnHook):
         return self.function(self.name, *given) if threading.get_ident() == self.thread else None
 
     def let_go(self) -> None:
-        """A call that is on its way in another thread may hold the hook still."""
+        """Release the hook; a call under way in another thread may still hold it."""
         self.thread = None
 
 
@@ -44,13 +44,13 @@ def around_calls(
     after: AfterCall | None = None,
     is_first: bool = False,
 ) -> Iterator[None]:
-    """Inside, and in this thread, functions are called around each call of some modules.
+    """Context in which functions run around each call of some modules in this thread.
 
     Args:
-        modules: by name.
-        before: called before the module, and after the hooks that it has.
-        after: called after it.
-        is_first: whether ``after`` is called before the hooks that the module has.
+        modules: the modules, by name.
+        before: called before the module, after its existing hooks.
+        after: called after the module.
+        is_first: whether ``after`` is called before the module's existing hooks.
     """
     with ExitStack() as stack:
         for name, module in modules.items():

@@ -1,4 +1,4 @@
-"""Which calls enclose each event of the allocator, as torch's profiler records it."""
+"""Allocator events and the calls around them, as torch's profiler records them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Enclosing:
     """A recorded call.
 
     Attributes:
-        id: tells calls apart.
-        name: such as "aten::mm", "AddmmBackward0", or that of a ``note``.
-        sequence_number: autograd's, which a forward op shares with the node that it made; -1 if
-            there is none.
+        id: unique for each call.
+        name: such as "aten::mm", "AddmmBackward0", or the text of a ``note``.
+        sequence_number: autograd's number, which a forward op shares with its node; -1 if there is
+            none.
     """
 
     id: int
@@ -32,13 +32,13 @@ class Enclosing:
 
 @dataclass(frozen=True, slots=True)
 class AllocatorEvent:
-    """A block that was handed out, or taken back.
+    """An allocation or a free of a block.
 
     Attributes:
-        time_ns: when.
-        nbytes: negative if taken back.
-        address: of the block.
-        enclosing: the calls that were running, the innermost first.
+        time_ns: its time.
+        nbytes: negative for a free.
+        address: the block's address.
+        enclosing: the calls that were running, innermost first.
     """
 
     time_ns: int
@@ -49,12 +49,12 @@ class AllocatorEvent:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Events of the allocator, and where autograd's nodes are from.
+    """Allocator events, and the origins of autograd's nodes.
 
     Attributes:
         events: in order of time.
-        makers: sequence number to the calls that enclose the forward op that has it.
-        marks: when each ``mark`` was made, in ns.
+        makers: sequence number to the calls around the forward op that has it.
+        marks: the time of each ``mark``, in ns.
     """
 
     events: tuple[AllocatorEvent, ...]
@@ -63,7 +63,7 @@ class Recorded:
 
 
 def note(text: str) -> AbstractContextManager[object]:
-    """A call of this name, for the record (torch 2.13-2.15)."""
+    """Context recorded as a call of this name (torch 2.13-2.15)."""
     return cast("AbstractContextManager[object]", _RecordFunctionFast(text))
 
 
@@ -73,12 +73,12 @@ _WITHIN = "memplan@@"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a call of a torch function comes from.
+    """The origin of a torch function call.
 
     Attributes:
-        module: FQN of the innermost module that runs.
+        module: FQN of the innermost running module.
         source: ``file.py:line`` of the user's code.
-        function: what is called.
+        function: the called function.
     """
 
     module: str = ""
@@ -90,12 +90,12 @@ class Origin:
         return f"{_NOTE}{self.module}\t{self.source}\t{self.function}"
 
     def as_note_within(self) -> str:
-        """The same, of a module that goes by its name in a planned one, which is noted around."""
+        """The same, for a module named within a planned one, whose note encloses it."""
         return f"{_WITHIN}{self.module}\t{self.source}\t{self.function}"
 
     @classmethod
     def of(cls, calls: Iterable[Enclosing]) -> Origin | None:
-        """The innermost that was noted among calls."""
+        """The innermost origin noted among calls."""
         inner: Origin | None = None
         for call in calls:
             if call.name.startswith(_WITHIN):
@@ -106,22 +106,22 @@ class Origin:
         return inner
 
     def within(self, outer: Origin) -> Origin:
-        """The origin with its module's name from where ``outer`` is seen."""
+        """The origin with its module's name prefixed by that of ``outer``."""
         module = ".".join(name for name in (outer.module, self.module) if name)
         return Origin(module, self.source or outer.source, self.function)
 
     @staticmethod
     def is_noted_by(call: Enclosing) -> bool:
-        """Whether a call is a note of where others come from."""
+        """Tell whether a call is the note of an origin."""
         return call.name.startswith(_NOTE)
 
 
 Note = Callable[[str], AbstractContextManager[object]]
-"""Notes what runs inside under a name."""
+"""Records the code inside under a name."""
 
 
 class _Noting(threading.local):
-    """How planned code of a thread is to be noted now, and whether it runs so."""
+    """A thread's current note for planned code, and whether code that uses it is running."""
 
     find: Callable[[], Note | None] = staticmethod(lambda: None)
     is_inside: bool = False
@@ -132,7 +132,7 @@ _NOTING = _Noting()
 
 @contextmanager
 def noting_planned(note: Note, is_on: Callable[[], bool]) -> Iterator[None]:
-    """Inside, in this thread, planned code notes the origins of its calls while ``is_on``."""
+    """Context in which this thread's planned code notes origins of its calls while ``is_on``."""
     before, _NOTING.find = _NOTING.find, lambda: note if is_on() else None
     try:
         yield
@@ -141,14 +141,14 @@ def noting_planned(note: Note, is_on: Callable[[], bool]) -> Iterator[None]:
 
 
 def is_noting_planned() -> bool:
-    """Whether planned code runs, and notes the origins of its calls itself."""
+    """Tell whether planned code is running and notes the origins of its calls itself."""
     return _NOTING.is_inside
 
 
 def noted(module: fx.GraphModule, compiled: Boxed) -> Boxed:
-    """A graph's compiled code; or, where planned code is to be noted, the graph call by call.
+    """A graph's compiled code, or, where planned code is to be noted, the graph call by call.
 
-    Memory is taken and given back alike: the list is emptied, and a value goes at its last use
+    Both allocate and free alike: the list is emptied, and a value is freed at its last use
     (torch 2.13-2.15).
     """
 
@@ -169,20 +169,20 @@ def noted(module: fx.GraphModule, compiled: Boxed) -> Boxed:
 
 
 Boxed = Callable[[list[Any]], Any]
-"""Takes a list of arguments, and empties it."""
+"""Takes a list of arguments and empties it."""
 
 
 class _Noted(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, note: Note) -> None:
         super().__init__(module)
         self.note = note
-        self.extra_traceback = False  # errors say what they say without it
+        self.extra_traceback = False  # errors keep their own text
 
     def run_node(self, node: fx.Node) -> Any:
         origin: Origin | None = node.meta.get("origin")
         with nullcontext() if origin is None else self.note(origin.as_note_within()):
             result = super().run_node(node)
-        # Compiled code lets go at once of what a call without readers returns.
+        # Compiled code frees an unread result at once.
         return result if node.users or node.op == "output" else None
 
 
@@ -190,13 +190,13 @@ _MARK = "memplan!"
 
 
 def mark(text: str) -> None:
-    """Note a moment in the record."""
+    """Mark a moment in the record."""
     with note(f"{_MARK}{text}"):
         pass
 
 
 def recorded(profile: torch.profiler.profile, device_type: str) -> Recorded:
-    """What was recorded of one kind of device (torch 2.13-2.15)."""
+    """The record of one type of device (torch 2.13-2.15)."""
     events = []
     makers: dict[int, tuple[Enclosing, ...]] = {}
     marks: dict[str, int] = {}
@@ -216,7 +216,7 @@ def recorded(profile: torch.profiler.profile, device_type: str) -> Recorded:
 
 
 def _walk(profile: torch.profiler.profile) -> Iterator[tuple[Any, tuple[Enclosing, ...]]]:
-    """All nodes of the tree, a parent before its children and these in order."""
+    """All nodes of the tree, each parent before its children, with the calls around them."""
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     roots = profile.profiler.kineto_results.experimental_event_tree()
     stack: list[tuple[Any, tuple[Enclosing, ...]]] = [(root, ()) for root in reversed(roots)]
@@ -235,13 +235,13 @@ def _walk(profile: torch.profiler.profile) -> Iterator[tuple[Any, tuple[Enclosin
 
 @cache
 def is_composite(name: str) -> bool:
-    """Whether an op such as "aten::linear" is nothing but calls of other ops (torch 2.13-2.15)."""
+    """Tell whether an op such as "aten::linear" only calls other ops (torch 2.13-2.15)."""
     namespace, _, short = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace, None), short, None)
     if packet is None:
         return False
     names = [f"{name}.{overload}".removesuffix(".default") for overload in packet.overloads()]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    # Some overloads are for scripts alone.
+    # Some overloads exist for scripts only.
     known = (each for each in names if torch._C._dispatch_has_kernel(each))
     return any(has_kernel(each, "CompositeImplicitAutograd") for each in known)

@@ -1,4 +1,4 @@
-"""What stands in the place of a gradient that was used up."""
+"""Stand-in for a gradient that was used up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memplan.errors import PlanMismatch
 
 
 class SpentGradient(torch.Tensor):
-    """Has a gradient's shape and no memory; who reads or writes it hears why (torch 2.13-2.15)."""
+    """A gradient's shape without memory; reading or writing it raises why (torch 2.13-2.15)."""
 
     def __new__(cls, parameter: torch.Tensor) -> SpentGradient:
         made: SpentGradient = torch.Tensor._make_wrapper_subclass(

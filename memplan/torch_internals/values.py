@@ -1,4 +1,4 @@
-"""Code that asks for values of tensors while it is traced, where there are none."""
+"""Support for traced code that asks for tensor values, where there are none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memplan.torch_internals.state import OpOverload
 
 @contextlib.contextmanager
 def asking_for_lists() -> Iterator[None]:
-    """Inside, ``tolist`` of a tensor that is traced asks for all its values at once (2.13-2.15)."""
+    """Context in which ``tolist`` of a traced tensor asks for all values at once (2.13-2.15)."""
     traced: Any = FunctionalTensor
     original = vars(traced)["tolist"]
     traced.tolist = torch.Tensor.tolist
@@ -33,7 +33,7 @@ def asking_for_lists() -> Iterator[None]:
 def _shapes_of_ctc_loss(
     mode: FakeTensorMode, func: OpOverload, log_probs: torch.Tensor, *others: Any, **kwargs: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The losses, and of each time and label, a blank between any two, what the backward needs."""
+    """The losses, and what the backward needs: per time and label, with blanks in between."""
     del mode, func, kwargs
     _, _, target_lengths, *_ = others
     batch = log_probs.shape[1] if log_probs.dim() == 3 else 1
@@ -44,10 +44,10 @@ def _shapes_of_ctc_loss(
 
 @contextlib.contextmanager
 def shapes_as_eager() -> Iterator[None]:
-    """Inside, what a trace predicts of some ops is what their compiled kernels give (2.13-2.15).
+    """Context in which a trace predicts some ops as their compiled kernels behave (2.13-2.15).
 
-    ``ctc_loss`` with lengths as lists has results that it knows. A view has the strides of eager's
-    also where a size is 1: by those torch decides whether a tensor counts as channels-last.
+    ``ctc_loss`` with lengths as lists has known result shapes. A view has eager's strides even
+    where a size is 1: by these torch decides whether a tensor counts as channels-last.
     """
     known: dict[object, object] = fake_impls.op_implementations_dict
     aten = torch.ops.aten
@@ -76,7 +76,7 @@ def shapes_as_eager() -> Iterator[None]:
 
 
 class _NoChecks:
-    """Says that arguments are not to be checked, and remembers that it was asked."""
+    """Descriptor that turns argument checks off and records that it was read."""
 
     def __init__(self) -> None:
         self.was_asked = False
@@ -87,7 +87,7 @@ class _NoChecks:
 
 
 class _Unchecking:
-    """The module torch, in which no entry of any tensor is True."""
+    """The torch module, in which no entry of any tensor is True."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -98,15 +98,15 @@ class _Unchecking:
 
 
 def _unchecked(function: Any) -> Any:
-    """A loss of torch's that does not ask whether any entry is negative."""
+    """A torch loss without its check for negative entries."""
     own = {**function.__globals__, "torch": _Unchecking()}
     code = FunctionType(function.__code__, own, function.__name__, function.__defaults__)
-    own[function.__name__] = code  # what hands it to the next mode
+    own[function.__name__] = code  # passed to the next mode
     return code
 
 
 class _LossesWithoutChecks(FunctionMode):
-    """Inside, torch's losses do not check values."""
+    """Mode in which torch's losses do not check values."""
 
     _UNCHECKED: ClassVar = {one: _unchecked(one) for one in (functional.gaussian_nll_loss,)}
 
@@ -122,9 +122,9 @@ class _LossesWithoutChecks(FunctionMode):
 
 @contextlib.contextmanager
 def without_checks_of_values() -> Iterator[Callable[[], bool]]:
-    """Inside, torch.distributions and torch's losses do not check values; parameters have none.
+    """Context in which torch.distributions and torch's losses do not check values: there are none.
 
-    Yields what tells whether they would have (torch 2.13-2.15).
+    Yields a function that tells whether they would have (torch 2.13-2.15).
     """
     kind: Any = torch.distributions.Distribution
     original = vars(kind)["_validate_args"]

@@ -1,1 +1,1 @@
-"""Passes: what they may do, and how they change a module."""
+"""Passes: their interface, and their changes of a module."""

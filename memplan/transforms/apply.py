@@ -1,4 +1,4 @@
-"""What passes make of a model: parameters that are not trained, and another forward."""
+"""Changes of a model by passes: parameters that are not trained, and another forward."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SHARED = tuple(
 
 
 class ChangedModel(nn.Module):
-    """Another module, with children of its own, which computes something else. Tensors are shared.
+    """Another module, with children of its own, that computes something else. Tensors are shared.
 
-    Its hooks, buffers, parameters and (but for those added) children are the original's.
+    Its hooks, buffers, parameters and, except for those added, children are the original's.
     """
 
     added: dict[str, nn.Module]
@@ -48,7 +48,7 @@ class ChangedModel(nn.Module):
 
     @property
     def training(self) -> bool:
-        """The original's."""
+        """The original's mode."""
         return bool(self.__dict__["original"].training)
 
     @training.setter
@@ -63,14 +63,14 @@ class ChangedModel(nn.Module):
                 one(self, context_of(self, sample))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original returns there."""
+        """The output of the original, as passes change it."""
         run = partial(self.__dict__["original"].forward, *args, **kwargs)
         for one in reversed(self.around):
             run = partial(one, self, Sample(args, kwargs), run)
         return run()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's, and then what was added."""
+        """The original's state, then that of added modules."""
         found = self.__dict__["original"].state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         keep_vars = kwargs.get("keep_vars", args[2] if len(args) > 2 else False)
@@ -81,7 +81,7 @@ class ChangedModel(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Into the original, and into what was added."""
+        """Load into the original and into added modules."""
         parts: dict[str, dict[str, Any]] = {name: {} for name in self.added}
         own = {}
         for name, tensor in state_dict.items():
@@ -100,16 +100,16 @@ class ChangedModel(nn.Module):
 
 @dataclass(frozen=True)
 class Changed:
-    """A model, and what passes made of it.
+    """A model as passes changed it.
 
     Attributes:
         model: the changed one; the original itself, if its forward is as it was.
         modules: the children that it has besides the original's.
-        required_grad: which of the original's parameters required a gradient before.
+        required_grad: by name, whether the original's parameters required a gradient before.
         is_another: whether it computes something else without gradients, too.
         frozen: the original's parameters that required a gradient, and that passes do not train.
-        loops: what chooses batches in the training loop.
-        chooses: what a call that trains runs.
+        loops: choose batches in the training loop.
+        chooses: chooses what a training call runs.
     """
 
     model: nn.Module
@@ -121,12 +121,12 @@ class Changed:
     chooses: Callable[[nn.Module, bool], CallChoice] | None = None
 
     def choose(self, is_call: bool) -> CallChoice:
-        """What the next call that trains runs; if it is the call itself, the one after is drawn."""
+        """The choice of the next training call; if this is that call, the one after is drawn."""
         return CallChoice() if self.chooses is None else self.chooses(self.model, is_call)
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
-        """Inside, the original's parameters require gradients as they did before."""
+        """Context in which the original's parameters require gradients as they did before."""
         named = dict(self.model.named_parameters())
         now = {name: named[name].requires_grad for name in self.required_grad}
         try:
@@ -139,7 +139,7 @@ class Changed:
 
 
 def context_of(model: nn.Module, sample: Sample | None) -> ModelContext:
-    """What passes are told of a model; without a sample it has no forward."""
+    """The context of a model for passes; without a sample it has no forward."""
     return ModelContext(
         forward=partial(_forward, model, sample),
         forward_with_gradients=partial(_forward, model, sample, with_gradients=True),
@@ -154,8 +154,8 @@ def changing(
 ) -> Iterator[Changed]:
     """Let passes change a model.
 
-    ``requires_grad`` is set on the model itself, and parameters that are frozen lose the gradient
-    that they hold. All is put back at the end, or, where the change is lasting, if the block fails.
+    ``requires_grad`` is set on the model itself, and frozen parameters lose the gradient that they
+    hold. All is restored at the end or, where the change is lasting, only if the block fails.
 
     Raises:
         MemplanError: naming the pass, if passes cannot be combined or nothing is left to train.
@@ -197,7 +197,7 @@ def changing(
         chosen = chooses[0] if chooses else None
         found = Changed(changed, modules, before, is_another, frozen, loops, chosen)
         if sample is not None and len(changes) > 1 and isinstance(changed, ChangedModel):
-            # What a pass chose on its own may not be what it chooses beside the others.
+            # A pass may choose otherwise beside the others than on its own.
             changed.look(sample)
             found.choose(is_call=False)
         yield found

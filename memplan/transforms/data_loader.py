@@ -1,4 +1,4 @@
-"""Batches of a loader of which some are passed over before they are loaded."""
+"""Batches of a loader, of which some are skipped before they are loaded."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ Numbered: TypeAlias = "Iterator[tuple[int, Any]]"
 """Batches with their places in the epoch, counted from 0."""
 
 IsWanted: TypeAlias = Callable[[int], bool]
-"""Takes a batch's place in the epoch."""
+"""Takes a batch's place in the epoch; tells whether it is wanted."""
 
 _SHARED = "torch"
 _RANDOM = RandomSampler | SubsetRandomSampler | WeightedRandomSampler
 
 
 class PassingLoader:
-    """Goes through the batches of a loader, and loads those alone that are wanted.
+    """Goes through the batches of a loader, and loads only those that are wanted.
 
-    With a map-style data set, what is not wanted is never looked up. With an iterable one its
-    samples are taken, and not made into a batch where the loader has no workers. Of any other
-    iterable it is taken and dropped.
+    Of a map-style data set, skipped samples are never looked up. Of an iterable one they are
+    taken, but not made into a batch if the loader has no workers. Of any other iterable, skipped
+    batches are taken and dropped.
 
     Args:
         loader: any iterable of batches.
@@ -59,8 +59,8 @@ class PassingLoader:
         Args:
             is_wanted: asked for each batch, in order; with workers, before its turn.
             start: the place to begin at.
-            order: the random states of when the epoch began, if it is to have the same order; the
-                shared state is then left as if nothing were drawn for it.
+            order: random states from the start of an epoch, to repeat its order; the shared state
+                is then left as if nothing were drawn for it.
         """
         if self._indices is None:
             yield from self._taken(is_wanted, start, order)
@@ -99,13 +99,13 @@ class PassingLoader:
                 yield place, collate(batch)
 
     def random_states(self) -> dict[str, torch.Tensor]:
-        """What the order of an epoch is drawn from: torch's state, and the loader's own."""
+        """Random states that an epoch's order is drawn from: torch's, and the loader's own."""
         return {_SHARED: torch.random.get_rng_state()} | {
             name: generator.get_state() for name, generator in self._generators().items()
         }
 
     def set_own_states(self, states: Mapping[str, torch.Tensor]) -> None:
-        """Set the loader's own generators; torch's state is not."""
+        """Set the loader's own generators, not torch's state."""
         for name, generator in self._generators().items():
             if name in states:
                 generator.set_state(states[name])
@@ -126,7 +126,7 @@ class _Indices:
     """The indices of wanted batches.
 
     Attributes:
-        places: of those asked for so far.
+        places: of the batches asked for so far.
     """
 
     def __init__(self, every: Iterable[Any]) -> None:
@@ -140,7 +140,7 @@ class _Indices:
         self._is_wanted, self._start = is_wanted, start
 
     def draw(self) -> None:
-        """Look the first up if that was not done, so that what the order takes is drawn."""
+        """Look up the first, if not done yet, so that the order's random numbers are drawn."""
         if self._wanted is None:
             self._wanted = self._choose()
             self._first = [one for _, one in zip(range(1), self._wanted, strict=False)]
@@ -177,9 +177,9 @@ class Updates:
         self._versions = [version_of(one) for one in self._parameters]
 
     def are_due(self) -> bool:
-        """Whether there are gradients, and no parameter was written since ``note``.
+        """Tell whether there are gradients, and no parameter was written since ``note``.
 
-        Gradients that are all zero wait for nothing.
+        Gradients that are all zero do not count.
         """
         pairs = zip(self._parameters, self._versions, strict=True)
         gradients = [one.grad for one in self._parameters if one.grad is not None]
@@ -189,7 +189,7 @@ class Updates:
 
 
 def _makes_batches_as_usual(loader: DataLoader[Any]) -> bool:
-    """Whether batches are made in this process, and come as they are made."""
+    """Tell whether batches are made in this process, and come as they are made."""
     is_plain = type(loader).__iter__ is DataLoader.__iter__
     return is_plain and not loader.num_workers and not loader.pin_memory
 

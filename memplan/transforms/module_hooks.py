@@ -1,4 +1,4 @@
-"""Modules beside a model's own: named as the layers that they adapt, and called after them."""
+"""Modules beside a model's own, named like the layers that they adapt and called after them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def hang(tree: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def after_calls(model: nn.Module, functions: Mapping[str, After]) -> Iterator[None]:
-    """Inside, and in this thread, layers return what functions make of their outputs.
+    """Context in which, in this thread, functions change the outputs of layers.
 
     Args:
-        model: whose layers.
+        model: the model.
         functions: by FQN of the layer.
     """
     layers = {name: model.get_submodule(name) for name in functions}
@@ -49,11 +49,11 @@ def after_calls(model: nn.Module, functions: Mapping[str, After]) -> Iterator[No
 
 @contextmanager
 def standing_for(model: nn.Module, names: Mapping[str, str]) -> Iterator[None]:
-    """Inside, parameters and buffers have other ones in their places.
+    """Context in which other tensors stand for parameters and buffers.
 
     Args:
-        model: whose tensors.
-        names: FQN of what stands in a place, by FQN of the place.
+        model: the model.
+        names: FQN of the stand-in, by FQN of the tensor that it stands for.
     """
     before = {}
     for name in names:
@@ -76,7 +76,7 @@ def standing_for(model: nn.Module, names: Mapping[str, str]) -> Iterator[None]:
 def standing_in(
     module: nn.Module, function: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 ) -> Iterator[None]:
-    """Inside, and in this thread, a function of its arguments runs in the place of a module."""
+    """Context in which, in this thread, a function of its arguments runs in place of a module."""
     own = vars(module).get("forward")
     original, thread = module.forward, threading.get_ident()
 
@@ -94,7 +94,7 @@ def standing_in(
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """The first tensor among what a layer returns that a gradient goes back through.
+    """The first tensor of a layer's output that a gradient goes back through.
 
     Raises:
         MemplanError: if there is none.
@@ -115,7 +115,7 @@ def detached(output: Any) -> Any:
 
 
 def with_loss(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same structure, with another loss: what a function makes of the only scalar."""
+    """The same structure, with another loss: the only scalar, changed by a function."""
     leaves, spec = flatten(output)
     return unflatten([change(leaf) if _is_loss(leaf) else leaf for leaf in leaves], spec)
 
@@ -125,23 +125,23 @@ def _is_loss(leaf: object) -> bool:
 
 
 class Through:
-    """Changes what goes into a module's call, and what comes out of it."""
+    """Changes the arguments of a module's call, and its output."""
 
     def given(self, leaves: list[Any]) -> list[Any]:
         """The leaves of its arguments."""
         return leaves
 
     def returned(self, leaves: list[Any]) -> list[Any]:
-        """The leaves of what it returns."""
+        """The leaves of its output."""
         return leaves
 
 
 @contextmanager
 def going_through(model: nn.Module, changes: Mapping[str, Through]) -> Iterator[None]:
-    """Inside, and in this thread, calls of modules go through changes.
+    """Context in which, in this thread, calls of modules go through changes.
 
     Args:
-        model: whose modules.
+        model: the model.
         changes: by FQN.
     """
     modules = {name: model.get_submodule(name) for name in changes}
@@ -155,6 +155,6 @@ def going_through(model: nn.Module, changes: Mapping[str, Through]) -> Iterator[
         leaves, spec = flatten(output)
         return unflatten(changes[name].returned(leaves), spec)
 
-    # first, so that other hooks are given what the module returns in the end
+    # first, so that other hooks get the module's final output
     with around_calls(modules, before=before, after=after, is_first=True):
         yield

@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 Around: TypeAlias = "Callable[[nn.Module, Sample, Callable[[], Any]], Any]"
-"""Takes the changed model, what it is called with, and its forward; runs that, and returns what the
-model is to return."""
+"""Takes the changed model, its arguments and its forward; runs that, and returns the output of the
+model."""
 
 
 class LRSchedule(Protocol):
@@ -44,19 +44,19 @@ class LRSchedule(Protocol):
 Loop: TypeAlias = (
     "Callable[[nn.Module, Iterable[Any], int | None, LRSchedule | None], Iterable[Any]]"
 )
-"""Takes the changed model, batches, how many of them one update is made of (None: it was not said),
-and a schedule; returns the batches that are trained on."""
+"""Takes the changed model, batches, the number of batches per update (None: unspecified), and a
+schedule; returns the batches that are trained on."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelContext:
-    """What a pass is told of the model that it is to change.
+    """The context of the model that a pass is to change.
 
     Attributes:
-        forward: runs one forward of it without data and gradients, for whoever watches; returns
-            its output.
-        forward_with_gradients: the same with gradients, so that autograd's graph can be looked at.
-        forward_with_one_more: that with a batch that is larger by one.
+        forward: runs one forward of it without data and gradients, to be watched; returns its
+            output.
+        forward_with_gradients: the same with gradients, so that autograd's graph can be examined.
+        forward_with_one_more: that, with a batch larger by one.
         batch_size: the first dimension of the first input that has one.
     """
 
@@ -68,13 +68,13 @@ class ModelContext:
 
 @dataclass(frozen=True, slots=True)
 class CallChoice:
-    """What one call that trains runs, of what a pass lets vary from call to call.
+    """The choice of one training call, of what a pass lets vary from call to call.
 
     Attributes:
         program: calls of equal programs share one.
-        tensors: for FQNs of parameters and buffers in the program, those of the tensors that it
-            runs on in this call, where these are others.
-        unused: FQNs, in the program, of parameters that have no part in it.
+        tensors: for FQNs of parameters and buffers in the program, those of the tensors that this
+            call runs on, where they differ.
+        unused: FQNs, in the program, of parameters that it does not use.
     """
 
     program: Hashable = None
@@ -84,9 +84,9 @@ class CallChoice:
 
 @dataclass(frozen=True)
 class Change:
-    """What a pass makes of a model before its step is captured.
+    """The change of a model by a pass, before its step is captured.
 
-    Of several passes' ``trains`` the union is trained, less what any of them ``freezes``, and less
+    The union of several passes' ``trains`` is trained, less what any of them ``freezes``, and less
     what required no gradient before.
 
     Attributes:
@@ -96,9 +96,9 @@ class Change:
         around: runs each forward, in training and in evaluation, and changes what it computes.
         is_for_gradients: whether ``around`` leaves forwards without gradients as they are.
         loop: chooses batches in the training loop.
-        look: told of the changed model before each capture, whose forwards are then watched.
-        choose: says for the changed model what a call that trains runs. True: for a call; False:
-            for a look at the next one. It sees to it that the forward is of that program.
+        look: gets the changed model before each capture, to watch its forwards.
+        choose: says what a training call of the changed model runs. True: for a call; False: for
+            a look at the next one. It makes the forward that of the chosen program.
     """
 
     trains: frozenset[str] | None = None
@@ -113,7 +113,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryContext:
-    """What a pass is told when it offers recoveries.
+    """The context in which a pass offers recoveries.
 
     Attributes:
         op_ids: ids for new ops.
@@ -136,16 +136,16 @@ class RecoveryContext:
         exactness: Effect = Effect.EXACT,
         tolerance: float = 0.0,
     ) -> Recovery:
-        """A recovery of one value from something that is stashed in its place.
+        """A recovery of one value from a stash in its place.
 
         Args:
             pass_name: the pass that offers it.
             op: the captured op that makes the value.
             value: the value.
-            nbytes: of what is stashed.
-            stash: target of the op that makes what is stashed from the value, right after ``op``.
-            restore: target of the op that makes the value from what was stashed.
-            device: where it is stashed; on a step that is not a GPU's it makes no difference.
+            nbytes: of the stash.
+            stash: target of the op that makes the stash from the value, right after ``op``.
+            restore: target of the op that restores the value from the stash.
+            device: the stash's memory; on a step that is not a GPU's it makes no difference.
             exactness: as in ``Recovery``.
             tolerance: as in ``Recovery``; for what is not exact, above 0.
 
@@ -166,7 +166,7 @@ class RecoveryContext:
 
 
 def arguments_of(settings: DataclassInstance) -> dict[str, object]:
-    """The fields of what a factory was called with, as JSON.
+    """The fields of a factory's settings, as JSON.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -188,20 +188,20 @@ class Pass:
 
     Attributes:
         name: the name of its factory, a key of ``memplan.passes.PASSES``.
-        effect: what it does to the result of a step.
-        arguments: what the factory was called with, as JSON.
+        effect: its effect on the result of a step.
+        arguments: the arguments of the factory, as JSON.
         candidates: for a pass that stands for the largest that fits the budget: passes to choose
-            from, the one that is wanted most at the end.
+            from, the most wanted one last.
         is_ordered: whether a candidate fits no better than those before it.
-        change: says what it makes of the model; once, before anything is captured.
+        change: its change of the model; called once, before anything is captured.
         is_optional: whether its rewrite may cost more than it frees: a plan is made with and
             without it, and the better one taken.
         is_fused: whether its step is to be fused (``Options.fused``).
         rewrite_joint: changes the joint forward-backward graph in place. New nodes carry ``val``
             and ``partitioner_tag`` in their ``meta``; ``in_place`` there offers ``InPlace`` calls.
-        recoveries: offers ways to get values back.
-        lowerings: by target, how the ops that its recoveries add are called.
-        notes: what it found, and what it left alone and why, for people.
+        recoveries: offers ways to restore values.
+        lowerings: calls of the ops that its recoveries add, by target.
+        notes: for people, what it applies to, and what it left alone and why.
     """
 
     name: str

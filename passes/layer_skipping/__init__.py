@@ -1,4 +1,4 @@
-"""Layers that some samples, or some calls, leave out."""
+"""Layers that some samples, or some calls, skip."""
 
 from memplan.passes.layer_skipping.gates import skipped_flops
 from memplan.passes.layer_skipping.layer_skipping import skip_layers

@@ -42,7 +42,7 @@ class SkippedParts(Skipping):
 
     Attributes:
         rate: share of the batch that is skipped.
-        batch_norm: whether there may be batch norm in a branch.
+        batch_norm: whether a branch may contain batch norm.
     """
 
     def __init__(self, rate: float, batch_norm: bool) -> None:
@@ -53,7 +53,7 @@ class SkippedParts(Skipping):
         """Find the branches.
 
         Raises:
-            MemplanError: if there are none, or they cannot be run on a part of this batch.
+            MemplanError: if there are none, or they cannot run on a part of this batch.
         """
         super().find(model, record, larger, context)
         assert context.batch_size is not None
@@ -72,7 +72,7 @@ class SkippedParts(Skipping):
                     )
 
     def num_kept(self, batch_size: int) -> int:
-        """On how many samples of a batch a branch runs.
+        """The number of samples of a batch that a branch runs on.
 
         Raises:
             MemplanError: if the batch has no such part.
@@ -92,7 +92,9 @@ class SkippedParts(Skipping):
 
 
 class _Parts(Replay):
-    """Takes a part of the batch for each branch, and adds what comes of it to the same samples."""
+    """Runs each branch on a part of the batch, and adds the result to the same samples."""
+
+    advice = ', or use skip_layers(mode="blocks")'
 
     def __init__(self, model: nn.Module, skipped: SkippedParts) -> None:
         branches = skipped.seen.branches

@@ -1,7 +1,7 @@
-"""A fixed number of blocks is left out of each step; see ``layer_skipping``.
+"""A fixed number of blocks skipped in each step; see ``layer_skipping``.
 
-Blocks that compute the same, each with its own parameters, are slots of one program: which of them
-stand in the slots is chosen at each call.
+Blocks that compute the same, each with its own parameters, are slots of one program: each call
+chooses the blocks that fill the slots.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class SkippedBlocks(Skipping):
     """Chooses the blocks of each step.
 
     Attributes:
-        count: how many a step leaves out.
+        count: number of blocks that a step skips.
         kept: FQNs of the blocks in the program of the step.
-        skipped: FQNs of the blocks that the last step left out.
-        drawn: ``[]``, how many choices there were; it goes into ``state_dict``.
+        skipped: FQNs of the blocks that the last step skipped.
+        drawn: ``[]``, number of choices so far; it goes into ``state_dict``.
     """
 
     drawn: torch.Tensor
@@ -97,10 +97,10 @@ class SkippedBlocks(Skipping):
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
 
     def begin(self, model: nn.Module, context: ModelContext) -> None:
-        """Find the blocks of a model that is to be changed, and choose the first.
+        """Find the blocks of a model that is to be changed, and make the first choice.
 
         Raises:
-            MemplanError: if a step cannot leave out that many of them.
+            MemplanError: if a step cannot skip that many of them.
         """
         self.look_at_original(model, context)
         number, first = len(self.found), self.found[0].name
@@ -127,7 +127,7 @@ class SkippedBlocks(Skipping):
         """Find the blocks.
 
         Raises:
-            MemplanError: if there are none, or other ones than before.
+            MemplanError: if there are none, or they differ from those before.
         """
         super().find(model, record, larger, context)
         branches = self.seen.branches.found
@@ -137,7 +137,7 @@ class SkippedBlocks(Skipping):
         found = tuple(one for one in blocks if one.is_identity)
         if not found or (self.names is not None and len(found) < len(self.names)):
             raise no_blocks(blocked)
-        # the first of these looks is at the original; other passes may have changed more since
+        # the first look is at the original; other passes may have changed more since
         if self.seen.num_looks > 1 and _chain(found) != _chain(self.found):
             raise MemplanError(
                 f"the blocks of the forward ({', '.join(_names(found))}) are others than at first, "
@@ -149,10 +149,10 @@ class SkippedBlocks(Skipping):
         self.seen.own = tuple(tuple(own_tensors(model, one.name)) for one in found)
 
     def chances(self) -> list[Fraction]:
-        """How often each block is kept.
+        """The probability that each block is kept.
 
         Raises:
-            MemplanError: if with linear decay the last block would be skipped always.
+            MemplanError: if linear decay would always skip the last block.
         """
         number = len(self.found)
         if not self.settings.linear_decay:
@@ -176,7 +176,7 @@ class SkippedBlocks(Skipping):
             return _Scaled(model, self._scales()).of(forward)
 
     def _scales(self) -> Iterator[tuple[Branch, float | torch.Tensor]]:
-        """What the branches of kept blocks are multiplied by."""
+        """The factors of the branches of kept blocks."""
         for number, one in enumerate(self.found):
             scale: float | torch.Tensor = len(self.found) / (len(self.found) - self.count)
             if self.settings.linear_decay:
@@ -185,7 +185,7 @@ class SkippedBlocks(Skipping):
                 yield from ((branch, scale) for branch in one.branches)
 
     def choose(self, model: nn.Module, is_call: bool) -> CallChoice:
-        """The blocks of the next step, and what takes the places of what in its program.
+        """The blocks of the next step, and the tensors that fill the slots of its program.
 
         While gradients wait for an update, the blocks are those of the last call.
         """
@@ -218,7 +218,7 @@ class SkippedBlocks(Skipping):
         return CallChoice(tuple(sorted(self.kept)), tensors, frozenset(unused))
 
     def _groups(self, named: Mapping[str, torch.Tensor]) -> list[list[int]]:
-        """Runs of blocks that compute the same and are trained alike, by their numbers."""
+        """Runs of blocks that compute the same and are trained alike, by number."""
         groups: list[list[int]] = []
         last: object = None
         for number, names in enumerate(self.seen.own):
@@ -234,9 +234,9 @@ class SkippedBlocks(Skipping):
     def _slots(
         self, groups: Sequence[Sequence[int]], chosen: frozenset[int]
     ) -> tuple[frozenset[str], dict[str, str]]:
-        """The blocks in the program, and what stands for each tensor in it.
+        """The blocks in the program, and the name that replaces each tensor's in it.
 
-        The first blocks of each group are in it; the chosen ones take their places, in order.
+        It holds the first blocks of each group; the chosen ones take their places, in order.
         """
         kept: list[str] = []
         tensors: dict[str, str] = {}
@@ -256,7 +256,7 @@ class SkippedBlocks(Skipping):
         return names
 
     def _fill_gradients(self, named: Mapping[str, torch.Tensor]) -> None:
-        """Where gradients stay between updates, each block has them: there is one program."""
+        """Give every block gradients if some persist between updates: there is one program."""
         tensors = [named[name] for names in self.seen.own for name in names]
         trained = [one for one in tensors if one.requires_grad]
         if any(one.grad is not None for one in trained):
@@ -286,9 +286,9 @@ def _kinds(blocks: Sequence[Block]) -> tuple[int, ...]:
 def _drawn(
     random: Random, groups: Sequence[Sequence[int]], chances: Sequence[Fraction]
 ) -> frozenset[int]:
-    """A fixed number of blocks, each kept with its chance: Madow's systematic sampling, 1949.
+    """Draw a fixed number of blocks by their chances: Madow's systematic sampling, 1949.
 
-    Within a group the order is random. How many of each group are kept depends on one number
+    Within a group the order is random. The number of each group that is kept depends on one number
     drawn, and takes at most as many values as there are groups.
     """
     reached = Fraction(random.random())
@@ -302,7 +302,7 @@ def _drawn(
 
 
 class _Scaled(Replay):
-    """Multiplies what branches add."""
+    """Scales the changes that branches add."""
 
     def __init__(
         self, model: nn.Module, scales: Iterable[tuple[Branch, float | torch.Tensor]]

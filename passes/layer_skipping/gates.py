@@ -1,4 +1,4 @@
-"""Blocks that a part of the batch goes through, chosen by small gates; see ``layer_skipping``."""
+"""Blocks that process a part of the batch, chosen by small gates; see ``layer_skipping``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GATES: Final = ("linear", "recurrent")
 
 _WIDTH = 10
 _MOMENTUM = 0.1
-"""How fast the borders follow those of the batches."""
+"""Weight of a batch's borders in their running means."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class GatedBlocks(Skipping):
 
     Attributes:
         names: FQNs of the blocks.
-        gates: one for each of them.
-        borders: ``[blocks]``, running means of the scores between samples that ran and samples that
+        gates: one gate for each block.
+        borders: ``[blocks]``, running means of the scores between samples that ran and those that
             did not. Without a batch to rank it in, a sample runs if its score is above.
         rates: ``[blocks]``, the share of samples that ran in the last call without gradients.
-        flops: of each block's forward, for one sample.
-        total_flops: of the whole forward, for one sample.
+        flops: flops of each block's forward, for one sample.
+        total_flops: flops of the whole forward, for one sample.
     """
 
     borders: torch.Tensor
@@ -75,7 +75,7 @@ class GatedBlocks(Skipping):
         self.total_flops = 0.0
 
     def make_gates(self, model: nn.Module, context: ModelContext) -> None:
-        """Make a gate for each block of a model that has none.
+        """Create a gate for each block of a model that has none.
 
         Raises:
             MemplanError: if there is no block, or the batch is too small.
@@ -100,7 +100,7 @@ class GatedBlocks(Skipping):
         self.register_buffer("rates", rates, persistent=False)
 
     def find(self, model: nn.Module, record: Record, larger: Record, context: ModelContext) -> None:
-        """Find the blocks, and see that they are those of the gates.
+        """Find the blocks, and check that they are those of the gates.
 
         Raises:
             MemplanError: if they are not, or the batch is too small.
@@ -118,7 +118,7 @@ class GatedBlocks(Skipping):
             )
         assert context.batch_size is not None
         self.num_kept(context.batch_size)
-        # what was given at another time may be given again
+        # arguments that were passed at another time may be passed again
         nothing: tuple[dict[int, int], frozenset[int]] = {}, frozenset()
         dims = [(dict(one.dims), one.tensors) for one in before] or [nothing] * len(found)
         self.seen.blocks = tuple(
@@ -127,10 +127,10 @@ class GatedBlocks(Skipping):
         )
 
     def num_kept(self, batch_size: int) -> int:
-        """How many samples of a batch go through a block in training.
+        """The number of samples of a batch that go through a block in training.
 
         Raises:
-            MemplanError: if it is none.
+            MemplanError: if there would be none.
         """
         kept = round(self.settings.capacity * batch_size)
         if not kept:
@@ -173,11 +173,11 @@ class GatedBlocks(Skipping):
 
 
 class _Scores:
-    """Of one forward: how much each sample is to go through each block.
+    """The scores of one forward: the preference of each sample for each block.
 
     Attributes:
-        losses: of the gates, so far: cross entropy with what was chosen.
-        borders: of the blocks, so far: between what was chosen and what was not.
+        losses: losses of the gates so far: cross entropy with the choices.
+        borders: borders of the blocks so far: between chosen samples and the rest.
     """
 
     def __init__(self, gated: GatedBlocks) -> None:
@@ -187,7 +187,7 @@ class _Scores:
         self.state: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def of(self, number: int, stream: torch.Tensor, dim: int) -> torch.Tensor:
-        """``[batch]``, higher where a sample is rather to go through a block."""
+        """``[batch]``, higher for samples that should go through a block."""
         gate = self.gated.gates[number]
         pooled = pool(stream.detach(), dim).to(next(gate.parameters()).dtype)
         features: torch.Tensor = gate(pooled)
@@ -200,7 +200,7 @@ class _Scores:
 def _lstm(
     cell: nn.Module, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden state and memory after one more input."""
+    """The hidden state and memory after one more input."""
     hidden, memory = state or (torch.zeros_like(x), torch.zeros_like(x))
     given, forget, update, out = cell(torch.cat([x, hidden], 1)).chunk(4, 1)
     memory = forget.sigmoid() * memory + given.sigmoid() * update.tanh()
@@ -209,7 +209,7 @@ def _lstm(
 
 @dataclass
 class _Gated(Through):
-    """Leads a part of the batch through one block."""
+    """Sends a part of the batch through one block."""
 
     gated: GatedBlocks
     scores: _Scores
@@ -236,7 +236,7 @@ class _Gated(Through):
             runs = (scores > border) | (self.gated.settings.capacity == 1)
             self.chosen = runs.nonzero().flatten()
             self.gated.rates[self.number] = max(len(self.chosen), 1) / len(scores)
-        # a batch of none is more than many a reshape can do: then the first runs, for nothing
+        # many reshapes fail on an empty batch: then the first sample runs, for nothing
         part = self.chosen if len(self.chosen) else self.chosen.new_zeros(1)
         for place, own in self.block.dims.items():
             if isinstance(leaves[place], torch.Tensor):
@@ -252,16 +252,16 @@ class _Gated(Through):
         kind = torch.result_type(self.stream, made)
         self.stream, self.part, made = (x.to(kind) for x in (self.stream, self.part, made))
         if torch.is_grad_enabled():
-            # one, with the gradient of the gate: straight through
+            # one, with the gate's gradient: straight-through
             weight = (1 + self.open - self.open.detach()).to(made.dtype)
             shape = [-1 if place == dim else 1 for place in range(made.dim())]
             made = torch.lerp(self.part, made, weight.view(shape))
         leaves[self.block.result] = self.stream.index_copy(dim, self.chosen, made)
-        del self.stream, self.part, self.chosen  # an evaluation would hold those of all blocks
+        del self.stream, self.part, self.chosen  # or an evaluation would hold those of all blocks
         return leaves
 
     def check_arguments(self, leaves: list[Any]) -> None:
-        """Refuse tensors of which it is not known whether they are of the batch.
+        """Refuse tensors that may or may not be of the batch.
 
         Raises:
             CaptureError: if there are any.
@@ -275,9 +275,9 @@ class _Gated(Through):
 
 
 def pool(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """``[batch, features]``: means over all other dimensions; ``dim`` is the batch's.
+    """``[batch, features]``: means over all other dimensions; ``dim`` is the batch dimension.
 
-    Features are in the last dimension, or, of images (4 dimensions and more), in the second.
+    Features are in the last dimension, or, for images (4 dimensions and more), in the second.
     """
     x = x.movedim(dim, 0)
     if x.dim() > 3:
@@ -286,13 +286,13 @@ def pool(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def width_of(shape: torch.Size, dim: int) -> int:
-    """The number of features that ``pool`` leaves."""
+    """The number of features that ``pool`` returns."""
     rest = [size for place, size in enumerate(shape) if place != dim]
     return rest[0] if len(shape) > 3 else rest[-1]
 
 
 def skipped_flops(planned: PlannedModule) -> float:
-    """The share of the forward's operations that the last call without gradients skipped.
+    """The share of the forward's flops that the last call without gradients skipped.
 
     Returns:
         A share, from 0 to 1.

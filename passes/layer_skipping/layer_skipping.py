@@ -4,7 +4,7 @@ Three ways, all with shapes that do not depend on data, so that the plan stays e
 
 * "subset": each branch runs on a random part of the batch (Oquab et al., "DINOv2", 2023,
   https://arxiv.org/abs/2304.07193, section 5, efficient stochastic depth);
-* "blocks": of L blocks a random m are left out of a step (after Huang et al., "Deep Networks with
+* "blocks": of L blocks a random m are skipped in a step (after Huang et al., "Deep Networks with
   Stochastic Depth", 2016, https://arxiv.org/abs/1603.09382, whose number of blocks is random);
 * "gated": a small gate for each block picks the samples that go through it (Wang et al., "SkipNet",
   2018, https://arxiv.org/abs/1711.09485; Wang et al., "E2-Train", 2019,
@@ -43,29 +43,29 @@ def skip_layers(
     """Skip a part of the work of residual networks in training.
 
     Calls without gradients, and in evaluation, are those of the original in the modes "subset" and
-    "blocks". With gates, evaluation skips too: each sample by itself.
+    "blocks". With gates, evaluation skips too: each sample on its own.
 
     Args:
         mode: "subset", "blocks" or "gated".
-        rate: share that is skipped: of the batch (0.4 if it is not said), or of the blocks (0.5).
-            0 is the unchanged model.
+        rate: share that is skipped: of the batch (0.4 by default), or of the blocks (0.5). 0 is the
+            unchanged model.
         capacity: for "gated": share of the batch that goes through a block (0.5).
-        at: for "blocks" and "gated": the blocks, as names, globs or types. Left out: modules of
-            which there are several of a type in a list of modules.
-        batch_norm: for "subset": allow batch norm in a branch, whose statistics are then of the
-            part that it runs on.
-        linear_decay: for "blocks": a block is skipped the more often the later it comes.
-        seed: for "blocks": of the choices.
+        at: for "blocks" and "gated": the blocks, as names, globs or types. By default modules of
+            which a list of modules has several of a type.
+        batch_norm: for "subset": allow batch norm in a branch, with statistics of the part that it
+            runs on.
+        linear_decay: for "blocks": the later a block, the more often it is skipped.
+        seed: for "blocks": seed of the choices.
         gate: for "gated": "linear" (pooled, one linear layer), or "recurrent" (pooled, and a small
             LSTM that all blocks share).
-        cost: for "gated": weight of the gates' own loss, the cross entropy with what was chosen,
-            which moves them towards the capacity.
+        cost: for "gated": weight of the gates' own loss, the cross entropy with the choices, which
+            moves them towards the capacity.
 
     Returns:
         A pass of effect ``STOCHASTIC``, or, with gates, ``APPROXIMATE``.
 
     Raises:
-        MemplanError: naming the argument that makes no sense.
+        MemplanError: naming the invalid argument.
 
     Example:
         >>> import memplan, torch

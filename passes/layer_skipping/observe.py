@@ -1,4 +1,4 @@
-"""A child module that sees a forward before it is captured: what passes skip is found in that."""
+"""A child module that sees a forward before it is captured, to find what passes can skip."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CHILD = "layer_skipping"
 
 @dataclass
 class Seen:
-    """What was seen of a forward. An object of its own: a capture puts attributes back.
+    """Observations of a forward. An object of its own: a capture restores attributes.
 
     Attributes:
-        branches: of the forward that was looked at last.
-        blocks: of that.
+        branches: branches of the last forward observed.
+        blocks: its blocks.
         own: FQNs of the parameters and buffers of each block.
         kinds: for each block, the first that computes the same.
-        num_looks: how often blocks were found.
+        num_looks: number of times that blocks were found.
     """
 
     branches: Branches = field(default_factory=lambda: Branches(()))
@@ -39,15 +39,15 @@ class Seen:
     record: Record | None = None
 
     def __deepcopy__(self, memo: object) -> Seen:
-        del memo  # what it holds is never changed
+        del memo  # its contents are never changed
         return replace(self)
 
 
 class Skipping(nn.Module, ABC):
-    """What is skipped of a model; a subclass says what that is.
+    """Base of the modules that skip parts of a model.
 
     Attributes:
-        seen: of the model's forward.
+        seen: observations of the model's forward.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Skipping(nn.Module, ABC):
         self.seen = Seen()
 
     def around(self, model: nn.Module, forward: Callable[[], Any]) -> Any:
-        """A forward, as it is to run; if it is watched, as it is."""
+        """Run a forward with skipping; if it is watched, run it as it is."""
         if self.seen.watching != threading.get_ident():
             return self.run(model, forward)
         self.seen.record = Record(model)
@@ -63,15 +63,15 @@ class Skipping(nn.Module, ABC):
 
     @abstractmethod
     def run(self, model: nn.Module, forward: Callable[[], Any]) -> Any:
-        """A forward of which something is skipped."""
+        """Run a forward with some of it skipped."""
 
     def look(self, model: nn.Module, context: ModelContext) -> None:
-        """Look at the changed model's forward before it is captured."""
+        """Observe the changed model's forward before it is captured."""
         first = self._watched(context.forward_with_gradients)
         self.find(model, first, self._watched(_larger(context)), context)
 
     def look_at_original(self, model: nn.Module, context: ModelContext) -> None:
-        """Look at the forward of the model that is to be changed."""
+        """Observe the forward of the model that is to be changed."""
         first, larger = Record(model), Record(model)
         first.of(context.forward_with_gradients)
         larger.of(_larger(context))
@@ -81,7 +81,7 @@ class Skipping(nn.Module, ABC):
         """Find the branches.
 
         Raises:
-            MemplanError: if there are none, naming what was looked for.
+            MemplanError: if there are none, naming what was sought.
         """
         if context.batch_size is None:
             raise MemplanError("skip_layers skips a part of a batch, and no input has a dimension")
@@ -106,20 +106,20 @@ class Skipping(nn.Module, ABC):
 
 
 def skipping_of(model: nn.Module) -> Skipping:
-    """What is skipped of a changed model."""
+    """The skipping module of a changed model."""
     child = model.get_submodule(CHILD)
     assert isinstance(child, Skipping)
     return child
 
 
 def around(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
-    """``Change.around``: a forward of which something is skipped."""
+    """Run a forward with some of it skipped: ``Change.around``."""
     del sample
     return skipping_of(model).around(model, forward)
 
 
 def look(model: nn.Module, context: ModelContext) -> None:
-    """``Change.look``: what can be skipped is found before a capture."""
+    """Find what can be skipped, before a capture: ``Change.look``."""
     skipping_of(model).look(model, context)
 
 
@@ -139,7 +139,7 @@ def _larger(context: ModelContext) -> Callable[[], Any]:
 
 
 def no_blocks(blocked: Mapping[str, str]) -> MemplanError:
-    """There are no blocks, or not those that were named."""
+    """Make the error for missing blocks, or for some of those named."""
     return MemplanError(
         "skip_layers found no blocks to skip, or not all that at= names: a block is a module of "
         "which there are several of a type in a list of modules, called once, with residual "

@@ -1,4 +1,4 @@
-"""Blocks that learn by losses of their own."""
+"""Blocks that learn from losses of their own."""
 
 from memplan.passes.local_learning.local_learning import learn_locally
 

@@ -1,4 +1,4 @@
-"""What a part of a model learns from by itself: a small head, and a loss."""
+"""The local loss of a part of a model: a small head, and a loss."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
 HeadKind = Literal["linear", "conv", "masked_image"]
 HEADS: Final = ("linear", "conv", "masked_image")
 Head: TypeAlias = Callable[[torch.Tensor, int], Callable[..., torch.Tensor]]
-"""Takes a part's output without data, and its number; makes what computes the part's loss."""
+"""Takes a part's output without data, and its number; returns the function of the part's loss."""
 
 _HIDDEN = 128
 _DECODER = 12
 
 
 class Own(nn.Module):
-    """A loss of the user's."""
+    """A user's own loss."""
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, x: torch.Tensor, sample: Sample) -> torch.Tensor:
-        """What the function returns for the part's output and the model's inputs."""
+        """The function's value for the part's output and the model's inputs."""
         return self.function(x, *sample.args, **sample.kwargs)
 
 
 class Supervised(nn.Module):
-    """The model's loss of what a head predicts."""
+    """The model's loss on a head's prediction."""
 
     def __init__(self, head: nn.Module, loss_fn: Callable[[Any, Any], torch.Tensor]) -> None:
         super().__init__()
         self.head = head
-        # a loss may be a module, and is not to appear among the heads
+        # a loss may be a module, and must not appear among the heads
         self.loss_fn = (loss_fn,)
 
     def forward(self, x: torch.Tensor, sample: Sample) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Supervised(nn.Module):
 
 
 class Reconstructing(nn.Module):
-    """Another loss, and the error of a reconstruction of the model's first input, an image."""
+    """Another loss, plus the error of reconstructing the model's first input, an image."""
 
     def __init__(self, loss: nn.Module, decoder: nn.Module, weight: float) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Reconstructing(nn.Module):
         self.weight = weight
 
     def forward(self, x: torch.Tensor, sample: Sample) -> torch.Tensor:
-        """The sum, the error weighed."""
+        """The loss plus the weighted error."""
         image = sample.args[0]
         resized = functional.interpolate(x, image.shape[-2:], mode="bilinear")
         error = functional.mse_loss(self.decoder(resized), image)
@@ -75,14 +75,14 @@ def local_loss(
     number: int,
     predicted: object,
 ) -> nn.Module:
-    """The loss of one part: a module of the part's output and the sample, to a scalar.
+    """The loss of one part: a module from the part's output and the sample to a scalar.
 
     Args:
-        head: which.
-        model: the whole.
+        head: the kind of head.
+        model: the whole model.
         example: the part's output, without data.
-        number: of the part.
-        predicted: what the model inside of ``WithLoss`` returns, without data.
+        number: number of the part.
+        predicted: the output of the model inside ``WithLoss``, without data.
 
     Raises:
         MemplanError: if there is no such head for this model.
@@ -105,7 +105,7 @@ def local_loss(
 def reconstructing(
     loss: nn.Module, example: torch.Tensor, image: object, weight: float
 ) -> nn.Module:
-    """A loss with a reconstruction besides: two convolutions over the enlarged output.
+    """A loss with a reconstruction added: two convolutions over the enlarged output.
 
     Raises:
         MemplanError: if the part's output or the model's first input is no image.
@@ -127,7 +127,7 @@ def reconstructing(
 
 
 def like(model: nn.Module, layers: nn.Module) -> nn.Module:
-    """Layers on the device and in the type of a model's first parameter of floating point."""
+    """Layers with the device and type of a model's first floating-point parameter."""
     one = next(one for one in model.parameters() if one.is_floating_point())
     return layers.to(one.device, one.dtype)
 
@@ -140,12 +140,12 @@ class Mean(nn.Module):
         self.dims = dims
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Without these dimensions."""
+        """The mean, without these dimensions."""
         return x.mean(self.dims)
 
 
 def _linear(example: torch.Tensor, predicted: torch.Tensor) -> nn.Module:
-    """Pooled to as many dimensions as the prediction has, normalized, and one linear layer."""
+    """Pooling to as many dimensions as the prediction has, a norm, and one linear layer."""
     classes = predicted.shape[-1]
     match example.dim(), predicted.dim():
         case 4, 2:

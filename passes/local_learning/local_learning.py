@@ -1,13 +1,12 @@
 """Block-wise local learning: each part of a model learns from a loss of its own.
 
-The forward is cut into parts; no gradient goes back through a cut. At the end of each part but the
-last, a small head predicts the target from what the part has computed, and its loss trains the
-part: Belilovsky et al., "Decoupled Greedy Learning of CNNs", 2019,
-https://arxiv.org/abs/1901.08164. With a reconstruction of the input besides, the early parts keep
-more of what later ones need: Wang et al., "Revisiting Locally Supervised Learning", 2021,
-https://arxiv.org/abs/2101.10832.
+The forward is cut into parts; no gradient passes a cut. At the end of each part but the last, a
+small head predicts the target from the part's output, and its loss trains the part: Belilovsky et
+al., "Decoupled Greedy Learning of CNNs", 2019, https://arxiv.org/abs/1901.08164. If the input is
+reconstructed as well, the early parts keep more of what later ones need: Wang et al., "Revisiting
+Locally Supervised Learning", 2021, https://arxiv.org/abs/2101.10832.
 
-The gradients of parts do not meet, so that a fused step finishes one part, and frees what it kept,
+The gradients of parts do not meet, so a fused step completes one part, and frees what it saved,
 before the next begins.
 """
 
@@ -52,34 +51,34 @@ def learn_locally(
     reconstruction: float = 0.0,
     mask_ratio: float = 0.75,
 ) -> Pass:
-    """Train parts of a model one after the other, each by a loss of its own.
+    """Train the parts of a model one after the other, each with a loss of its own.
 
-    Calls with gradients return the sum of all losses; each of them is in
-    ``planned.local_losses.last``. Without gradients the model is as it was. Heads are parameters
+    Calls with gradients return the sum of all losses; each loss is in
+    ``planned.local_losses.last``. Without gradients the model is unchanged. Heads are parameters
     named ``local_losses.<part>`` beside the model's own, and an optimizer must hold them:
     ``memplan.optimize(..., optimizer=AdamW)``, or one over ``planned.parameters()``.
 
     Args:
-        blocks: how many parts, cut between blocks so that what each keeps is balanced in bytes;
-            "fit": the fewest with which the budget can be kept.
+        blocks: number of parts, cut between blocks so that what each saves is balanced in bytes;
+            "fit": the fewest that keep the budget.
         head: "linear": pooled, and one linear layer (for tokens, one for each of them); "conv": a
-            small convolutional one. Both predict what the model predicts, and need a model made
-            by ``memplan.WithLoss``. "masked_image": a light decoder for a masked autoencoder (BIM)
+            small convolutional one. Both predict what the model predicts, and need a model wrapped
+            in ``memplan.WithLoss``. "masked_image": a light decoder for a masked autoencoder (BIM)
             that is called with images and noise. Or a callable that takes a part's output, as an
-            example without data, and the part's number, and returns a function or module: of the
-            output and what the model is called with, to a scalar.
+            example without data, and the part's number, and returns a function or module from the
+            output and the model's inputs to a scalar.
         at: cut after these modules instead (names, globs or types).
-        weights: of the first head's loss and of the last's; linear between. The model's own
+        weights: weights of the first and the last head's loss; linear between. The model's own
             loss has weight 1.
-        reconstruction: weight of the first part's error in reconstructing the input (an image),
-            from which it falls to zero at the model's own loss.
-        mask_ratio: for "masked_image": the share of the patches that the model hides.
+        reconstruction: weight of the first part's error in reconstructing the input (an image);
+            it falls to zero at the model's own loss.
+        mask_ratio: for "masked_image": the model's share of hidden patches.
 
     Returns:
         A pass of effect ``APPROXIMATE``: early parts do not learn what later ones would need.
 
     Raises:
-        MemplanError: naming the argument that makes no sense.
+        MemplanError: naming the invalid argument.
 
     Example:
         >>> import memplan, torch
@@ -163,7 +162,7 @@ def _made(settings: _LocalSettings) -> Pass:
 def _candidates(
     settings: _LocalSettings, model: nn.Module, context: ModelContext
 ) -> tuple[Pass, ...]:
-    """From as many parts as there can be to one; heads take memory, so that more may not fit."""
+    """Passes from the most parts possible down to one; heads take memory, so more may not fit."""
     most = len(_allowed(find_cuts(model, context.forward_with_gradients))) + 1
     return tuple(_made(replace(settings, blocks=blocks)) for blocks in range(most, 0, -1))
 
@@ -195,7 +194,7 @@ def _allowed(chain: BlockChain) -> tuple[Cut, ...]:
     """Cuts between blocks.
 
     Raises:
-        MemplanError: if there are none, or only such that tie parameters.
+        MemplanError: if there are none, or only those that tie parameters.
     """
     untied = tuple(cut for cut in chain.blocks if not cut.ties)
     if not untied and chain.blocks:
@@ -250,7 +249,7 @@ def _named(
 
 
 def _weights(settings: _LocalSettings, count: int) -> tuple[float, ...]:
-    """Of the heads' losses."""
+    """Weights of the heads' losses."""
     first, last = settings.weights
     steps = max(count - 1, 1)
     return tuple(first + number / steps * (last - first) for number in range(count))
@@ -261,9 +260,9 @@ class LocalLosses(nn.Module):
 
     Attributes:
         names: FQNs of the modules after which the forward is cut.
-        weights: of the heads' losses.
-        last: ``[parts]``, what the losses were in the last call with gradients, unweighed; the
-            model's own is the last of them.
+        weights: weights of the heads' losses.
+        last: ``[parts]``, the losses of the last call with gradients, unweighted; the model's own
+            comes last.
     """
 
     last: torch.Tensor
@@ -286,7 +285,7 @@ class LocalLosses(nn.Module):
         """The loss of one part.
 
         Raises:
-            MemplanError: if it is no scalar.
+            MemplanError: if it is not a scalar.
         """
         loss = self.get_submodule(str(number))(x, sample)
         if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.is_floating_point():
@@ -299,7 +298,7 @@ class LocalLosses(nn.Module):
 
 
 def _locally(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
-    """A forward that is cut, and returns the sum of all losses."""
+    """Run a forward with cuts, and return the sum of all losses."""
     if not torch.is_grad_enabled():
         return forward()
     heads = model.get_submodule(_CHILD)

@@ -1,9 +1,9 @@
-"""Masked-image pre-training of a part: a light decoder of its own fills in the hidden patches.
+"""Masked-image pre-training of a part: its own light decoder fills in the hidden patches.
 
 Luo, Ren and Zhang, "BIM: Block-Wise Self-Supervised Learning with Masked Image Modeling", 2023,
 https://arxiv.org/abs/2311.17218, on the recipe of He et al., "Masked Autoencoders Are Scalable
 Vision Learners", 2021, https://arxiv.org/abs/2111.06377: the encoder sees the visible patches
-alone, the decoder puts a learned token in the place of each hidden one, and the loss is the mean
+only, the decoder puts a learned token in place of each hidden one, and the loss is the mean
 squared error of the hidden patches. Each part of the encoder is then a backbone by itself.
 """
 
@@ -26,20 +26,20 @@ _HEADS = 4
 
 
 class MaskedImage(nn.Module):
-    """Predicts the hidden patches of an image from what a part makes of the visible ones.
+    """Predicts the hidden patches of an image from a part's output for the visible ones.
 
     The model is called with images ``[batch, channels, height, width]`` and noise
-    ``[batch, patches]``, as positional or keyword arguments; of each image the patches of least
-    noise are visible, in the order of their noise.
+    ``[batch, patches]``, as positional or keyword arguments; the patches of each image with the
+    least noise are visible, in the order of their noise.
 
     Args:
-        example: ``[batch, tokens, width]``, what the part returns: the visible patches, after a
-            token for the class if there is one.
-        inputs: the tensors that the model is called with.
-        mask_ratio: share of the patches that is hidden.
+        example: ``[batch, tokens, width]``, the part's output: the visible patches, after a class
+            token if there is one.
+        inputs: the model's input tensors.
+        mask_ratio: share of hidden patches.
 
     Raises:
-        MemplanError: if images, noise and tokens do not go together so.
+        MemplanError: if images, noise and tokens do not match in this way.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class MaskedImage(nn.Module):
 
 
 def patches_of(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Images ``[batch, channels, height, width]`` as ``[batch, patches, pixels]``."""
+    """Patches ``[batch, patches, pixels]`` of images ``[batch, channels, height, width]``."""
     return nn.functional.unfold(images, side, stride=side).transpose(1, 2)
 
 

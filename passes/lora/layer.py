@@ -1,4 +1,4 @@
-"""The adapter of one layer: of its settings, its arithmetic, and what it knows of layers."""
+"""The adapter of one layer: its settings, its arithmetic, and its use of layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memplan.errors import MemplanError
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """What ``add_lora`` was asked for."""
+    """The settings of ``add_lora``."""
 
     rank: int
     alpha: float
@@ -26,7 +26,7 @@ class LoraSettings:
 
     @property
     def scale(self) -> float:
-        """What the product of B and A is multiplied by."""
+        """The factor of the product of B and A."""
         is_root = self.variant == "rslora"
         return self.alpha / (math.sqrt(self.rank) if is_root else self.rank)
 
@@ -35,11 +35,11 @@ class LoraLayer(nn.Module):
     """The adapter of one layer: the change of its weight is ``scale B A``.
 
     Attributes:
-        A: ``[rank, inputs]``, for convolutions with the size of the kernel.
-        B: ``[outputs, rank]``, for convolutions with a kernel of one.
+        A: ``[rank, inputs]``, for convolutions with the kernel's size.
+        B: ``[outputs, rank]``, for convolutions with a kernel of size one.
         magnitude: ``[outputs]`` norms of the weight's rows, for DoRA; else None.
-        scale: of the change.
-        dropout: of the input.
+        scale: factor of the change.
+        dropout: dropout of the input.
     """
 
     def __init__(self, name: str, layer: nn.Module, settings: LoraSettings) -> None:
@@ -65,7 +65,7 @@ class LoraLayer(nn.Module):
             self.magnitude = nn.Parameter(torch.linalg.vector_norm(rows, dim=1))
 
     def forward(self, layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """What the adapted layer returns for ``x``, given what the layer itself does."""
+        """The adapted layer's output for ``x``, from the layer's own."""
         is_dropped = self.dropout > 0 and layer.training
         if is_dropped:
             x = functional.dropout(x, self.dropout)
@@ -91,7 +91,7 @@ class LoraLayer(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self, layer: nn.Module) -> torch.Tensor:
-        """The layer's weight with the change in it."""
+        """The layer's weight with the change applied."""
         weight = oriented(layer)
         merged = weight.flatten(1) + self.change()
         if self.magnitude is not None:
@@ -105,20 +105,20 @@ def _is_transposed(layer: nn.Module) -> bool:
 
 
 def oriented(layer: nn.Module) -> torch.Tensor:
-    """A layer's weight, outputs first."""
+    """A layer's weight, with outputs first."""
     weight = weight_of(layer)
     return weight.t() if _is_transposed(layer) else weight
 
 
 def weight_of(layer: nn.Module) -> torch.Tensor:
-    """A layer's weight as it is."""
+    """A layer's weight, unchanged."""
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     return weight
 
 
 def _apply(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What a layer would return with another weight, outputs first, and no bias."""
+    """A layer's output with another weight, outputs first, and no bias."""
     if isinstance(layer, nn.Conv2d):
         y: torch.Tensor = layer._conv_forward(x, weight, None)
         return y
@@ -128,7 +128,7 @@ def _apply(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 
 
 def _along_outputs(values: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """``[outputs]`` values as they are broadcast over a layer's output."""
+    """``[outputs]`` values, shaped to broadcast over a layer's output."""
     return values.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else values
 
 
@@ -152,5 +152,5 @@ def _check(name: str, layer: nn.Module, weight: torch.Tensor, settings: LoraSett
 
 
 def can_be_adapted(layer: nn.Module) -> bool:
-    """Whether an adapter knows such a layer."""
+    """Tell whether a layer can have an adapter."""
     return isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding) or is_conv1d(layer)

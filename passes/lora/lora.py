@@ -3,13 +3,13 @@
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
 https://arxiv.org/abs/2106.09685: ``y = x W^T + scale (x A^T) B^T``. Variants: rsLoRA scales by
 ``alpha / sqrt(rank)`` (Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732); LoRA-FA freezes A,
-so that x is not kept for it (Zhang et al., 2023, https://arxiv.org/abs/2308.03303); DoRA trains the
-magnitude of each output apart from its direction (Liu et al., 2024,
+so x is not saved for it (Zhang et al., 2023, https://arxiv.org/abs/2308.03303); DoRA trains the
+magnitude of each output separately from its direction (Liu et al., 2024,
 https://arxiv.org/abs/2402.09353, equation 5, the norm a constant).
 
-The adapters are parameters of the planned module, beside the model's own. The model is not changed
-but for ``requires_grad``: only the planned module's forward has the adapters' part in it. Weights
-are cast to the type of x where that is another, never x to theirs.
+The adapters are parameters of the planned module, beside the model's own. The model is unchanged
+except for ``requires_grad``: only the planned module's forward includes the adapters. Weights
+are cast to the type of x where theirs differs, never x to theirs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 from torch import nn
 
-from memplan.analysis import Patterns, as_texts, select_parameters, targeted_layers
+from memplan.analysis import (
+    NamedAsLayers,
+    Patterns,
+    as_texts,
+    select_parameters,
+    targeted_layers,
+)
 from memplan.errors import CaptureError, MemplanError
 from memplan.passes.lora.layer import (
     LoraLayer,
@@ -54,24 +60,24 @@ def add_lora(
 ) -> Pass:
     """Train low-rank adapters of layers, and freeze every other parameter.
 
-    Adapters begin as no change. They are named ``lora.<layer>.A`` and ``.B`` in the planned
-    module, in float32 where the model has 16 bits. ``requires_grad`` is set on the model given;
-    ``unfreeze`` puts it back.
+    Adapters start as no change. They are named ``lora.<layer>.A`` and ``.B`` in the planned
+    module, in float32 where the model has 16 bits. ``requires_grad`` is set on the model itself;
+    ``unfreeze`` restores it.
 
     Args:
-        rank: of the change of a weight; "fit": the largest with which the budget can be kept.
-        alpha: its scale, times ``1 / rank`` (of rsLoRA: ``1 / sqrt(rank)``).
-        dropout: of the adapters' input, in training.
-        targets: which layers: "linear" for all linear ones but the output head; or patterns.
+        rank: rank of a weight's change; "fit": the largest that keeps the budget.
+        alpha: scale of the change, times ``1 / rank`` (for rsLoRA: ``1 / sqrt(rank)``).
+        dropout: dropout of the adapters' input, in training.
+        targets: the layers to adapt: "linear" for all linear ones but the output head; or patterns.
             Linear, Conv2d, Embedding and transformers' Conv1D can be adapted.
         variant: "lora", "rslora", "lora_fa" or "dora".
-        also_train: what of the model itself is trained as well: "head", "norms", "biases", ...
+        also_train: the model's own parameters to train as well: "head", "norms", "biases", ...
 
     Returns:
         A pass of effect ``RESTRICTED``.
 
     Raises:
-        MemplanError: naming the argument that makes no sense.
+        MemplanError: naming the invalid argument.
 
     Example:
         >>> import memplan, torch
@@ -117,7 +123,7 @@ def _made(settings: LoraSettings) -> Pass:
 def _candidates(
     settings: LoraSettings, model: nn.Module, context: ModelContext
 ) -> tuple[Pass, ...]:
-    """The pass at every rank that all layers have."""
+    """The pass at every rank that all layers allow."""
     names = targeted_layers(model, settings.targets, context.forward, can_be_adapted)
     layers = map(model.get_submodule, names)
     largest = min(min(oriented(layer).flatten(1).shape) for layer in layers)
@@ -134,7 +140,7 @@ def _change(settings: LoraSettings, model: nn.Module, context: ModelContext) -> 
 
 
 def _adapted(model: nn.Module, sample: Sample, forward: Callable[[], Any]) -> Any:
-    """A forward in which layers return what their adapters make of their outputs."""
+    """Run a forward in which adapters change the outputs of their layers."""
     del sample
     lora = lora_of(model)
     if lora.merged and torch.is_grad_enabled():
@@ -159,13 +165,13 @@ def lora_of(model: nn.Module) -> Lora:
     raise MemplanError("the module has no adapters; plan it with memplan.passes.add_lora()")
 
 
-class Lora(nn.Module):
+class Lora(NamedAsLayers):
     """The adapters of a model, under the names of their layers.
 
     Attributes:
         names: FQNs of the layers.
-        settings: what was asked for.
-        merged: the weights of the layers as they were, if the adapters are merged into them.
+        settings: the settings of the adapters.
+        merged: the original weights of the layers, if the adapters are merged into them.
     """
 
     def __init__(self, model: nn.Module, names: tuple[str, ...], settings: LoraSettings) -> None:
@@ -178,17 +184,17 @@ class Lora(nn.Module):
         hang(self, layers)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapters', if they are not merged."""
+        """The adapters' state, if they are not merged."""
         self.require_apart()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Into the adapters, if they are not merged."""
+        """Load into the adapters, if they are not merged."""
         self.require_apart()
         return super().load_state_dict(*args, **kwargs)
 
     def require_apart(self) -> None:
-        """Refuse what would take the weights for those of the model, or let them be so."""
+        """Refuse if the adapters are merged into the weights."""
         if self.merged:
             raise MemplanError(
                 "the adapters are merged into the weights: take planned.original.state_dict(), or "
@@ -205,7 +211,7 @@ class Lora(nn.Module):
 def merge_lora(planned: PlannedModule) -> nn.Module:
     """Add the adapters to the weights of the original, which then computes the same without them.
 
-    The weights as they were are kept for ``unmerge_lora``. Returns the original.
+    The original weights are kept for ``unmerge_lora``. Returns the original.
 
     Returns:
         The original.
@@ -245,7 +251,7 @@ def merge_lora(planned: PlannedModule) -> nn.Module:
 
 
 def unmerge_lora(planned: PlannedModule) -> nn.Module:
-    """Put back, bit for bit, the weights that ``merge_lora`` changed. Returns the original.
+    """Restore, bit for bit, the weights that ``merge_lora`` changed. Returns the original.
 
     Returns:
         The original.

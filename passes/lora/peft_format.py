@@ -1,6 +1,6 @@
 """Adapters on disk in peft's format: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-As read and written by peft 0.19.
+Compatible with peft 0.19.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PREFIX = "base_model.model."
 def write_adapter(
     folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, object]
 ) -> None:
-    """Write tensors, by their names in the model that peft wraps, and their configuration."""
+    """Write tensors, by their names in the model that peft wraps, and the configuration."""
     contents = {
         f"{_PREFIX}{name}": tensor.detach().cpu().contiguous().clone()
         for name, tensor in tensors.items()
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of an adapter.
 
     Raises:
-        MemplanError: if there is none, or it is none of LoRA.
+        MemplanError: if there is none, or it is not for LoRA.
     """
     _require(folder / _CONFIG)
     config = json.loads((folder / _CONFIG).read_text())

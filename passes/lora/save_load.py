@@ -1,7 +1,7 @@
-"""LoRA's adapters in peft's files: written for peft, and read from there.
+"""LoRA adapters in peft's files: written for peft, and read from it.
 
-peft's format holds the adapters and whole modules that are trained beside them, nothing finer.
-LoRA-FA is an optimizer there, and its files are LoRA's.
+peft's format holds the adapters and whole modules trained beside them, nothing finer. In peft
+LoRA-FA is an optimizer, and its files are LoRA's.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def save_lora(planned: PlannedModule, folder: str | Path, *, inside: str | None 
     """Write the adapters for ``peft.PeftModel.from_pretrained(model, folder)``.
 
     Args:
-        planned: planned with ``add_lora``.
-        folder: made if it is not there.
-        inside: FQN of the module that peft will be given; None: the planned one's original, or
-            the model inside of it if that is a ``WithLoss``.
+        planned: a module planned with ``add_lora``.
+        folder: the folder to write to; created if missing.
+        inside: FQN of the module that peft will wrap; None: the planned module's original, or the
+            model inside it if that is a ``WithLoss``.
 
     Raises:
         MemplanError: if there are no adapters, or peft's format cannot hold what is trained.
@@ -76,11 +76,11 @@ def save_lora(planned: PlannedModule, folder: str | Path, *, inside: str | None 
 
 
 def load_lora(planned: PlannedModule, folder: str | Path, *, inside: str | None = None) -> None:
-    """Read adapters that ``save_lora`` or peft wrote into those of a planned module.
+    """Load adapters that ``save_lora`` or peft wrote into a planned module.
 
     Args:
-        planned: planned with ``add_lora`` of the same rank, scale and targets, see ``lora_like``.
-        folder: where they are.
+        planned: planned with ``add_lora`` of the same rank, scale and targets; see ``lora_like``.
+        folder: the folder of the adapters.
         inside: as in ``save_lora``.
 
     Raises:
@@ -122,7 +122,7 @@ def load_lora(planned: PlannedModule, folder: str | Path, *, inside: str | None 
     for name in _trained_modules(planned):
         for key, parameter in planned.original.get_submodule(name).named_parameters():
             wanted[f"{_without(prefix, name)}.{key}"] = parameter
-    # peft adds the embeddings of the model itself where one is adapted.
+    # peft adds the model's own embeddings where one is adapted.
     unknown = [one for one in given if one not in wanted and ".base_layer." not in one]
     for problem, names in (("misses", wanted.keys() - given.keys()), ("has, besides,", unknown)):
         if names:
@@ -138,17 +138,17 @@ def load_lora(planned: PlannedModule, folder: str | Path, *, inside: str | None 
 
 
 def lora_like(folder: str | Path, **changes: Any) -> Pass:
-    """``add_lora`` as an adapter that peft, or ``save_lora``, wrote needs it.
+    """Make the ``add_lora`` that fits an adapter written by peft or ``save_lora``.
 
     Args:
-        folder: where it is.
-        changes: arguments of ``add_lora`` that are to be others.
+        folder: the folder of the adapter.
+        changes: arguments of ``add_lora`` to override.
 
     Returns:
         A pass of effect ``RESTRICTED``.
 
     Raises:
-        MemplanError: if there is something in its configuration that ``add_lora`` has not.
+        MemplanError: if its configuration has something that ``add_lora`` lacks.
 
     Example:
         >>> import memplan, torch
@@ -183,10 +183,10 @@ def lora_like(folder: str | Path, **changes: Any) -> Pass:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What peft's configuration says, in our terms.
+    """The settings in peft's configuration, in our terms.
 
     Raises:
-        MemplanError: if it says what ``add_lora`` has not.
+        MemplanError: if it has something that ``add_lora`` lacks.
     """
     for name in ("rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters"):
         if config.get(name):
@@ -213,7 +213,7 @@ def _config(
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
-        # A list of names would also match those that end in one.
+        # A list of names would also match names that end in one.
         "target_modules": "|".join(map(re.escape, targets)),
         "modules_to_save": saved or None,
         "use_rslora": settings.variant == "rslora",
@@ -228,7 +228,7 @@ def _config(
 
 
 def _tensors(adapter: LoraLayer, layer: nn.Module) -> dict[str, torch.Tensor]:
-    """An adapter's tensors by their names in peft."""
+    """An adapter's tensors, by their names in peft."""
     is_embedding = isinstance(layer, nn.Embedding)
     a, b = (
         ("lora_embedding_A", "lora_embedding_B")
@@ -246,10 +246,10 @@ def _tensors(adapter: LoraLayer, layer: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _trained_modules(planned: PlannedModule) -> list[str]:
-    """FQNs of the original's modules that are trained as a whole.
+    """FQNs of the original's modules that are trained whole.
 
     Raises:
-        MemplanError: for a parameter that is trained, and not all beside it.
+        MemplanError: for a trained parameter in a module that is not trained whole.
     """
     found = []
     for name, module in planned.original.named_modules():

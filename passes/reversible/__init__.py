@@ -1,4 +1,4 @@
-"""Reversible residual blocks: streams that come back from later ones."""
+"""Reversible residual blocks: streams restored from later ones."""
 
 from memplan.passes.reversible.invert import check_drift, invert_couplings
 from memplan.passes.reversible.two_streams import make_reversible

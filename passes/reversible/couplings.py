@@ -1,10 +1,10 @@
-"""Sums that can be undone: two streams, each changed by a function of the other.
+"""Invertible sums: two streams, each changed by a function of the other.
 
 ``y1 = x1 + F(x2); y2 = x2 + G(y1)`` (Dinh et al., "NICE", 2014, https://arxiv.org/abs/1410.8516;
 Gomez et al., "The Reversible Residual Network", 2017, https://arxiv.org/abs/1707.04585) gives
 ``x2 = y2 - G(y1)``, then ``x1 = y1 - F(x2)``. A sum is such a coupling if its change can be
 computed from what the forward still uses after the sum, and the stream that is added to is not
-among that. However a model writes it, that is what the graph shows.
+among that. The graph shows this however the model is written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from memplan.passes.reversible.fixed_point import add_on_grid
 SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, add_on_grid)
 _PRODUCT = torch.ops.aten.mul.Tensor
 _LONGEST = 4000
-"""Calls of one function, at most."""
+"""Limit on the calls of one function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,11 @@ class Coupling:
 
     Attributes:
         total: the sum.
-        stream: the operand that can be had back from it.
+        stream: the operand that can be restored from it.
         change: the other operand.
-        scaled: ``stream`` if it is scaled: the product, whose own operand is ``unscaled``.
-        unscaled: what is scaled, else ``stream`` itself.
+        unscaled: ``stream`` without its scaling; itself if it has none.
         partners: memory of the values that the change is computed from.
-        size: calls between these and the change.
+        size: number of calls between these and the change.
     """
 
     total: fx.Node
@@ -51,7 +50,7 @@ class Coupling:
 
     @property
     def coefficient(self) -> float:
-        """What the stream is multiplied by."""
+        """The factor of the stream."""
         return 1.0 if self.unscaled is self.stream else float(str(self.stream.args[1]))
 
 
@@ -60,8 +59,8 @@ class Chain:
     """Couplings on the same two streams, in the order of the forward.
 
     Attributes:
-        name: where in the model they are.
-        couplings: of which at least two follow each other on one stream.
+        name: their place in the model.
+        couplings: the couplings, of which at least two follow each other on one stream.
     """
 
     name: str
@@ -70,11 +69,11 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Couplings:
-    """What a graph has of them.
+    """The couplings of a graph.
 
     Attributes:
-        chains: what can be undone.
-        kept: why other sums cannot, and how many there are of each kind.
+        chains: couplings that can be inverted.
+        kept: reasons why other sums cannot, with the number of sums for each.
     """
 
     chains: tuple[Chain, ...]
@@ -111,7 +110,7 @@ def find_couplings(graph: fx.Graph) -> Couplings:
 
 
 class _Forward:
-    """A forward's calls, and when each memory is read last."""
+    """The calls of a forward, and the last read of each memory."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.calls = [n for n in graph.nodes if n.op == "call_function" and not is_backward(n)]
@@ -130,7 +129,7 @@ class _Forward:
                         self.last_read[read] = when
 
     def coupling(self, node: fx.Node) -> Coupling | str:
-        """The coupling that a sum is; or why it is none; or "" if it looks like none at all."""
+        """The coupling of a sum; or why there is none; or "" if it does not resemble one."""
         operands = [operand for operand in node.args[:2] if isinstance(operand, fx.Node)]
         if len(operands) < 2:
             return ""
@@ -163,7 +162,7 @@ class _Forward:
         return Coupling(total, stream, change, unscaled, *reached)
 
     def fits(self, total: fx.Node, stream: fx.Node) -> bool:
-        """Whether a stream is as the sum is, fills its memory, and was made in the step."""
+        """Tell whether a stream has the sum's layout, fills its memory, and comes from the step."""
         if stream not in self.index:
             return False
         mine, sums = stream.meta["val"], total.meta["val"]
@@ -180,9 +179,9 @@ class _Forward:
     def reach(
         self, total: fx.Node, change: fx.Node, streams: set[int | None]
     ) -> tuple[frozenset[int], int] | None:
-        """What a change is computed from among all that is read after the sum; and its size.
+        """The values read after the sum that a change is computed from, and the change's size.
 
-        None if it is one of that itself, or computed from one of ``streams``, or from too much.
+        None if it is one of them itself, or computed from one of ``streams``, or from too much.
         """
         when = self.index[total]
         partners: set[int] = set()
@@ -206,7 +205,7 @@ class _Forward:
         return frozenset(partners), len(seen)
 
     def reads(self) -> Iterator[tuple[int, int]]:
-        """Pairs of memory: what is made, and what is read to make it."""
+        """Pairs of memory: a value, and a value read to compute it."""
         for key, base in self.base.items():
             if base not in self.index:
                 continue
@@ -222,7 +221,7 @@ def _is_alias(base: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _chains(found: Iterable[Coupling]) -> Iterator[Chain]:
-    """Couplings that follow each other; without those whose stream is changed once only."""
+    """Couplings that follow each other; without those whose stream is changed only once."""
     made_by = {memory_of(coupling.total): coupling for coupling in found}
     graph = nx.Graph()
     followed = set()
@@ -249,7 +248,7 @@ def _alike(one: fx.Node, other: fx.Node) -> bool:
 
 
 def _common_module(couplings: Iterable[Coupling]) -> str:
-    """The first and the last of the modules that make the changes."""
+    """The first and the last of the modules that compute the changes."""
     names = []
     for coupling in couplings:
         stack = coupling.change.meta.get("nn_module_stack") or {}
@@ -263,7 +262,7 @@ def _common_module(couplings: Iterable[Coupling]) -> str:
 
 
 def _tangled(forward: _Forward, chains: Iterable[Chain]) -> set[fx.Node]:
-    """Sums that cannot be undone after all, because what undoes them would need them first."""
+    """Sums that cannot be inverted after all, because the inversion would need them first."""
     couplings = {c.total: c for chain in chains for c in chain.couplings}
     tangled: set[fx.Node] = set()
     while couplings:
@@ -275,7 +274,7 @@ def _tangled(forward: _Forward, chains: Iterable[Chain]) -> set[fx.Node]:
         for coupling in couplings.values():
             total, stream = memory_of(coupling.total), memory_of(coupling.stream)
             if total not in streams:
-                # What nothing gives back is kept.
+                # What nothing restores is kept.
                 graph.remove_edges_from(list(graph.out_edges(total)))
             graph.add_edges_from([(stream, total), (stream, memory_of(coupling.change))])
             if coupling.unscaled is not coupling.stream:

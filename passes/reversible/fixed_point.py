@@ -11,7 +11,7 @@ import torch
 from memplan.errors import MemplanError
 
 MANTISSA_BITS = 24
-"""Of a 32-bit float."""
+"""Bits of a 32-bit float's mantissa."""
 
 
 def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""One operand of a sum or a product, had back from its result and the other operand."""
+"""Inversion of sums and products: one operand from the result and the other operand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def call_of_undo(captured: Captured, op: Op, stashed: Sequence[Any]) -> OpCall:
-    """The call that gives the operand back which is the op's result, up to rounding.
+    """The call that restores the operand that is the op's result, up to rounding.
 
     It can write over the result of the captured op: ``a + alpha * b``, ``a - alpha * b`` or
     ``a * number``.

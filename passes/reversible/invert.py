@@ -1,15 +1,15 @@
-"""Reversible residuals: streams that come back from later ones, so that none need be kept.
+"""Reversible residuals: streams restored from later ones, so that none need be saved.
 
 Where two streams are each changed by a function of the other, ``y1 = x1 + F(x2); y2 = x2 + G(y1)``,
-the sums can be undone: ``x2 = y2 - G(y1)``, then ``x1 = y1 - F(x2)`` (Dinh et al., "NICE", 2014,
+the sums can be inverted: ``x2 = y2 - G(y1)``, then ``x1 = y1 - F(x2)`` (Dinh et al., "NICE", 2014,
 https://arxiv.org/abs/1410.8516; Gomez et al., "The Reversible Residual Network", 2017,
-https://arxiv.org/abs/1707.04585). Only the streams at the end of a chain are kept. F and G run once
-more, as their backward needs what is inside them, and that run serves both; with the other passes'
-recoveries, so that dropout is drawn under its own state and statistics are made once.
+https://arxiv.org/abs/1707.04585). Only the streams at the end of a chain are saved. F and G are
+recomputed, as their backward needs their inner values, and that run serves both; with the other
+passes' recoveries, so that dropout is redrawn under its own state and statistics are updated once.
 
-A sum that is undone has lost bits: copies differ from the originals by rounding, a little more with
-every coupling. How much is measured at the first training call, and streams are kept where it would
-be more than ``tolerance``.
+Inversion loses bits: copies differ from the originals by rounding, a little more with every
+coupling. The error is measured at the first training call, and streams are saved where it would
+exceed ``tolerance``.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _NAME = "invert_couplings"
 _UNDO = "memplan.undo"
 _TOLERANCE: Final = 1e-4
 _HALF_TOLERANCE: Final = 1e-2
-"""For chains whose functions compute in 16 bits."""
+"""Tolerance for chains whose functions compute in 16 bits."""
 
 _GRID_BITS: Final = 14
 
 
 def invert_couplings(tolerance: float | None = None, grid: bool | int = False) -> Pass:
-    """Offer to undo the sums of reversible residual blocks, however they are written.
+    """Offer to invert the sums of reversible residual blocks, however they are written.
 
     Args:
-        tolerance: relative error, in the 2-norm, that a stream which comes back may have. By
-            default 1e-4, or 1e-2 where functions compute in 16 bits.
+        tolerance: relative error, in the 2-norm, allowed in a restored stream. By default 1e-4, or
+            1e-2 where functions compute in 16 bits.
         grid: round streams of 32 bits, and what is added to them, to multiples of 2^-14 (True) or
-            2^-grid: what is undone then has the same bits, while a stream is below 2^(24 - grid),
-            which each call checks. The backward takes the rounding for the identity.
+            2^-grid: inversion then gives the same bits, while a stream is below 2^(24 - grid),
+            which each call checks. The backward treats the rounding as the identity.
 
     Returns:
         A pass of effect ``ROUNDING``; with a grid, which changes the forward, ``APPROXIMATE``.
@@ -92,16 +92,16 @@ def invert_couplings(tolerance: float | None = None, grid: bool | int = False) -
 
 
 def check_drift(planned: PlannedModule, batch: object) -> Drift:
-    """How far what comes back by inversion is from what it was, and the gradients with it.
+    """Measure the errors that inversion leaves in restored streams, and in the gradients.
 
-    The step runs twice and leaves nothing behind. ``str`` of the result says it in words.
+    The step runs twice and leaves nothing behind. ``str`` of the result puts it in words.
 
     Args:
         planned: from ``memplan.optimize`` with ``invert_couplings()``.
         batch: one batch, as for ``optimize``.
 
     Returns:
-        Errors of the streams that come back, and of the gradients.
+        Errors of the restored streams, and of the gradients.
 
     Example:
         >>> import memplan, torch
@@ -167,13 +167,13 @@ def _each_recovery(
 
 
 def _undone(coupling: Coupling) -> tuple[fx.Node, ...]:
-    """The sum, and the product in it, if there is one."""
+    """The sum of a coupling, and the product in it, if any."""
     is_scaled = coupling.unscaled is not coupling.stream
     return (coupling.total, coupling.stream) if is_scaled else (coupling.total,)
 
 
 def _stream_of(coupling: Coupling, node: fx.Node) -> fx.Node:
-    """What undoing a node of a coupling gives back."""
+    """The stream that inverting a node of a coupling restores."""
     return coupling.stream if node is coupling.total else coupling.unscaled
 
 
@@ -189,7 +189,7 @@ def _is_half(tensor: torch.Tensor) -> bool:
 
 
 def _notes(captured: Captured) -> tuple[str, ...]:
-    """What was found, and why other sums stay as they are."""
+    """The couplings found, and the reasons why other sums are not inverted."""
     found = find_couplings(captured.graph)
     total = sum(len(chain.couplings) for chain in found.chains)
     others = "; ".join(f"{count} sums {reason}" for reason, count in found.kept.items())
@@ -200,9 +200,9 @@ def _notes(captured: Captured) -> tuple[str, ...]:
 
 
 def _read_parts(graph: fx.Graph) -> None:
-    """Let what reads one part of two streams in one tensor read that stream itself.
+    """Let readers of one part of two streams in one tensor read that stream itself.
 
-    A model may carry its streams as one tensor, which it takes apart and puts together again.
+    A model may carry its streams as one tensor, which it splits and joins again.
     """
     for node in list(graph.nodes):
         if node.target is not torch.ops.aten.cat.default or is_backward(node):
@@ -265,7 +265,7 @@ def _round(graph: fx.Graph, bits: int) -> None:
 
 
 def _rounded(graph: fx.Graph, node: fx.Node, bits: int) -> bool:
-    """Let all that reads a stream's start read it on the grid, if that can be."""
+    """Let all readers of a stream's start read it on the grid, if possible."""
     value = node.meta["val"].clone()
     values = views_of(graph, {node: value}, memory_of(node))
     if values is None:
@@ -280,12 +280,12 @@ def _rounded(graph: fx.Graph, node: fx.Node, bits: int) -> bool:
 
 
 def _meta(node: fx.Node, value: torch.Tensor) -> dict[str, Any]:
-    """Of a new node that stands in the place of another."""
+    """Metadata of a new node that takes the place of another."""
     return {**{key: item for key, item in node.meta.items() if key != "in_place"}, "val": value}
 
 
 def _can_be_rounded(coupling: Coupling) -> bool:
-    """Whether a coupling is a plain sum on a stream of 32 bits."""
+    """Tell whether a coupling is a plain sum on a stream of 32 bits."""
     is_plain = coupling.total.target is torch.ops.aten.add.Tensor and not coupling.total.kwargs
     is_whole = coupling.change.meta["val"].shape == coupling.total.meta["val"].shape
     is_plain = is_plain and is_whole and coupling.unscaled is coupling.stream

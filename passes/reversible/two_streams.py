@@ -1,14 +1,14 @@
-"""Two streams in the place of one: plain residual networks made reversible.
+"""Two streams in place of one: plain residual networks made reversible.
 
-A stack of residual blocks ``h' = h + f(h)`` cannot be undone. With the residual added to the
+A stack of residual blocks ``h' = h + f(h)`` cannot be inverted. With the residual added to the
 stream before the last, ``h'' = h + f(h')``, it can: that is the pairing of Gomez et al., "The
 Reversible Residual Network", 2017, https://arxiv.org/abs/1707.04585, in which each block changes
 one of two streams by a function of the other. Between the two lies
 ``h'' = alpha h' + beta h + f(h')`` (compare Zhao et al., "Dr2Net", 2024,
 https://arxiv.org/abs/2401.04105, and Liao et al., "Make Pre-trained Model Reversible", 2023,
 https://arxiv.org/abs/2306.00477): alpha 1 and beta 0 is the network as it was trained, alpha 0 and
-beta 1 the reversible one. Undoing a block divides by beta, so that a small one loses bits:
-``invert_couplings`` measures how many, and keeps streams where it must.
+beta 1 the reversible one. Inverting a block divides by beta, so a small one loses bits:
+``invert_couplings`` measures how many, and saves streams where it must.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _NAME = "make_reversible"
 
 
 def make_reversible(alpha: float = 0.0, beta: float = 1.0) -> Pass:
-    """Add each residual to the stream before the last, so that ``invert_couplings`` can undo it.
+    """Add each residual to the stream before the last, so that ``invert_couplings`` can invert it.
 
     Acts on every sum ``h + f(h)`` of tensors of one shape whose ``h`` is such a sum itself, in
-    training and in evaluation; a block that changes the shape starts anew. Parameters keep their
+    training and in evaluation; a block that changes the shape starts over. Parameters keep their
     names.
 
     Args:
-        alpha: what the last stream is multiplied by. 1, with beta 0, is the model as it is.
-        beta: what the stream before it is multiplied by. 0 cannot be undone.
+        alpha: factor of the last stream. 1, with beta 0, is the model as it is.
+        beta: factor of the stream before it. 0 cannot be inverted.
 
     Returns:
         A pass of effect ``APPROXIMATE``: it is another model.
@@ -82,7 +82,7 @@ def _two_streams(
 
 
 class _TwoStreams(Residuals):
-    """Makes the sums of residual blocks others."""
+    """Replaces the sums of residual blocks."""
 
     def __init__(self, alpha: float, beta: float) -> None:
         super().__init__()

@@ -122,7 +122,7 @@ def test_heads_that_do_not_fit_are_refused():
 def test_updates_in_the_backward_are_refused():
     model, batch = made("resnet")
     options = memplan.Options(update_in_backward=True)
-    with refused("learn_locally"):
+    with refused("passes that fuse the step"):
         memplan.optimize(
             model,
             batch,

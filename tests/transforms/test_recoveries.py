@@ -180,29 +180,8 @@ def test_one_value_after_the_other_is_kept_exactly_where_rounding_is_too_much():
     laws.assert_same_bits(mine, theirs)
 
 
-@pytest.mark.parametrize("share", [0.75, 0.6, 0.45])
-def test_recoveries_are_chosen_value_by_value(share):
-    """Beside others a recovery makes no plan worse, and one plan may use several kinds."""
-    model, batch = Layers(), torch.randn(64, 64)
-    options = memplan.Options(costs="analytic", on_infeasible="smallest")
-    recompute, stash = memplan.passes.checkpoint_activations(), as_bfloat16()
-    plans = [
-        memplan.plan(
-            model,
-            batch,
-            budget=f"{share:.0%}",
-            passes=passes,
-            default_passes=False,
-            options=options,
-        )
-        for passes in ([recompute], [stash], [recompute, stash])
-    ]
-    feasible = [one.seconds for one in plans[:2] if one.peak_bytes <= plans[2].peak_bytes]
-    assert plans[2].peak_bytes <= min(one.peak_bytes for one in plans)
-    assert all(plans[2].seconds <= seconds for seconds in feasible)
-
-
 def test_of_recoveries_that_cost_the_same_the_exact_one_is_taken():
+    """The plan is not run: what it takes for exact here is the same rounding, to cost the same."""
     model, batch = Layers(), torch.randn(64, 64)
     again = stashing("again", torch.float32, rounded, widened, shrinks=2)
     options = memplan.Options(costs="analytic", on_infeasible="smallest")
