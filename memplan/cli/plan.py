@@ -107,7 +107,7 @@ def plan(
     export(traces["planned, predicted"], snapshot, chrome_trace)
     document = plan_document(found, traces, ranked)
     tables = [*found.tables(), *_ranked_table(ranked)]
-    following = _following(target, budget, max_slowdown, device, output)
+    following = _following(target, budget, max_slowdown, device, output, has_passes=bool(named))
     show(shape, tables, document, following)
     for note in (found.advice, *found.notes):
         if note:
@@ -138,6 +138,8 @@ def _following(
     max_slowdown: float | None,
     device: str | None,
     output: Path | None,
+    *,
+    has_passes: bool,
 ) -> str:
     """The next step to suggest."""
     bounds = [] if budget is None else ["--budget", budget]
@@ -147,4 +149,7 @@ def _following(
         return f"To see where the untouched step's bytes are: {sizes}"
     if output is not None:
         return f"To measure it: {target.command_line('verify', str(output))}"
+    if has_passes:
+        again = target.command_line("verify", "plan.json")
+        return f"To measure it: add -o plan.json to this command, then {again}"
     return f"To measure it: {target.command_line('compare', bounds=bounds)}"

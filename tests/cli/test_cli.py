@@ -234,6 +234,11 @@ def test_a_field_that_costs_nothing_is_2(command):
     assert "does not depend on 'scale'" in result.stderr
 
 
+def test_a_plan_with_passes_is_measured_by_its_file(command):
+    result = command("plan", "TARGET:make", "--pass", "train_biases_only")
+    assert result.exit_code == 0 and "memplan verify plan.json" in result.stdout
+
+
 def test_what_is_unexplained_is_5_when_strict(command, monkeypatch):
     arguments = ("TARGET:make", "--steps", "1", "--strict")
     assert command("profile", *arguments).exit_code == 0
